@@ -1,0 +1,1 @@
+"""Video autoencoders: pixels <-> latents, one network a file."""
