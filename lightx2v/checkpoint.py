@@ -143,7 +143,9 @@ def _merged(path: Path, parts: Iterable[Header]) -> Header:
     for part in parts:
         for name, info in part.tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{path}: tensor '{name}' is in both {tensors[name].file.name} and {info.file.name}")
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' is in both {tensors[name].file.name} and {info.file.name}"
+                )
             tensors[name] = info
         metadata.update(part.metadata)
     return Header(path, tensors, metadata)
@@ -176,7 +178,9 @@ def _indexed_header(index: Path) -> Header:
     _require_files(index, [index.parent / name for name in names])
     header = _merged(index, (_safetensors_header(index.parent / name) for name in names))
     if lost := sorted(set(weight_map) - set(header.tensors)):
-        raise CheckpointError(f"{index}: {len(lost)} tensors are not in its files, first '{lost[0]}'; download it again")
+        raise CheckpointError(
+            f"{index}: {len(lost)} tensors are not in its files, first '{lost[0]}'; download it again"
+        )
     return header
 
 

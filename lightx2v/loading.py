@@ -1,0 +1,51 @@
+"""From an identified checkpoint to a network ready to run."""
+
+import logging
+
+import torch
+from torch import nn
+
+from lightx2v.checkpoint import assign
+from lightx2v.config import Engine
+from lightx2v.identify import CheckpointInfo
+from lightx2v_kernels import select
+
+log = logging.getLogger(__name__)
+NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compute_dtype(engine: Engine, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that the transformer runs in on `device` when its file stores `stored`.
+
+    "auto": float32 on the CPU, where half precision is slower; on a GPU the file's half precision, bfloat16 for
+    float32 files, float16 where the GPU has no bfloat16 (before Ampere).
+    """
+    if engine.dtype != "auto":
+        return NAMED[engine.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    if stored == torch.float16:
+        return torch.float16
+    native_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native_bf16 else torch.float16
+
+
+def load_transformer(
+    info: CheckpointInfo, engine: Engine, device: torch.device, weights_on: torch.device | None = None
+) -> nn.Module:
+    """Build the network for `device` on the meta device, then stream its weights to `weights_on` (default: device).
+
+    Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend that cannot run here.
+    """
+    spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)
+    kernels = select(attention=engine.attention, device=device, dtype=dtype, head_dim=spec.head_dim)
+    with torch.device("meta"):
+        transformer = spec.build(info.config, kernels)
+    assign(
+        transformer,
+        info.header,
+        dtype=lambda name: torch.float32 if spec.keep_float32(name) else dtype,
+        device=weights_on or device,
+    )
+    log.info("%s: %s, computing in %s on %s", info.path.name, info.describe(), dtype, device)
+    return transformer.eval()

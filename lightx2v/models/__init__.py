@@ -1,0 +1,52 @@
+"""Every model family is a folder here whose `spec.py` defines SPECS. Adding a folder adds the family."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from lightx2v.checkpoint import Header
+from lightx2v.latents import LatentFormat
+from lightx2v_kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request takes when it does not say otherwise: the values that the model's authors published."""
+
+    steps: int
+    cfg_scale: float
+    shift: float
+    fps: int
+    negative_prompt: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One variant of a family: how its checkpoint is recognised and how its network is built."""
+
+    name: str
+    title: str  # in words, for people
+    family: str
+    task: str
+    matches: Callable[[Header], bool]
+    config: Callable[[Header], Any]  # header -> the family's frozen config
+    build: Callable[[Any, Kernels], nn.Module]  # config, kernels -> network, on the current default device
+    keep_float32: Callable[[str], bool]  # parameter name -> stays float32 whatever the compute dtype
+    head_dim: int
+    latents: LatentFormat
+    patch_size: tuple[int, int, int]  # latent cells per token along (T, H, W)
+    defaults: Defaults
+
+
+@cache
+def specs() -> tuple[ModelSpec, ...]:
+    """All variants of all families, in order of family name."""
+    found: list[ModelSpec] = []
+    for family in pkgutil.iter_modules(__path__):
+        found.extend(importlib.import_module(f"{__name__}.{family.name}.spec").SPECS)
+    return tuple(found)

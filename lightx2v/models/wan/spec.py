@@ -1,0 +1,134 @@
+"""Wan checkpoints: what their headers look like and which network they mean."""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightx2v.checkpoint import Header
+from lightx2v.latents import WAN21
+from lightx2v.models import Defaults, ModelSpec
+from lightx2v_kernels import Kernels
+
+HEAD_DIM = 128  # of every published Wan; the number of heads follows from the width
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """The shape of one Wan transformer. Field names follow the file's tensors, not a config.json."""
+
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    freq_dim: int  # of the sinusoidal timestep embedding
+    patch_size: tuple[int, int, int]  # (T, H, W)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % HEAD_DIM:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of head_dim {HEAD_DIM}")
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // HEAD_DIM
+
+
+def read_config(header: Header) -> WanConfig:
+    """Every size from the shapes of the tensors; call it on a header that `is_wan` accepts."""
+    patch = header.tensors["patch_embedding.weight"].shape
+    out = header.tensors["head.head.weight"].shape[0]
+    patch_size = (patch[2], patch[3], patch[4])
+    layers = {int(m[1]) for name in header.tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+    return WanConfig(
+        hidden_size=patch[0],
+        ffn_size=header.tensors["blocks.0.ffn.0.weight"].shape[0],
+        num_layers=max(layers) + 1,
+        in_channels=patch[1],
+        out_channels=out // (patch_size[0] * patch_size[1] * patch_size[2]),
+        text_dim=header.tensors["text_embedding.0.weight"].shape[1],
+        freq_dim=header.tensors["time_embedding.0.weight"].shape[1],
+        patch_size=patch_size,
+    )
+
+
+def is_wan(header: Header) -> bool:
+    """The original key layout of any Wan diffusion transformer."""
+    ranks = {
+        "patch_embedding.weight": 5,
+        "head.head.weight": 2,
+        "head.modulation": 3,
+        "blocks.0.ffn.0.weight": 2,
+        "blocks.0.self_attn.norm_q.weight": 1,
+        "text_embedding.0.weight": 2,
+        "time_embedding.0.weight": 2,
+    }
+    return all(len(header.shape(name) or ()) == rank for name, rank in ranks.items())
+
+
+def _is_t2v(header: Header) -> bool:
+    if not is_wan(header):
+        return False
+    config = read_config(header)
+    conditioned = any(name.startswith(("img_emb.", "blocks.0.cross_attn.k_img.")) for name in header.tensors)
+    return config.in_channels == config.out_channels == WAN21.channels and not conditioned
+
+
+def _is_t2v_of(hidden_size: int, num_layers: int, header: Header) -> bool:
+    if not _is_t2v(header):
+        return False
+    config = read_config(header)
+    return (config.hidden_size, config.num_layers) == (hidden_size, num_layers)
+
+
+PUBLISHED = ((1536, 30), (5120, 40))
+
+
+def _build(config: WanConfig, kernels: Kernels) -> nn.Module:
+    from lightx2v.models.wan.transformer import WanTransformer
+
+    return WanTransformer(config, kernels)
+
+
+def keep_float32(name: str) -> bool:
+    """Timestep path, modulation and affine norms are small and sensitive; Wan and diffusers keep them in float32."""
+    return name.startswith(("time_embedding.", "time_projection.")) or name.endswith("modulation") or ".norm3." in name
+
+
+# Wan2.1 wan/configs/shared_config.py: the negative prompt the models were tuned with.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def _t2v(name: str, title: str, matches) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        title=title,
+        family="wan",
+        task="t2v",
+        matches=matches,
+        config=read_config,
+        build=_build,
+        keep_float32=keep_float32,
+        head_dim=HEAD_DIM,
+        latents=WAN21,
+        patch_size=(1, 2, 2),
+        defaults=Defaults(steps=50, cfg_scale=5.0, shift=5.0, fps=16, negative_prompt=NEGATIVE_PROMPT),
+    )
+
+
+SPECS = (
+    _t2v("wan2.1_t2v_1.3b", "Wan2.1 T2V 1.3B", lambda header: _is_t2v_of(1536, 30, header)),
+    # One layout, two models: a file alone cannot tell Wan2.1-T2V-14B from an expert of Wan2.2-T2V-A14B.
+    _t2v("wan2.1_t2v_14b", "Wan2.1 T2V 14B", lambda header: _is_t2v_of(5120, 40, header)),
+    _t2v(
+        "wan2.1_t2v",
+        "Wan2.1 T2V",
+        lambda header: _is_t2v(header) and not any(_is_t2v_of(*size, header) for size in PUBLISHED),
+    ),
+)

@@ -1,0 +1,187 @@
+"""The Wan diffusion transformer (arXiv:2503.20314), with the parameter names of the original checkpoints.
+
+Precision: tokens and matmuls run in the dtype of the weights; the timestep path, modulation, norms, RoPE and the
+residual additions compute in float32 (as in Wan2.1 wan/modules/model.py under its autocast rules).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lightx2v.blocks import RunBlocks, run_blocks
+from lightx2v.models.wan.spec import WanConfig
+from lightx2v_kernels import Kernels
+
+
+@dataclass(frozen=True)
+class BlockArgs:
+    """What every block of one forward pass reads."""
+
+    modulation: Tensor  # (B, 1, 6, D) float32: shift, scale, gate of attention, then of the feed-forward
+    context: Tensor  # (B, S, D) text tokens
+    rope: tuple[Tensor, Tensor]  # cos and sin, each (L, head_dim / 2) float32
+
+
+@lru_cache(maxsize=8)
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the 3D rotary embedding, each (T*H*W, head_dim / 2) float32, angles computed in float64.
+
+    The head's pairs are split over (T, H, W) as d - 4*(d//6), 2*(d//6), 2*(d//6) channels: 44, 42, 42 for d = 128.
+    Source: Wan2.1 wan/modules/model.py.
+    """
+    sixth = head_dim // 6
+    with torch.inference_mode(False):  # the table outlives the call and may be used under autograd
+        angles = []
+        for axis, (size, channels) in enumerate(zip(grid, (head_dim - 4 * sixth, 2 * sixth, 2 * sixth), strict=True)):
+            frequency = 10000.0 ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+            angle = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
+            view = [1, 1, 1, channels // 2]
+            view[axis] = size
+            angles.append(angle.view(view).expand(*grid, channels // 2))
+        table = torch.cat(angles, dim=-1).flatten(0, 2)
+        return table.cos().float().to(device), table.sin().float().to(device)
+
+
+def sinusoidal(timestep: Tensor, channels: int) -> Tensor:
+    """timestep (B,) in [0, 1000] -> (B, channels) float32: cosines, then sines, of geometric frequencies."""
+    half = channels // 2
+    frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = timestep.double()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self._norm = kernels.rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x, self.weight, self.eps)
+
+
+class AffineNorm(nn.Module):
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+        self._norm = kernels.layer_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normed q and k; self-attention when given no context."""
+
+    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(size, size)
+        self.k = nn.Linear(size, size)
+        self.v = nn.Linear(size, size)
+        self.o = nn.Linear(size, size)
+        self.norm_q = RMSNorm(size, config.eps, kernels)
+        self.norm_k = RMSNorm(size, config.eps, kernels)
+        self._attention = kernels.attention
+        self._rope = kernels.rope
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, L, D), context (B, S, D) or None, rope for self-attention -> (B, L, D)."""
+        source = x if context is None else context
+        q = self._heads(self.norm_q(self.q(x)))
+        k = self._heads(self.norm_k(self.k(source)))
+        v = self._heads(self.v(source))
+        if rope is not None:
+            q, k = self._rope(q, *rope), self._rope(k, *rope)
+        return self.o(rearrange(self._attention(q, k, v), "b l h d -> b l (h d)"))
+
+
+class WanBlock(nn.Module):
+    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.self_attn = Attention(config, kernels)
+        self.norm3 = AffineNorm(size, config.eps, kernels)
+        self.cross_attn = Attention(config, kernels)
+        self.ffn = nn.Sequential(
+            nn.Linear(size, config.ffn_size), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_size, size)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, size) / size**0.5)
+        self.eps = config.eps
+        self._modulate = kernels.modulate
+        self._gated_residual = kernels.gated_residual
+
+    def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
+        """x (B, L, D) -> (B, L, D)"""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + args.modulation).unbind(2)
+        y = self.self_attn(self._modulate(x, shift, scale, self.eps), rope=args.rope)
+        x = self._gated_residual(x, y, gate)
+        x = x + self.cross_attn(self.norm3(x), args.context)
+        y = self.ffn(self._modulate(x, ffn_shift, ffn_scale, self.eps))
+        return self._gated_residual(x, y, ffn_gate)
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
+        super().__init__()
+        pt, ph, pw = config.patch_size
+        self.head = nn.Linear(config.hidden_size, config.out_channels * pt * ph * pw)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.hidden_size) / config.hidden_size**0.5)
+        self.eps = config.eps
+        self._modulate = kernels.modulate
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (B, L, D), time (B, 1, D) float32 -> (B, L, patch volume * out_channels)"""
+        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
+        return self.head(self._modulate(x, shift, scale, self.eps))
+
+
+class WanTransformer(nn.Module):
+    """Velocity of the flow, from noisy latents, a timestep and text."""
+
+    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
+        super().__init__()
+        size, patch = config.hidden_size, config.patch_size
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_channels, size, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, size), nn.GELU(approximate="tanh"), nn.Linear(size, size)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, size), nn.SiLU(), nn.Linear(size, size))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
+        self.blocks = nn.ModuleList([WanBlock(config, kernels) for _ in range(config.num_layers)])
+        self.head = Head(config, kernels)
+
+    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, run: RunBlocks = run_blocks) -> Tensor:
+        """latents (B, C, T, H, W) model space, timestep (B,) in [0, 1000], context (B, S, text_dim) -> velocity.
+
+        The result is (B, out_channels, T, H, W) in the weights' dtype. T, H, W must be multiples of the patch.
+        """
+        config = self.config
+        if any(size % patch for size, patch in zip(latents.shape[2:], config.patch_size, strict=True)):
+            raise ValueError(f"latents {tuple(latents.shape[2:])} are not multiples of the patch {config.patch_size}")
+        dtype = self.patch_embedding.weight.dtype
+        tokens = self.patch_embedding(latents.to(dtype))
+        grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
+        time = self.time_embedding(sinusoidal(timestep, config.freq_dim).to(self.time_embedding[0].weight.dtype))
+        args = BlockArgs(
+            modulation=rearrange(self.time_projection(time).float(), "b (six d) -> b 1 six d", six=6),
+            context=self.text_embedding(context.to(dtype)),
+            rope=rope_table(grid, config.hidden_size // config.num_heads, latents.device),
+        )
+        tokens = run(list(self.blocks), rearrange(tokens, "b d t h w -> b (t h w) d"), args)
+        patches = self.head(tokens, time.float()[:, None])
+        (t, h, w), (pt, ph, pw) = grid, config.patch_size
+        return rearrange(
+            patches, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
+        )

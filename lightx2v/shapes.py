@@ -1,0 +1,61 @@
+"""Pixels, latents and tokens: the only place that knows how one becomes the other."""
+
+from typing import NamedTuple
+
+from lightx2v.latents import LatentFormat
+
+
+class VideoShape(NamedTuple):
+    """A finished video: frames, and pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+class LatentShape(NamedTuple):
+    """Cells of a latent (B, C, T, H, W) along T, H, W."""
+
+    t: int
+    h: int
+    w: int
+
+
+def to_latent(video: VideoShape, stride: tuple[int, int, int]) -> LatentShape:
+    """The causal VAE maps F frames to (F - 1) // stride_t + 1 and pixels to pixels // stride."""
+    st, sh, sw = stride
+    return LatentShape((video.num_frames - 1) // st + 1, video.height // sh, video.width // sw)
+
+
+def to_video(latent: LatentShape, stride: tuple[int, int, int]) -> VideoShape:
+    st, sh, sw = stride
+    return VideoShape((latent.t - 1) * st + 1, latent.h * sh, latent.w * sw)
+
+
+def num_tokens(latent: LatentShape, patch_size: tuple[int, int, int]) -> int:
+    pt, ph, pw = patch_size
+    return (latent.t // pt) * (latent.h // ph) * (latent.w // pw)
+
+
+def snap(video: VideoShape, latents: LatentFormat, patch_size: tuple[int, int, int]) -> tuple[VideoShape, str | None]:
+    """The nearest size the model can make, and a sentence about the change or None.
+
+    Frames go to the nearest n * stride_t + 1 (80 -> 81); height and width go down to a multiple of stride * patch
+    (720x536 -> 720x528), and are never below one patch.
+    """
+    if min(video) < 1:
+        raise ValueError(f"video size {video.num_frames} frames, {video.height}x{video.width} px must be positive")
+    st, sh, sw = latents.stride
+    cell_h, cell_w = sh * patch_size[1], sw * patch_size[2]
+    snapped = VideoShape(
+        num_frames=(video.num_frames - 1 + st // 2) // st * st + 1,
+        height=max(video.height // cell_h, 1) * cell_h,
+        width=max(video.width // cell_w, 1) * cell_w,
+    )
+    if snapped == video:
+        return video, None
+    return snapped, (
+        f"{video.width}x{video.height}, {video.num_frames} frames is not possible; made "
+        f"{snapped.width}x{snapped.height}, {snapped.num_frames} frames "
+        f"(width multiple of {cell_w}, height of {cell_h}, frames {st}n+1)"
+    )
