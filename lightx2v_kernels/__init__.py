@@ -1,0 +1,70 @@
+"""The ops a video transformer spends its time in, each behind a choice of implementations.
+
+    kernels = select(attention="auto", device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
+    out = kernels.attention(q, k, v)
+
+An op is a folder: `__init__.py` is its contract, `reference.py` its definition in plain PyTorch (and what runs on a
+CPU), any other file one faster backend with what it needs. `registry.py` chooses, once, when a model is built;
+`closeness.py` is how a backend proves itself.
+
+How a Triton or CUDA backend is written, so that torch.compile and CUDA graphs see one opaque op and training still
+works:
+
+- `<op>/triton.py` holds `BACKENDS` and a `load` that imports `<op>/_triton.py`, which alone imports triton and holds
+  the `@triton.jit` code;
+- there the launch is a `torch.library.custom_op("lightx2v::<op>", mutates_args=())` with `register_fake` (shape and
+  dtype, no data) and `register_autograd`, whose backward differentiates the reference on the saved inputs: a fused op
+  saves memory traffic, not derivations;
+- outputs are allocated inside with torch.empty, addresses are int64, and the file adds a test and a benchmark entry
+  before it gets a rank.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightx2v_kernels import registry
+from lightx2v_kernels.registry import UnsupportedBackendError
+
+__all__ = ["AttentionFn", "Kernels", "UnsupportedBackendError", "select"]
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementations chosen for one device, dtype and head_dim. Every callable returns the dtype of its first
+    argument.
+
+    names: op -> backend that was chosen, for reports.
+    """
+
+    attention: AttentionFn
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]  # x (..., D), weight (D,), eps -> (..., D)
+    layer_norm: Callable[
+        [Tensor, Tensor | None, Tensor | None, float], Tensor
+    ]  # x (..., D), weight, bias (D,), eps -> (..., D)
+    modulate: Callable[
+        [Tensor, Tensor, Tensor, float], Tensor
+    ]  # x (B, L, D), shift, scale (B, 1 | L, D), eps -> (B, L, D)
+    gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]  # x, y (B, L, D), gate (B, 1 | L, D) -> (B, L, D)
+    rope: Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, L, H, D), cos, sin (L, D/2) -> (B, L, H, D)
+    names: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+def select(*, attention: str = registry.AUTO, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+    """Choose every op for one place. `dtype` is that of the tokens.
+
+    attention: "auto" or a name of `registry.names("attention")`; all other ops are chosen by "auto".
+    Raises UnsupportedBackendError, with every reason, if the named attention or any op cannot run there.
+    """
+    asked = {"attention": attention}
+    chosen = {op: registry.select(op, asked.get(op, registry.AUTO), device, dtype, head_dim) for op in _OPS}
+    functions: dict[str, Any] = {op: backend.load() for op, backend in chosen.items()}
+    return Kernels(**functions, names={op: backend.name for op, backend in chosen.items()})
+
+
+_OPS = ("attention", "rms_norm", "layer_norm", "modulate", "gated_residual", "rope")

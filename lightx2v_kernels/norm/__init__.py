@@ -1,0 +1,37 @@
+"""Normalisation over the last dimension, statistics in fp32, one rounding at the end.
+
+rms_norm(x (..., D), weight (D,), eps) -> (..., D): x / sqrt(mean(x²) + eps) · weight.
+Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+
+layer_norm(x (..., D), weight (D,) | None, bias (D,) | None, eps) -> (..., D):
+(x - mean) / sqrt(var + eps) · weight + bias.
+Source: Ba et al. 2016, arXiv:1607.06450.
+
+The result has the dtype of x, whatever the dtype of weight and bias.
+"""
+
+from typing import Any
+
+import torch
+
+from lightx2v_kernels.norm.reference import layer_norm, rms_norm
+from lightx2v_kernels.registry import Op
+
+
+def rms_norm_examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[tuple[Any, ...], ...]:
+    """A projection of two heads, and one third of a fused projection (strided rows)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 33, 3, 2 * head_dim, generator=generator).to(device, dtype)
+    weight = (1 + 0.2 * torch.randn(2 * head_dim, generator=generator)).to(device, dtype)
+    return (x[:, :, 0].contiguous(), weight, 1e-6), (x[:, :, 1], weight, 1e-6)
+
+
+def layer_norm_examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[tuple[Any, ...], ...]:
+    """With weight and bias, and bare. The mean is far from zero, so that leaving it in shows."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1 + torch.randn(2, 33, 3, 2 * head_dim, generator=generator)).to(device, dtype)
+    weight, bias = torch.randn(2, 2 * head_dim, generator=generator).to(device, dtype).unbind(0)
+    return (x[:, :, 0].contiguous(), weight, bias, 1e-6), (x[:, :, 1], None, None, 1e-6)
+
+
+OPS = (Op("rms_norm", rms_norm, rms_norm_examples), Op("layer_norm", layer_norm, layer_norm_examples))
