@@ -77,7 +77,7 @@ def fetch_comfyui(python: Path) -> Path:
 
 
 def make_base(base: Path, packs: Mapping[str, Path], model_roots: Sequence[Path] = ()) -> None:
-    """Make a base directory (models, custom_nodes, input, output, user) with `packs` linked in and `model_roots` searched for models.
+    """Make ComfyUI's base directory: `packs` linked into custom_nodes, `model_roots` searched for models.
 
     packs: folder name in custom_nodes -> the pack's folder.
     model_roots: every file below one is offered in each of MODEL_CATEGORIES, by its path from that root.
@@ -100,7 +100,7 @@ def make_base(base: Path, packs: Mapping[str, Path], model_roots: Sequence[Path]
 
 
 def command(python: Path, comfyui: Path, base: Path, *, listen: str, port: int, extra: Sequence[str] = ()) -> list[str]:
-    """The command line that starts ComfyUI on `base` without opening a browser or calling out to any network service."""
+    """The command line that starts ComfyUI on `base`, with no browser opened and no network service called."""
     return [
         *(str(python), str(Path(__file__).with_name("launch_comfyui.py")), str(comfyui)),
         *("--listen", listen, "--port", str(port), "--base-directory", str(base)),

@@ -1,34 +1,40 @@
 """Start ComfyUI's main.py in this process: `python launch_comfyui.py COMFYUI_ROOT [ComfyUI arguments]`.
 
-ComfyUI imports torchvision, and the wheel that package registries carry for Linux is linked to CUDA. Beside a CPU build of torch its
-C++ operators cannot load, and importing it fails on the first operator it wants to annotate. No video node calls those operators, so
-declaring them is enough.
+ComfyUI imports torchvision, and the wheel that package registries carry for Linux is linked to CUDA. Beside a CPU
+build of torch its C++ operators cannot load, and importing it fails on the first operator it wants to annotate. No
+video node calls those operators, so declaring them is enough.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import runpy
 import sys
+from contextlib import suppress
+from pathlib import Path
+
+# The operators live as long as the library object that declared them.
+_declared: list[object] = []
 
 
 def admit_torchvision() -> None:
-    """Make `import torchvision` succeed where its C++ operators cannot load; do nothing where it already does."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    else:
+    """Make `import torchvision` succeed where its C++ operators cannot load; do nothing where they can."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations or _declared:
         return
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = importlib.import_module("torch.library").Library("torchvision", "DEF")
+    import torch
+
+    # The same file that torchvision loads; loading it twice is harmless, declaring its operators twice is not.
+    extensions = [path for place in spec.submodule_search_locations for path in Path(place).glob("_C*.*")]
+    with suppress(OSError):
+        if extensions:
+            torch.ops.load_library(str(extensions[0]))
+            return
+    library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # The operators live as long as the library object does.
-    importlib.import_module("torchvision").__dict__["_declared_operators"] = library
+    _declared.append(library)
 
 
 def main() -> None:

@@ -1,0 +1,25 @@
+"""Nodes that only the tests use: they put known values into a graph, and carry exact values out of it."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension
+
+from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
+from .memory import FixtureHoldMemory, FixtureLoadedModels
+from .text import FixtureUmt5Clip
+
+
+class FixtureExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type]:
+        return [
+            FixtureHoldMemory,
+            FixtureKeep,
+            FixtureLoadedModels,
+            FixtureRandomLatent,
+            FixtureUmt5Clip,
+            FixtureWanConditioning,
+        ]
+
+
+async def comfy_entrypoint() -> FixtureExtension:
+    return FixtureExtension()
