@@ -1,0 +1,168 @@
+"""umT5, the text encoder of Wan2.1: transformers' UMT5EncoderModel, fed and framed as Wan was trained."""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightx2v.checkpoint import CheckpointError, assign, read_header
+from lightx2v.text.layout import Sizes, renames, sizes
+from lightx2v.text.tokenizer import Tokenizer, clean, find_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+TEXT_TOKENS = 512  # text_len of every Wan2.1 config (Wan-Video/Wan2.1, wan/configs/shared_config.py)
+FINAL_NORM = "encoder.final_layer_norm.weight"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OnBlock = Callable[[int, int], None]
+"""Called before each encoder block with (index, number of blocks); raise from it to cancel."""
+
+log = logging.getLogger(__name__)
+
+
+class Widened(nn.Module):
+    """A block whose weights rest in their own dtype and are float32 only while it runs.
+
+    umT5's residual stream outgrows float16 (the reason why transformers keeps T5's `wo` in float32), and bfloat16
+    arithmetic costs 8 bits of the conditioning. In float32 every kind of file encodes alike, as in ComfyUI.
+    The price is one block's float32 weights at a time: 0.77 GB for umT5-xxl.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        weights = {name: weight.float() for name, weight in self.block.named_parameters()}
+        return functional_call(self.block, weights, args, kwargs)
+
+
+@dataclass(frozen=True)
+class UMT5:
+    """A loaded text encoder.
+
+    path: the checkpoint, for messages.
+    model: holds every weight; it may be moved between devices between two calls.
+    """
+
+    path: Path
+    model: "UMT5EncoderModel"
+    tokenizer: Tokenizer
+
+    @torch.no_grad()
+    def encode(self, prompt: str, *, on_block: OnBlock | None = None) -> Tensor:
+        """Prompt -> conditioning (1, L, hidden_size), float32, on the encoder's device.
+
+        L is 512, or the number of tokens where the prompt has more: nothing is cut, a warning says so. Rows after </s>
+        are exactly zero. An empty prompt is </s> alone.
+
+        Weights such as `(word:1.3)` mean nothing here: Wan reads them literally, and so does this.
+
+        Raises CheckpointError where the weights produce infinities or NaN.
+        """
+        ids = self.tokenizer.encode(clean(prompt))
+        if len(ids) > TEXT_TOKENS:
+            log.warning(
+                "The prompt has %d tokens, %d more than the %d that Wan was trained on; all are used, "
+                "but the later ones may be followed poorly",
+                len(ids),
+                len(ids) - TEXT_TOKENS,
+                TEXT_TOKENS,
+            )
+        hidden = self._run(ids, on_block)
+        if not torch.isfinite(hidden).all():
+            raise CheckpointError(
+                f"{self.path}: the text encoder gave infinities or NaN (arithmetic in float32, weights held in "
+                f"{self.model.shared.weight.dtype}): the file is damaged, or its weights need a wider dtype"
+            )
+        context = hidden.new_zeros(1, max(TEXT_TOKENS, len(ids)), hidden.shape[-1])
+        context[:, : len(ids)] = hidden
+        return context
+
+    def _run(self, ids: list[int], on_block: OnBlock | None) -> Tensor:
+        """Token ids (n) -> hidden states (1, n, hidden_size).
+
+        Only the prompt's own tokens are computed. That equals encoding 512 padded and masked ones: a masked key has
+        weight zero, and relative positions do not depend on the length.
+        """
+        blocks = self.model.encoder.block
+        tokens = torch.tensor([ids], device=self.model.shared.weight.device)
+        with ExitStack() as hooks:
+            if on_block is not None:
+                for index, block in enumerate(blocks):
+                    hook = _before(on_block, index, len(blocks))
+                    hooks.callback(block.register_forward_pre_hook(hook).remove)
+            return self.model(inputs_embeds=self.model.shared(tokens).float()).last_hidden_state
+
+
+def _before(on_block: OnBlock, index: int, total: int) -> Callable[[nn.Module, object], None]:
+    def hook(block: nn.Module, args: object) -> None:
+        on_block(index, total)
+
+    return hook
+
+
+def load(
+    path: Path, *, tokenizer: Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> UMT5:
+    """Load a umT5 encoder and the tokenizer that belongs to it.
+
+    path: Wan's models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_fp16.safetensors, or transformers' file or folder.
+    tokenizer: a tokenizer.json or sentencepiece model, or its folder; None looks inside and beside the checkpoint.
+    dtype: how the weights are held (float32, bfloat16, float16; None as in the file). Arithmetic is always float32.
+    Raises CheckpointError, before any weight is read, for files that are no umT5 encoder, quantised ones, and a missing
+    or foreign tokenizer.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype}: expected one of {', '.join(map(str, DTYPES))}, or None for the file's own")
+    header = read_header(path)
+    rename = renames(header)
+    found = sizes(header, rename)
+    words = find_tokenizer(header, tokenizer, found.vocab_size)
+    model = _empty(found)
+    assign(
+        model,
+        header,
+        rename=rename,
+        dtype=lambda name: torch.float32 if name == FINAL_NORM else dtype,
+        device=device,
+    )
+    model.set_input_embeddings(model.shared)
+    for index, block in enumerate(model.encoder.block):
+        model.encoder.block[index] = Widened(block)
+    return UMT5(header.path, model.eval().requires_grad_(False), words)
+
+
+def _empty(found: Sizes) -> "UMT5EncoderModel":
+    """The network on the meta device, without the second name of its tied embedding."""
+    try:
+        # Here and not at the top: it takes seconds, and only a load needs it.
+        from transformers import UMT5Config, UMT5EncoderModel
+    except ImportError as error:
+        raise ImportError(
+            f"transformers' UMT5EncoderModel cannot be imported ({error.__cause__ or error}); install transformers >= 4.50, "
+            f"and torchvision, if present, in the build made for torch {torch.__version__}"
+        ) from error
+    config = UMT5Config(
+        vocab_size=found.vocab_size,
+        d_model=found.hidden_size,
+        d_kv=found.head_dim,
+        d_ff=found.ffn_size,
+        num_layers=found.num_layers,
+        num_heads=found.num_heads,
+        relative_attention_num_buckets=found.num_buckets,
+        feed_forward_proj="gated-gelu",
+        attn_implementation="eager",  # type: ignore[call-arg]  # read by PreTrainedConfig
+    )
+    with torch.device("meta"):
+        model = UMT5EncoderModel(config)
+    model.encoder.set_input_embeddings(None)
+    return model

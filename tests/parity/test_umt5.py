@@ -1,0 +1,158 @@
+"""Our umT5 against transformers' own and ComfyUI's own: tiny random weights, CPU, float32."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import tiny_umt5
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightx2v.text.layout import to_original_layout
+from lightx2v.text.umt5 import UMT5, load
+
+PROMPTS = ["", "a small red cat runs", "two dogs sleep near old wooden boats, " * 8, "红猫 zebra (cat:1.3)"]
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return tiny_umt5.state_dict()
+
+
+@pytest.fixture(scope="module")
+def proto() -> bytes:
+    return tiny_umt5.train_sentencepiece()
+
+
+@pytest.fixture(scope="module")
+def encoder(state, proto, tmp_path_factory) -> UMT5:
+    return load(tiny_umt5.save_single(tmp_path_factory.mktemp("umt5"), state, proto))
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def padded(encoder: UMT5, prompt: str, length: int = 512) -> tuple[Tensor, Tensor]:
+    """ids and mask, both (1, length), of a prompt that needs no cleaning."""
+    ids = encoder.tokenizer.encode(prompt.strip())
+    assert len(ids) <= length
+    mask = torch.zeros(1, length, dtype=torch.long)
+    mask[:, : len(ids)] = 1
+    return torch.tensor([ids + [0] * (length - len(ids))]), mask
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_equals_transformers_on_padded_and_masked_tokens(encoder, state, prompt, attention):
+    theirs = tiny_umt5.reference(state)
+    if hasattr(theirs, "set_attn_implementation"):
+        theirs.set_attn_implementation(attention)
+    ids, mask = padded(encoder, prompt)
+    expected = theirs(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+    ours = encoder.encode(prompt)
+    assert ours.shape == (1, 512, tiny_umt5.SIZES["d_model"]) and ours.dtype == torch.float32
+    assert relative(ours, expected) < 1e-6
+    assert not ours[:, int(mask.sum()) :].any()
+
+
+@torch.no_grad()
+def test_attention_in_these_weights_is_far_from_flat(encoder, state):
+    """Otherwise a wrong position table or a dropped scale would hide below the bound."""
+    theirs = tiny_umt5.reference(state)
+    theirs.set_attn_implementation("eager")
+    ids, mask = padded(encoder, PROMPTS[2])
+    n = int(mask.sum())
+    for weights in theirs(input_ids=ids[:, :n], output_attentions=True).attentions:
+        assert weights.amax(-1).mean() > 10 / n
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.no_grad()
+def test_equals_comfyui_network(comfy, encoder, state, prompt):
+    t5 = importlib.import_module("comfy.text_encoders.t5")
+    ops = importlib.import_module("comfy.ops")
+    config = json.loads((Path(t5.__file__).parent / "umt5_config_xxl.json").read_text()) | tiny_umt5.SIZES
+    theirs = t5.T5(config, torch.float32, "cpu", ops.manual_cast)
+    theirs.load_state_dict(state)
+    ids, mask = padded(encoder, prompt)
+    expected = theirs(ids, mask, dtype=torch.float32)[0] * mask[..., None]
+    assert relative(encoder.encode(prompt), expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_equals_comfyui_text_encode(comfy, tmp_path, proto, dtype):
+    """What CLIPTextEncode gives for the same file: same tokens, length, zero rows and values, from half weights too."""
+    sd = importlib.import_module("comfy.sd")
+    # ComfyUI knows umT5-xxl by its 24 blocks and width 4096; the rest may be small.
+    sizes = {"d_ff": 16, "d_kv": 8, "num_heads": 2, "vocab_size": 256}
+    full = tiny_umt5.state_dict({**sizes, "d_model": 4096, "num_layers": 24}, seed=1)
+    full = {name: tensor.to(dtype) for name, tensor in full.items()} | tiny_umt5.embedded(proto)
+    save_file(full, tmp_path / "umt5.safetensors")
+    ours = load(tmp_path / "umt5.safetensors")
+    native = sd.load_text_encoder_state_dicts(
+        [full], clip_type=sd.CLIPType.WAN, model_options={"umt5xxl_model_config": sizes, "dtype": dtype}
+    )
+    for prompt in ["", "a small red cat runs over sand", "two dogs sleep " * 200]:
+        ((expected, _),) = native.encode_from_tokens_scheduled(native.tokenize(prompt))
+        context = ours.encode(prompt)
+        assert context.shape == expected.shape
+        assert torch.equal(context.abs().sum(-1) == 0, expected.abs().sum(-1) == 0)
+        # Through 24 float32 layers either side is 0.6e-6 to 1.6e-6 away from float64.
+        assert relative(context, expected) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_files_are_computed_in_float32(state, proto, tmp_path, dtype):
+    half = {name: tensor.to(dtype) for name, tensor in state.items()}
+    ours = load(tiny_umt5.save_single(tmp_path, half, proto))
+    assert {p.dtype for name, p in ours.model.named_parameters() if "final" not in name} == {dtype}
+    theirs = tiny_umt5.reference({name: tensor.float() for name, tensor in half.items()})
+    ids, mask = padded(ours, PROMPTS[2])
+    expected = theirs(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+    assert relative(ours.encode(PROMPTS[2]), expected) < 1e-6
+
+
+@torch.no_grad()
+def test_residuals_beyond_float16_survive(state, proto, tmp_path):
+    loud = {name: tensor * (30000 if name.endswith("wo.weight") else 1) for name, tensor in state.items()}
+    half = {name: tensor.half() for name, tensor in loud.items()}
+    naive = tiny_umt5.reference({name: tensor.float() for name, tensor in half.items()}).half()
+    ours = load(tiny_umt5.save_single(tmp_path, half, proto))
+    ids, mask = padded(ours, PROMPTS[1])
+    n = int(mask.sum())
+    half_arithmetic = naive(input_ids=ids[:, :n]).last_hidden_state.float()
+    expected = naive.float()(input_ids=ids[:, :n]).last_hidden_state
+    assert relative(half_arithmetic, expected) > 0.05  # float16 arithmetic does hit its ceiling with these weights
+    assert relative(ours.encode(PROMPTS[1])[:, :n], expected) < 1e-6
+
+
+def test_every_layout_gives_the_same_conditioning(encoder, state, proto, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(proto)
+    vocabulary = tmp_path / "spiece.model"
+    torch.save(to_original_layout(state), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    save_file(to_original_layout(state), tmp_path / "original.safetensors")
+    single = tiny_umt5.save_single(tmp_path / "single", state, None)
+    tied = {n.replace("shared.", "encoder.embed_tokens."): t for n, t in state.items()}
+    save_file(tied, tmp_path / "tied_name.safetensors")
+    save_file(tied | {"shared.weight": state["shared.weight"].clone()}, tmp_path / "both_names.safetensors")
+    tiny_umt5.reference(state).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    for path in [
+        tmp_path / "models_t5_umt5-xxl-enc-bf16.pth",
+        tmp_path / "original.safetensors",
+        single,
+        tmp_path / "tied_name.safetensors",
+        tmp_path / "both_names.safetensors",
+        tmp_path / "sharded",
+    ]:
+        other = load(path, tokenizer=vocabulary)
+        for prompt in PROMPTS:
+            assert torch.equal(other.encode(prompt), encoder.encode(prompt)), path
