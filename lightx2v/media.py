@@ -1,0 +1,48 @@
+"""Frames to files."""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def to_frames(video: Tensor) -> Tensor:
+    """Decoded video (1, 3, F, H, W) in [-1, 1] -> (F, H, W, 3) float32 in [0, 1]."""
+    if video.ndim != 5 or video.shape[:2] != (1, 3):
+        raise ValueError(f"video is {tuple(video.shape)}; expected (1, 3, F, H, W)")
+    return ((video[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).contiguous()
+
+
+def save_mp4(frames: Tensor, path: str | Path, fps: int, *, comment: str = "") -> Path:
+    """Write (F, H, W, 3) float frames in [0, 1] as H.264 (yuv420p, CRF 18); the file appears whole or not at all.
+
+    comment: stored in the file's metadata. Raises ValueError for other shapes, suffixes and odd sizes.
+    """
+    import av
+
+    path = Path(path)
+    if frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {tuple(frames.shape)}; expected (F, H, W, 3)")
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"{path}: only .mp4 can be written; name the file something.mp4")
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"{width}x{height} px: H.264 with yuv420p needs an even width and height")
+    pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
+    try:
+        with av.open(str(partial), "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
+            if comment:
+                container.metadata["comment"] = comment
+            stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for image in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
