@@ -148,8 +148,8 @@ def _empty(found: Sizes) -> "UMT5EncoderModel":
         from transformers import UMT5Config, UMT5EncoderModel
     except ImportError as error:
         raise ImportError(
-            f"transformers' UMT5EncoderModel cannot be imported ({error.__cause__ or error}); install transformers >= 4.50, "
-            f"and torchvision, if present, in the build made for torch {torch.__version__}"
+            f"transformers' UMT5EncoderModel cannot be imported ({error.__cause__ or error}); "
+            f"install transformers >= 4.50, and torchvision (if any) in the build made for torch {torch.__version__}"
         ) from error
     config = UMT5Config(
         vocab_size=found.vocab_size,
