@@ -57,10 +57,11 @@ def wan(steps: int, shift: float) -> Schedule:
     Source: Wan2.1 wan/utils/fm_solvers_unipc.py, set_timesteps.
     """
     _require(steps, shift)
-    line = torch.linspace(1 - 1 / TRAIN_STEPS, 0, steps + 1, dtype=torch.float64)[:-1]
-    sigmas = shifted(line, shift).float().tolist()
-    timesteps = [float(int(sigma * TRAIN_STEPS)) for sigma in shifted(line, shift).tolist()]
-    return Schedule((*sigmas, 0.0), tuple(timesteps))
+    first = torch.tensor(1 - 1 / TRAIN_STEPS, dtype=torch.float32).item()  # Wan keeps it in float32
+    line = torch.linspace(first, 0, steps + 1, dtype=torch.float64)[:-1]
+    levels = shifted(line, shift)
+    timesteps = tuple(float(int(sigma * TRAIN_STEPS)) for sigma in levels.tolist())
+    return Schedule((*levels.float().tolist(), 0.0), timesteps)
 
 
 def listed(denoising_step_list: Sequence[int], shift: float) -> Schedule:

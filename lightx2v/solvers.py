@@ -39,7 +39,7 @@ class UniPC:
         self._estimates = [*self._estimates[-1:], (x0, current)]
         last = step.index == step.total - 1
         usable = [lam for _, lam in self._estimates if math.isfinite(lam)]
-        self._order = 1 if last else min(2, len(usable))
+        self._order = 1 if last else max(1, min(2, len(usable)))
         self._previous = (latents, step.sigma)
         return self._predict(latents, step)
 
