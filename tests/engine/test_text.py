@@ -135,7 +135,7 @@ def test_unusable_tokenizers_are_refused(state, proto, tmp_path):
         "config.json": (b'{"vocab_size": 1}', "not a tokenizer.json"),
         "binary.json": (b"\xff\xfe\x00", "not a tokenizer.json"),
         "llama.model": (tiny_umt5.train_sentencepiece(bos_id=1, eos_id=2, unk_id=0, pad_id=-1), "expected </s>"),
-        "large.model": (tiny_umt5.train_sentencepiece(300), "do not belong together"),
+        "large.model": (tiny_umt5.train_sentencepiece(400, byte_fallback=True), "do not belong together"),
     }
     for name, (content, message) in bad.items():
         (tmp_path / name).write_bytes(content)
