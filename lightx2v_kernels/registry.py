@@ -85,7 +85,7 @@ class Backend:
         if self.min_sm or self.max_sm:
             reasons.extend(_sm_reasons(device, self.min_sm, self.max_sm))
         if self.dtypes and dtype not in self.dtypes:
-            reasons.append(f"needs dtype {_listed(map(_short, self.dtypes))}, got {_short(dtype)}")
+            reasons.append(f"needs dtype {_listed(sorted(map(_short, self.dtypes)))}, got {_short(dtype)}")
         if self.head_dims and head_dim not in self.head_dims:
             reasons.append(f"needs head_dim {_listed(map(str, sorted(self.head_dims)))}, got {head_dim}")
         return "; ".join(reasons) or None

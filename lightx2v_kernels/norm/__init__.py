@@ -19,19 +19,20 @@ from lightx2v_kernels.registry import Op
 
 
 def rms_norm_examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[tuple[Any, ...], ...]:
-    """A projection of two heads, and one third of a fused projection (strided rows)."""
+    """A projection of two heads, and one third of a fused projection (strided rows) under an fp32 weight."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 33, 3, 2 * head_dim, generator=generator).to(device, dtype)
     weight = (1 + 0.2 * torch.randn(2 * head_dim, generator=generator)).to(device, dtype)
-    return (x[:, :, 0].contiguous(), weight, 1e-6), (x[:, :, 1], weight, 1e-6)
+    return (x[:, :, 0].contiguous(), weight, 1e-6), (x[:, :, 1], weight.float(), 1e-6)
 
 
 def layer_norm_examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[tuple[Any, ...], ...]:
-    """With weight and bias, and bare. The mean is far from zero, so that leaving it in shows."""
+    """With weight and bias, with both in fp32, and bare. The mean is far from zero, so that leaving it in shows."""
     generator = torch.Generator().manual_seed(0)
     x = (1 + torch.randn(2, 33, 3, 2 * head_dim, generator=generator)).to(device, dtype)
     weight, bias = torch.randn(2, 2 * head_dim, generator=generator).to(device, dtype).unbind(0)
-    return (x[:, :, 0].contiguous(), weight, bias, 1e-6), (x[:, :, 1], None, None, 1e-6)
+    affine = (weight, bias), (weight.float(), bias.float()), (None, None)
+    return tuple((x[:, :, i].contiguous() if i == 0 else x[:, :, i], *affine[i], 1e-6) for i in range(3))
 
 
 OPS = (Op("rms_norm", rms_norm, rms_norm_examples), Op("layer_norm", layer_norm, layer_norm_examples))
