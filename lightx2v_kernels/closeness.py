@@ -6,7 +6,8 @@ softmaxed values in fp32 are 1e-6 apart). No tolerance per shape or per kernel. 
 (Dao-AILab), tests/test_flash_attn.py.
 
 Two distances are held to it, because each is blind where the other sees: the root-mean-square one (a few per cent of
-everything is wrong) and the largest single one (one element in a million is wrong).
+everything is wrong) and the largest single one (one element in a million is wrong). A maximum is a noisy statistic, so
+the second gets twice the slack: the backward of PyTorch's fp32 attention peaks at 2.8 times the error of the plain one.
 """
 
 import torch
@@ -51,9 +52,9 @@ def why_too_far(out: Tensor, reference: Tensor, baseline: Tensor) -> str | None:
         return f"shape {tuple(out.shape)}, expected {tuple(reference.shape)} (baseline {tuple(baseline.shape)})"
     if not torch.isfinite(out).all():
         return f"{int((~torch.isfinite(out)).sum())} of {out.numel()} values are not finite"
-    for kind, error in (("relative error", relative_error), ("peak error", peak_error)):
+    for kind, error, slack in (("relative error", relative_error, 1), ("peak error", peak_error, 2)):
         plain = error(baseline, reference)
-        limit = 2 * plain + rounding_floor(out.dtype)
+        limit = slack * (2 * plain + rounding_floor(out.dtype))
         # Written as "not <=" so that a NaN in the reference or the baseline fails too.
         if not (found := error(out, reference)) <= limit:
             return f"{kind} {found:.2e} is above {limit:.2e} (plain PyTorch at {out.dtype}: {plain:.2e})"

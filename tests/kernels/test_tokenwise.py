@@ -107,6 +107,15 @@ def test_statistics_are_fp32_where_fp16_squares_overflow(op: str, name: str, dev
         assert_backend(registry.registry(op).op, backend, args, truth(op, args))
 
 
+@pytest.mark.parametrize(("op", "name"), [pair for pair in PAIRS if pair[0] in ("rms_norm", "layer_norm", "modulate")])
+def test_eps_is_added_to_the_mean_square(op: str, name: str, device: torch.device) -> None:
+    """Tokens whose mean square is as small as eps: leaving eps out, or outside the root, halves or doubles the result."""
+    backend = backend_or_skip(op, name, device, torch.float32)
+    for args in arguments(op, 33, device, torch.float32, strided=False):
+        args = ((args[0] - args[0].mean(-1, keepdim=True)) * EPS**0.5, *args[1:])
+        assert_backend(registry.registry(op).op, backend, args, truth(op, args))
+
+
 def test_rope_turns_each_pair_by_its_own_angle() -> None:
     """A quarter turn sends (1, 0) to (0, 1); token 0 and the second pair stay."""
     x = torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(1, 2, 1, 4)
