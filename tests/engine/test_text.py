@@ -42,6 +42,7 @@ def encoder(state, proto, tmp_path_factory) -> UMT5:
         ("  a\tcat \n\n runs  ", "a cat runs"),
         ("cats &amp; dogs", "cats & dogs"),
         ("a &amp;lt;cat&amp;gt;", "a <cat>"),
+        ("<b> &amp;lt;cat", "<b> <cat"),  # where there are tags ftfy itself undoes no escapes
         ("the cat\u2019s \u201ctoy\u201d", 'the cat\'s "toy"'),  # ftfy straightens quotes
         ("cafÃ© at night", "café at night"),
         ("ｆｕｌｌ　ｗｉｄｔｈ", "full width"),

@@ -1,14 +1,16 @@
-"""Our umT5 against transformers' own and ComfyUI's own: tiny random weights, CPU, float32."""
+"""Our umT5 against transformers' own, ComfyUI's own and Wan's formulas: tiny random weights, CPU, float32."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import tiny_umt5
 import torch
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -132,6 +134,59 @@ def test_residuals_beyond_float16_survive(state, proto, tmp_path):
     expected = naive.float()(input_ids=ids[:, :n]).last_hidden_state
     assert relative(half_arithmetic, expected) > 0.05  # float16 arithmetic does hit its ceiling with these weights
     assert relative(ours.encode(PROMPTS[1])[:, :n], expected) < 1e-6
+
+
+def wan_encoder(weights: dict[str, Tensor], ids: Tensor, num_heads: int) -> Tensor:
+    """The encoder written out over Wan's own names, so that no table of ours says which weight does what.
+
+    ids (L) -> (L, D). Sources: Raffel et al. 2020 (T5), Shazeer 2020 (gated GELU), and what the names stand for in
+    Wan-Video/Wan2.1, wan/modules/t5.py: `gate` goes through GELU and multiplies `fc1`; every block has its own position table.
+    """
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[name]
+
+    def heads(x: Tensor, name: str) -> Tensor:
+        return rearrange(x @ weights[name].T, "l (h d) -> h l d", h=num_heads)
+
+    x = weights["token_embedding.weight"][ids]
+    buckets = torch.tensor([[wan_bucket(key - query) for key in range(len(ids))] for query in range(len(ids))])
+    for index in range(sum(name.endswith("norm1.weight") for name in weights)):
+        block = f"blocks.{index}."
+        y = norm(x, block + "norm1.weight")
+        q, k, v = (heads(y, f"{block}attn.{name}.weight") for name in "qkv")
+        bias = rearrange(weights[block + "pos_embedding.embedding.weight"][buckets], "l s h -> h l s")
+        attended = (q @ k.mT + bias).softmax(-1) @ v
+        x = x + rearrange(attended, "h l d -> l (h d)") @ weights[block + "attn.o.weight"].T
+        y = norm(x, block + "norm2.weight")
+        gate = torch.nn.functional.gelu(y @ weights[block + "ffn.gate.0.weight"].T, approximate="tanh")
+        x = x + (gate * (y @ weights[block + "ffn.fc1.weight"].T)) @ weights[block + "ffn.fc2.weight"].T
+    return norm(x, "norm.weight")
+
+
+def wan_bucket(distance: int) -> int:
+    """T5's bucket of a signed distance: 32 of them, half for each side, exact below 8, logarithmic up to 128."""
+    side, distance = (16 if distance > 0 else 0), abs(distance)
+    if distance < 8:
+        return side + distance
+    return side + min(15, 8 + int(math.log(distance / 8) / math.log(128 / 8) * 8))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_wans_names_mean_what_wan_means_by_them(proto, tmp_path, prompt):
+    generator = torch.Generator().manual_seed(5)
+    shapes = {name: tensor.shape for name, tensor in to_original_layout(tiny_umt5.state_dict()).items()}
+    weights = {
+        name: (1.0 if "norm" in name else 0.0)
+        + torch.randn(shape, generator=generator) * (1.0 if "embedding" in name else 0.3 if "norm" in name else 0.07)
+        for name, shape in shapes.items()
+    }
+    torch.save(weights, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    (tmp_path / "spiece.model").write_bytes(proto)
+    ours = load(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    ids = torch.tensor(ours.tokenizer.encode(prompt.strip()))
+    exact = wan_encoder({name: tensor.double() for name, tensor in weights.items()}, ids, tiny_umt5.SIZES["num_heads"])
+    assert relative(ours.encode(prompt)[0, : len(ids)], exact) < 1e-6
 
 
 def test_every_layout_gives_the_same_conditioning(encoder, state, proto, tmp_path):
