@@ -140,7 +140,8 @@ def wan_encoder(weights: dict[str, Tensor], ids: Tensor, num_heads: int) -> Tens
     """The encoder written out over Wan's own names, so that no table of ours says which weight does what.
 
     ids (L) -> (L, D). Sources: Raffel et al. 2020 (T5), Shazeer 2020 (gated GELU), and what the names stand for in
-    Wan-Video/Wan2.1, wan/modules/t5.py: `gate` goes through GELU and multiplies `fc1`; every block has its own position table.
+    Wan-Video/Wan2.1, wan/modules/t5.py: `gate` goes through GELU and multiplies `fc1`; every block has its own
+    position table.
     """
 
     def norm(x: Tensor, name: str) -> Tensor:
