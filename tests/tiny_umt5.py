@@ -40,9 +40,9 @@ def state_dict(sizes: dict[str, int] = SIZES, seed: int = 0) -> dict[str, Tensor
     return state
 
 
-def reference(state: dict[str, Tensor], sizes: dict[str, int] = SIZES) -> UMT5EncoderModel:
+def reference(state: dict[str, Tensor], sizes: dict[str, int] = SIZES, **options: object) -> UMT5EncoderModel:
     """transformers' encoder, built and loaded the ordinary way."""
-    model = UMT5EncoderModel(UMT5Config(**sizes, dropout_rate=0.0))
+    model = UMT5EncoderModel(UMT5Config(**sizes, **options))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected
     model.tie_weights()

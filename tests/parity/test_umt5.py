@@ -49,12 +49,10 @@ def padded(encoder: UMT5, prompt: str, length: int = 512) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", [{}, {"attn_implementation": "eager"}], ids=["default attention", "eager"])
 @torch.no_grad()
-def test_equals_transformers_on_padded_and_masked_tokens(encoder, state, prompt, attention):
-    theirs = tiny_umt5.reference(state)
-    if hasattr(theirs, "set_attn_implementation"):
-        theirs.set_attn_implementation(attention)
+def test_equals_transformers_on_padded_and_masked_tokens(encoder, state, prompt, options):
+    theirs = tiny_umt5.reference(state, **options)
     ids, mask = padded(encoder, prompt)
     expected = theirs(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
     ours = encoder.encode(prompt)
@@ -66,8 +64,7 @@ def test_equals_transformers_on_padded_and_masked_tokens(encoder, state, prompt,
 @torch.no_grad()
 def test_attention_in_these_weights_is_far_from_flat(encoder, state):
     """Otherwise a wrong position table or a dropped scale would hide below the bound."""
-    theirs = tiny_umt5.reference(state)
-    theirs.set_attn_implementation("eager")
+    theirs = tiny_umt5.reference(state, attn_implementation="eager")
     ids, mask = padded(encoder, PROMPTS[2])
     n = int(mask.sum())
     for weights in theirs(input_ids=ids[:, :n], output_attentions=True).attentions:
