@@ -253,8 +253,7 @@ def assign(
     dtype: of floating-point weights; None keeps the file's; a function decides per module name.
     Raises CheckpointError for tensors that are missing, unexpected or of another shape, before any weight is read.
     """
-    targets = {rename(name): name for name in header.tensors}
-    targets.pop(None, None)
+    targets = {target: name for name in header.tensors if (target := rename(name)) is not None}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check_names(header, expected, set(targets))
     for target, name in targets.items():

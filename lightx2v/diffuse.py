@@ -5,8 +5,8 @@ raw VAE space outside, all-zero means empty, noise drawn on the CPU, half-denois
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,28 @@ def schedule_of(sampling: Sampling) -> Schedule:
     return simple(sampling.steps, sampling.shift)
 
 
-def noise_like(latents: Tensor, seed: int) -> Tensor:
-    """Standard normal noise from a CPU generator of its own: the same on every machine, nothing global is seeded."""
+def noise_like(latents: Tensor, seed: int, batch_index: Sequence[int] | None = None) -> Tensor:
+    """Standard normal noise from a CPU generator of its own: the same on every machine, nothing global is seeded.
+
+    batch_index: which of the seed's consecutive videos each entry of the batch is, for latents cut from a batch.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(latents.shape, generator=generator, dtype=torch.float32, device="cpu")
+    if batch_index is None:
+        return torch.randn(latents.shape, generator=generator, dtype=torch.float32, device="cpu")
+    drawn = [
+        torch.randn(1, *latents.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
+        for _ in range(max(batch_index) + 1)
+    ]
+    return torch.cat([drawn[index] for index in batch_index])
+
+
+def _fit_empty(latents: Tensor, channels: int) -> Tensor:
+    """Zeros mean "empty" whatever their channel count or missing T axis; anything else must fit."""
+    if latents.any():
+        return latents
+    if latents.ndim == 4:
+        latents = latents.unsqueeze(2)
+    return latents.new_zeros(latents.shape[0], channels, *latents.shape[2:])
 
 
 def diffuse(
@@ -54,23 +72,24 @@ def diffuse(
     *,
     space: LatentFormat,
     mask: Tensor | None = None,
+    batch_index: Sequence[int] | None = None,
     hooks: Hooks = Hooks(),
     run: RunBlocks = run_blocks,
 ) -> Tensor:
     """Denoise raw latents (B, C, T, H, W) -> raw latents, float32, on the CPU.
 
     latents: raw VAE space; all zeros starts from noise alone; with add_noise=False they carry the noise of start_step.
-    mask: (B|1, 1, T, H, W), 1 where to denoise and 0 where to keep; None denoises everything.
+    mask: 1 where to denoise, 0 where to keep, (H, W) or (B|1, [1,] [T,] H, W) of any size; None denoises everything.
+    batch_index: see noise_like.
     Runs on the device that holds the transformer.
     """
     full = schedule_of(sampling)
     end = len(full.timesteps) if sampling.end_step is None else min(sampling.end_step, len(full.timesteps))
     schedule = full.between(sampling.start_step, end)
     device = next(transformer.parameters()).device
-    empty = not latents.any()
-    clean = torch.zeros_like(latents, dtype=torch.float32) if empty else space.normalize(latents)
-    clean = clean.cpu()
-    noise = noise_like(latents, sampling.seed) if sampling.add_noise else torch.zeros_like(clean)
+    latents = _fit_empty(latents.float().cpu(), space.channels)
+    clean = space.normalize(latents) if latents.any() else latents
+    noise = noise_like(latents, sampling.seed, batch_index) if sampling.add_noise else torch.zeros_like(clean)
     first = schedule.sigmas[0]
     x = (first * noise + (1 - first) * clean).to(device)
     denoise: Denoiser = CFG(
@@ -80,11 +99,22 @@ def diffuse(
         sampling.cfg_scale,
     )
     if mask is not None:
-        denoise = KeepMasked(denoise, clean.to(device), noise.to(device), mask.to(device, torch.float32))
+        denoise = KeepMasked(denoise, clean.to(device), noise.to(device), _fit_mask(mask, latents).to(device))
     _warn(sampling, len(full.timesteps))
     solver = SOLVERS["unipc" if sampling.scheduler == "unipc" else "euler"]()
     out = sample(denoise, x, schedule, solver, _renumbered(hooks.on_step, sampling.start_step, len(full.timesteps)))
     return space.denormalize(out.cpu() / (1 - schedule.sigmas[-1]))
+
+
+def _fit_mask(mask: Tensor, latents: Tensor) -> Tensor:
+    """A mask of any size -> (B|1, 1, T, H, W) of the latents, float32, resized (tri)linearly."""
+    mask = mask.float().cpu()
+    if mask.ndim < 5:
+        mask = mask.reshape(-1, 1, 1, *mask.shape[-2:])
+    t, h, w = latents.shape[2:]
+    if mask.shape[0] not in (1, latents.shape[0]):
+        raise ValueError(f"noise_mask has a batch of {mask.shape[0]}, the latents of {latents.shape[0]}")
+    return torch.nn.functional.interpolate(mask, size=(t, h, w), mode="trilinear", align_corners=False)
 
 
 def _to(cond: Conditioning, device: torch.device) -> Conditioning:
@@ -104,6 +134,6 @@ def _renumbered(on_step: OnStep, start: int, total: int) -> OnStep:
     """Steps as the whole schedule counts them, also when only a part of it runs."""
 
     def call(step: Step, x0: Tensor) -> None:
-        on_step(step._replace(index=start + step.index, total=total), x0)
+        on_step(replace(step, index=start + step.index, total=total), x0)
 
     return call

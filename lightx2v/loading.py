@@ -49,3 +49,13 @@ def load_transformer(
     )
     log.info("%s: %s, computing in %s on %s", info.path.name, info.describe(), dtype, device)
     return transformer.eval()
+
+
+def with_attention(transformer: nn.Module, info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
+    """The same network with the attention of `engine`, sharing every weight with `transformer`."""
+    dtype = compute_dtype(engine, info.dtype, device)
+    kernels = select(attention=engine.attention, device=device, dtype=dtype, head_dim=info.spec.head_dim)
+    with torch.device("meta"):
+        other = info.spec.build(info.config, kernels)
+    other.load_state_dict(transformer.state_dict(), assign=True)
+    return other.eval().requires_grad_(False)

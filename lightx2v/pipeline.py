@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightx2v.config import Engine, Request, Sampling
-from lightx2v.diffuse import Hooks, diffuse
+from lightx2v.diffuse import Hooks, diffuse, schedule_of
 from lightx2v.folder import open_folder
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import identify
@@ -148,6 +149,13 @@ class LightX2VPipeline:
         save_mp4(frames, save_result_path, request.fps, comment=f"prompt: {prompt}\nseed: {seed}")
         return {"video": None}
 
+    def describe(self) -> str:
+        """Model, size and steps of the next video, in one line."""
+        request, sampling = self._request, self._request.sampling
+        steps = len(schedule_of(sampling).timesteps)
+        size = f"{request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps"
+        return f"{self._info.spec.title}, {size}, {steps} {sampling.scheduler} steps on {self._device}"
+
     def _set_engine(self, engine: Engine) -> None:
         if engine != self._engine:
             self._transformer = None
@@ -156,17 +164,15 @@ class LightX2VPipeline:
     def _encode(self, request: Request) -> tuple[Conditioning, Conditioning | None]:
         if self._text_encoder is None:
             folder = self._folder
-            self._text_encoder = umt5.load(
-                folder.text_encoder, tokenizer=folder.tokenizer, dtype=None, device=CPU
-            )
-        encoder = self._text_encoder
-        encoder.model.to(self._device)
+            self._text_encoder = umt5.load(folder.text_encoder, tokenizer=folder.tokenizer, dtype=None, device=CPU)
+        encoder, network = self._text_encoder, cast(nn.Module, self._text_encoder.model)
+        network.to(self._device)
         try:
             cond = Conditioning(encoder.encode(request.prompt))
             guided = request.sampling.cfg_scale != 1
             return cond, Conditioning(encoder.encode(request.negative_prompt)) if guided else None
         finally:
-            encoder.model.to(CPU)
+            network.to(CPU)
 
     def _sample(self, request: Request, cond: Conditioning, uncond: Conditioning | None, hooks: Hooks) -> Tensor:
         resident = CPU if self._engine.offload == "model" else self._device
@@ -177,9 +183,7 @@ class LightX2VPipeline:
         empty = torch.zeros(1, spec.latents.channels, *shape)
         self._transformer.to(self._device)
         try:
-            return diffuse(
-                self._transformer, empty, request.sampling, cond, uncond, space=spec.latents, hooks=hooks
-            )
+            return diffuse(self._transformer, empty, request.sampling, cond, uncond, space=spec.latents, hooks=hooks)
         finally:
             self._transformer.to(resident)
 

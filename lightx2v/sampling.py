@@ -6,8 +6,9 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from lightx2v.schedules import Schedule
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     index: int
     total: int
     sigma: float

@@ -75,3 +75,11 @@ def listed(denoising_step_list: Sequence[int], shift: float) -> Schedule:
         raise ValueError(f"denoising_step_list must fall from at most 1000 to above 0, got {entries}")
     sigmas = shifted(torch.tensor(entries, dtype=torch.float32) / TRAIN_STEPS, shift).tolist()
     return Schedule((*sigmas, 0.0), tuple(TRAIN_STEPS * sigma for sigma in sigmas))
+
+
+def parse_step_list(text: str) -> tuple[int, ...]:
+    """ "1000, 750, 500, 250" -> (1000, 750, 500, 250)."""
+    try:
+        return tuple(int(part) for part in text.replace("[", "").replace("]", "").split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"denoising_step_list {text!r}: write whole numbers like 1000, 750, 500, 250") from error

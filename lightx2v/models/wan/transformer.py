@@ -173,7 +173,9 @@ class WanTransformer(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         tokens = self.patch_embedding(latents.to(dtype))
         grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
-        time = self.time_embedding(sinusoidal(timestep, config.freq_dim).to(self.time_embedding[0].weight.dtype))
+        time = self.time_embedding(
+            sinusoidal(timestep, config.freq_dim).to(self.time_embedding.get_parameter("0.weight").dtype)
+        )
         args = BlockArgs(
             modulation=rearrange(self.time_projection(time).float(), "b (six d) -> b 1 six d", six=6),
             context=self.text_embedding(context.to(dtype)),

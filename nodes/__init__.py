@@ -1,0 +1,25 @@
+"""The ComfyUI nodes: the only part of the pack that knows ComfyUI. No tensor maths and no loop over steps here."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .condition import LightX2VEmptyLatent, LightX2VTextEncode
+from .decode import LightX2VDecode
+from .load import LightX2VLoadModel, LightX2VLoadTextEncoder, LightX2VLoadVAE
+from .sample import LightX2VSampler
+
+
+class LightX2VExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            LightX2VLoadModel,
+            LightX2VLoadTextEncoder,
+            LightX2VTextEncode,
+            LightX2VEmptyLatent,
+            LightX2VSampler,
+            LightX2VLoadVAE,
+            LightX2VDecode,
+        ]
+
+
+async def comfy_entrypoint() -> LightX2VExtension:
+    return LightX2VExtension()

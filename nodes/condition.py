@@ -1,0 +1,86 @@
+"""Prompts and sizes: what a request starts from, in ComfyUI's own CONDITIONING and LATENT."""
+
+import comfy.model_management as mm
+import torch
+from comfy_api.latest import io
+
+from lightx2v.latents import WAN21, LatentFormat
+from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
+from lightx2v.shapes import VideoShape, snap, to_latent
+
+from . import host
+from .load import LoadedTextEncoder
+
+FAMILIES: dict[str, LatentFormat] = {"wan2.1": WAN21}
+PATCH = (1, 2, 2)  # of every family listed here
+
+
+class LightX2VTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="LightX2VTextEncode",
+            display_name="Text Encode (LightX2V)",
+            category="LightX2V/conditioning",
+            description="Encodes a prompt as Wan was trained on it: 512 rows, zeros after the text. The result also "
+            "drives ComfyUI's own samplers.",
+            inputs=[
+                host.TextEncoder.Input("encoder", tooltip="From Load Text Encoder (LightX2V)."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt, up to 511 tokens (about 350 English words); longer text is kept and said. "
+                    "Weights such as (word:1.3) are read literally.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output("conditioning", display_name="conditioning")],
+        )
+
+    @classmethod
+    def execute(cls, encoder: LoadedTextEncoder, text: str) -> io.NodeOutput:
+        device = host.on_gpu(encoder.handle, TEXT_ENCODER_ACTIVATION_BYTES)
+        context = encoder.encoder.encode(text, on_block=host.cancel_point)
+        host.log.debug("encoded %d rows on %s", context.shape[1], device)
+        return io.NodeOutput([[context.to(mm.intermediate_device()), {"pooled_output": None}]])
+
+
+class LightX2VEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="LightX2VEmptyLatent",
+            display_name="Empty Video Latent (LightX2V)",
+            category="LightX2V/latent",
+            description="An empty video of a size the model can make: sizes are snapped to the nearest and said.",
+            inputs=[
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input(
+                    "length",
+                    default=81,
+                    min=1,
+                    max=4097,
+                    step=4,
+                    tooltip="Frames, 4n + 1: 81 frames are 5 seconds at Wan's 16 frames per second.",
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=list(FAMILIES),
+                    default="wan2.1",
+                    tooltip="Latent space of the model: wan2.1 has 16 channels, 8 times fewer pixels a side.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once, usually 1."),
+            ],
+            outputs=[io.Latent.Output("latent", display_name="latent")],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, length: int, family: str, batch_size: int) -> io.NodeOutput:
+        space = FAMILIES[family]
+        video, note = snap(VideoShape(length, height, width), space, PATCH)
+        if note:
+            host.log.warning(note)
+        shape = (batch_size, space.channels, *to_latent(video, space.stride))
+        samples = torch.zeros(shape, device=mm.intermediate_device())
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": space.stride[1]})

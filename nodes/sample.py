@@ -1,0 +1,200 @@
+"""The sampler node: ComfyUI's conditioning and latents in, ComfyUI's latents out."""
+
+from typing import Any
+
+import comfy.model_management as mm
+from comfy_api.latest import io
+from torch import Tensor
+
+from lightx2v.config import SCHEDULERS, Sampling
+from lightx2v.diffuse import Hooks, diffuse
+from lightx2v.guidance import Conditioning
+from lightx2v.schedules import parse_step_list
+from lightx2v_kernels.registry import names
+
+from . import host
+from .load import LoadedTransformer
+
+LAST_STEP = 10000
+NOT_SUPPORTED = ("area", "mask", "hooks", "control", "start_percent", "end_percent", "concat_latent_image")
+
+
+class LightX2VSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return host.schema(
+            node_id="LightX2VSampler",
+            display_name="Sampler (LightX2V)",
+            category="LightX2V/sampling",
+            description="Denoises a video latent. Hands over to and from KSampler (Advanced) at any step.",
+            inputs=[*cls._main_inputs(), *cls._run_inputs(), *cls._optional_inputs()],
+            outputs=[io.Latent.Output("samples", display_name="latent")],
+        )
+
+    @staticmethod
+    def _main_inputs() -> list[io.Input]:
+        return [
+            host.Model.Input("model", tooltip="From Load Model (LightX2V)."),
+            io.Conditioning.Input("positive", tooltip="What to show; from this pack's or ComfyUI's own text encode."),
+            io.Latent.Input("latent", tooltip="An empty video, or latents to go on from."),
+            io.Int.Input(
+                "seed",
+                default=0,
+                min=0,
+                max=2**64 - 1,
+                control_after_generate=True,
+                tooltip="Start of the noise. The same seed gives the same noise as in KSampler.",
+            ),
+            io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Wan: 20 to 50. A 4-step distilled model: 4."),
+            io.Float.Input(
+                "cfg",
+                default=5.0,
+                min=1.0,
+                max=30.0,
+                step=0.1,
+                tooltip="How strongly to follow the prompt. Wan: 5. 1 turns guidance off and halves the time.",
+            ),
+            io.Float.Input(
+                "shift",
+                default=5.0,
+                min=0.1,
+                max=100.0,
+                step=0.1,
+                tooltip="Above 1 spends more steps on coarse structure. Wan2.1: 5 at 720p, 3 at 480p.",
+            ),
+            io.Combo.Input(
+                "scheduler",
+                options=list(SCHEDULERS),
+                default="unipc",
+                tooltip="unipc: Wan's own, order 2. euler: as KSampler's euler with the simple scheduler. "
+                "distilled: the levels of denoising_step_list, for 4-step models.",
+            ),
+        ]
+
+    @staticmethod
+    def _run_inputs() -> list[io.Input]:
+        return [
+            io.Combo.Input(
+                "attention",
+                options=["auto", *names("attention")],
+                default="auto",
+                tooltip="auto: the fastest that passes a self-test on this GPU. A named one runs or says why not.",
+            ),
+            io.Combo.Input(
+                "offload",
+                options=["auto", "model"],
+                default="auto",
+                tooltip="auto: stays on the GPU until ComfyUI needs the room. model: back to RAM after sampling "
+                "(frees 28.6 GB for Wan 14B in bf16).",
+            ),
+            io.Combo.Input(
+                "cache",
+                options=["none"],
+                default="none",
+                tooltip="Reuse of results between steps. none computes all of them: 2 passes a step with cfg above 1.",
+            ),
+        ]
+
+    @staticmethod
+    def _optional_inputs() -> list[io.Input]:
+        return [
+            io.Conditioning.Input("negative", optional=True, tooltip="What to avoid; needed when cfg is above 1."),
+            host.advanced(
+                io.Int.Input(
+                    "start_at_step",
+                    default=0,
+                    min=0,
+                    max=LAST_STEP,
+                    optional=True,
+                    tooltip="First step to run, counted from 0. Above 0 the latent is not regenerated completely.",
+                )
+            ),
+            host.advanced(
+                io.Int.Input(
+                    "end_at_step",
+                    default=LAST_STEP,
+                    min=1,
+                    max=LAST_STEP,
+                    optional=True,
+                    tooltip="Stop before this step and leave the remaining noise in; 10000 runs to the end.",
+                )
+            ),
+            host.advanced(
+                io.Boolean.Input(
+                    "add_noise",
+                    default=True,
+                    optional=True,
+                    tooltip="Off when the latent still carries the noise of another sampler that stopped early.",
+                )
+            ),
+            host.advanced(
+                io.String.Input(
+                    "denoising_step_list",
+                    default="1000, 750, 500, 250",
+                    optional=True,
+                    tooltip="Levels for the distilled scheduler, in thousandths before the shift; replaces steps.",
+                )
+            ),
+        ]
+
+    @classmethod
+    def execute(
+        cls,
+        model: LoadedTransformer,
+        positive: list,
+        latent: dict[str, Any],
+        negative: list | None = None,
+        **widgets: Any,
+    ) -> io.NodeOutput:
+        sampling = _sampling(widgets)
+        if sampling.cfg_scale != 1 and negative is None:
+            raise ValueError(
+                f"cfg is {sampling.cfg_scale:g}, which needs the negative input; connect it or set cfg to 1"
+            )
+        samples: Tensor = latent["samples"]
+        space = model.info.spec.latents
+        host.on_gpu(model, model.activation_bytes(samples))
+        try:
+            out = diffuse(
+                model.network(widgets["attention"]),
+                samples,
+                sampling,
+                _conditioning(positive, "positive"),
+                None if negative is None else _conditioning(negative, "negative"),
+                space=space,
+                mask=latent.get("noise_mask"),
+                batch_index=latent.get("batch_index"),
+                hooks=Hooks(host.step_progress(sampling.steps, "Wan21"), host.cancel_point),
+            )
+        finally:
+            if widgets["offload"] == "model":
+                host.back_to_ram(model)
+        passed_on = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
+        return io.NodeOutput({**passed_on, "samples": out.to(mm.intermediate_device())})
+
+
+def _sampling(widgets: dict[str, Any]) -> Sampling:
+    end = widgets.get("end_at_step", LAST_STEP)
+    return Sampling(
+        seed=widgets["seed"],
+        steps=widgets["steps"],
+        cfg_scale=widgets["cfg"],
+        shift=widgets["shift"],
+        scheduler=widgets["scheduler"],
+        denoising_step_list=parse_step_list(widgets.get("denoising_step_list", "1000, 750, 500, 250")),
+        start_step=widgets.get("start_at_step", 0),
+        end_step=None if end >= LAST_STEP else end,
+        add_noise=widgets.get("add_noise", True),
+    )
+
+
+def _conditioning(native: list, socket: str) -> Conditioning:
+    """ComfyUI's [[tensor (1, L, D), extras]] as the engine's; refuses what would be ignored."""
+    if len(native) != 1:
+        raise ValueError(f"{socket} holds {len(native)} prompts; combined and scheduled prompts are not supported yet")
+    context, extras = native[0]
+    if found := [key for key in NOT_SUPPORTED if extras.get(key) is not None]:
+        raise ValueError(
+            f"{socket} carries {', '.join(found)}, which this sampler does not support yet; remove that node"
+        )
+    return Conditioning(context)
