@@ -96,7 +96,7 @@ def test_cfg_one_runs_the_conditional_pass_only(transformer: nn.Module) -> None:
 
 
 def test_guidance_needs_a_negative(transformer: nn.Module) -> None:
-    with pytest.raises(ValueError, match="cfg_scale=3.0 needs a negative prompt"):
+    with pytest.raises(ValueError, match=r"cfg_scale=3\.0 needs a negative prompt"):
         run(transformer, uncond=None)
 
 
