@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dev import browser, comfyui
-from dev.environment import ENGINE, HOST, REPOSITORY, TEST, prepare
+from dev.environment import ENGINE, HOST, PAGE, REPOSITORY, TEST, prepare
 
 DEMO_MODEL = REPOSITORY / "demo" / "models" / "wan2.1_t2v"
 DEMO_PROMPT = "a red circle moves right on a blue background"
@@ -93,7 +93,7 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _test(rest: Sequence[str]) -> int:
-    python = prepare(ENGINE, HOST, TEST)
+    python = prepare(ENGINE, HOST, PAGE, TEST)
     comfyui.fetch_comfyui(python)
     browser.fetch_browser()
     if rest:
@@ -107,7 +107,7 @@ def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _host(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    python = prepare(ENGINE, HOST)
+    python = prepare(ENGINE, HOST, PAGE)
     root = comfyui.fetch_comfyui(python)
     base = comfyui.HOST / "base"
     comfyui.make_base(base, {comfyui.PACK_NAME: REPOSITORY}, comfyui.demo_models())

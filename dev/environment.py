@@ -17,28 +17,32 @@ LISTS = Path(__file__).resolve().parent
 _NETWORK_WORDS = ("NewConnectionError", "ConnectTimeout", "NameResolutionError", "Max retries exceeded", "ProxyError")
 
 
+# Python packages that only ComfyUI sees: its launcher adds this folder to the path, nothing else does.
+HOST_PACKAGES = REPOSITORY / ".host" / "packages"
+
+
 @dataclass(frozen=True)
 class Layer:
     """Packages that go in together.
 
     content: for whom and how much, told while it installs.
-    nodeps: a second list, installed without what its packages say they depend on.
+    folder: where to put them, without what they say they depend on; None is the environment itself.
     """
 
     name: str
     content: str
     requirements: str
-    nodeps: str | None = None
+    folder: Path | None = None
 
     def stamp(self) -> str:
-        """Changes whenever the lists, or the Python they are for, change."""
-        lists = [LISTS / name for name in (self.requirements, self.nodeps) if name]
-        text = b"\0".join([*(path.read_bytes() for path in lists), sys.version.encode()])
-        return hashlib.sha256(text).hexdigest()
+        """Changes whenever the list, or the Python it is for, changes."""
+        return hashlib.sha256((LISTS / self.requirements).read_bytes() + sys.version.encode()).hexdigest()
 
 
 ENGINE = Layer("engine", "torch and what the engine needs", "requirements-engine.txt")
-HOST = Layer("host", "what ComfyUI needs, and its page", "requirements-host.txt", "requirements-host-nodeps.txt")
+HOST = Layer("host", "what ComfyUI needs", "requirements-host.txt")
+# Not in the environment, where transformers would find a torchvision that it cannot import beside a CPU build of torch.
+PAGE = Layer("page", "ComfyUI's page, torchvision, torchaudio", "requirements-host-nodeps.txt", HOST_PACKAGES)
 TEST = Layer("test", "pytest, ruff, mypy and libraries to compare with", "requirements-test.txt")
 
 
@@ -49,7 +53,7 @@ def prepare(*layers: Layer) -> Path:
     if not python.exists():
         _make(home)
     for layer in layers:
-        record = home / f"lightx2v-{layer.name}.stamp"
+        record = (layer.folder or home) / f"lightx2v-{layer.name}.stamp"
         if not record.exists() or record.read_text(encoding="utf-8") != layer.stamp():
             _install(python, layer)
             record.write_text(layer.stamp(), encoding="utf-8")
@@ -77,10 +81,15 @@ def _make(home: Path) -> None:
 def _install(python: Path, layer: Layer) -> None:
     print(f"Installing {layer.name}: {layer.content} (only this once) ...", flush=True)
     start = time.monotonic()
-    _pip(python, layer, "-r", str(LISTS / layer.requirements))
-    if layer.nodeps:
-        _pip(python, layer, "--no-deps", "-r", str(LISTS / layer.nodeps))
-        _drop_cuda_parts_of_torchaudio(python)
+    into: tuple[str, ...] = ()
+    if layer.folder:
+        shutil.rmtree(layer.folder, ignore_errors=True)
+        into = ("--no-deps", "--target", str(layer.folder))
+    _pip(python, layer, *into, "-r", str(LISTS / layer.requirements))
+    if layer.folder and sys.platform.startswith("linux"):
+        # They look for a CUDA that may not be there. Without them torchaudio runs on Python alone.
+        for library in layer.folder.glob("torchaudio/lib/*.so"):
+            library.unlink()
     print(f"Installed {layer.name} in {time.monotonic() - start:.0f} s.", flush=True)
 
 
@@ -117,13 +126,3 @@ def _pip(python: Path, layer: Layer, *arguments: str) -> None:
         hint = "the network could not be reached; connect, or point pip at a mirror (PIP_INDEX_URL, PIP_FIND_LINKS)"
         cause = hint if any(word in said for word in _NETWORK_WORDS) else "pip's last lines are above"
         raise SystemExit(f"could not install {layer.requirements}: {cause}; its whole output is in {log}")
-
-
-def _drop_cuda_parts_of_torchaudio(python: Path) -> None:
-    """Without its libraries torchaudio runs on Python alone; with them it looks for a CUDA that may not be there."""
-    if not sys.platform.startswith("linux"):
-        return
-    where = "import sysconfig; print(sysconfig.get_paths()['platlib'])"
-    site = subprocess.run([str(python), "-c", where], capture_output=True, text=True, check=True).stdout.strip()
-    for library in Path(site, "torchaudio", "lib").glob("*.so"):
-        library.unlink()

@@ -18,8 +18,15 @@ from pathlib import Path
 _declared: list[object] = []
 
 
+# Written out, because this file runs where nothing of the repository can be imported.
+_PACKAGES = str(Path(__file__).resolve().parent.parent / ".host" / "packages")
+
+
 def admit_torchvision() -> None:
-    """Make `import torchvision` succeed where its C++ operators cannot load; do nothing where they can."""
+    """Make `import torchvision` succeed: find the host's copy, and declare its C++ operators where they cannot load."""
+    if _PACKAGES not in sys.path:
+        # Last: a torchvision of the environment's own goes before this one.
+        sys.path.append(_PACKAGES)
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations or _declared:
         return

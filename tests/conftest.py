@@ -20,10 +20,6 @@ from host.tiny_models import TinyModels, write_tiny_models
 NO_COMFYUI = "no ComfyUI: set COMFYUI_PATH, or let `python dev.py test` fetch one into .host/"
 
 
-# transformers, diffusers and ComfyUI import torchvision, the tests' modules import those while pytest collects.
-admit_torchvision()
-
-
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """Seed torch, and fill what torch.empty returns with NaN, so that an output left unwritten fails its test."""
@@ -42,6 +38,7 @@ def comfy() -> ModuleType:
     root = find_comfyui()
     if root is None:
         pytest.skip(NO_COMFYUI)
+    admit_torchvision()
     # Last on the path, so that nothing at its top level shadows a module of this repository.
     if str(root) not in sys.path:
         sys.path.append(str(root))
