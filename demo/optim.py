@@ -1,0 +1,147 @@
+"""The optimiser of the demo models: orthogonalised momentum for hidden matrices, AdamW for everything else.
+
+Weights may rest in bfloat16, as they do at inference; the optimiser keeps float32 masters and averages those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Learning rates are per step at the schedule's plateau; `average` is the decay of the weight average."""
+
+    rate: float  # AdamW
+    matrix_rate: float  # orthogonalised updates, scaled to the size that AdamW's have
+    betas: tuple[float, float] = (0.9, 0.99)
+    momentum: float = 0.95
+    matrix_decay: float = 0.0
+    average: float = 0.9985
+    clip: float = 1.0
+
+
+def orthogonalise(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """(N, R, C) -> the nearest matrices whose singular values are all about 1, by a quintic Newton-Schulz iteration.
+
+    Coefficients: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.transpose(1, 2)
+    x = wide.bfloat16() if matrices.is_cuda else wide.float()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        gram = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    x = x.to(matrices.dtype)
+    return x if matrices.shape[1] <= matrices.shape[2] else x.transpose(1, 2)
+
+
+def plateau(progress: float, *, warm: float, decay: float) -> float:
+    """Schedule over progress 0..1: a rise over `warm`, a plateau at 1, a line to almost 0 over the last `decay`."""
+    if progress < warm:
+        return max(progress / warm, 0.02)
+    return min(1.0, max((1 - progress) / decay, 0.003))
+
+
+class Optimizer:
+    """Trains the parameters of some modules; call `step` after backward."""
+
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], settings: Settings, is_matrix: Callable[[str, Tensor], bool]
+    ) -> None:
+        kept = [(name, p) for name, p in named if p.requires_grad]
+        self.settings = settings
+        self.names = [name for name, _ in kept]
+        self.weights = [p for _, p in kept]
+        self.masters = [p.detach().float().clone() for p in self.weights]
+        self.averages = [m.clone() for m in self.masters]
+        self.steps = 0
+        shapes: dict[tuple[int, int], list[int]] = {}
+        rest = []
+        for index, (name, p) in enumerate(kept):
+            if is_matrix(name, p):
+                shapes.setdefault((p.shape[0], p[0].numel()), []).append(index)
+            else:
+                rest.append(index)
+        self._rest = rest
+        self._groups = list(shapes.values())
+        device = self.masters[0].device
+        self._momenta = [torch.zeros(len(group), *shape, device=device) for shape, group in shapes.items()]
+        self._first = [torch.zeros_like(self.masters[i]) for i in rest]
+        self._second = [torch.zeros_like(self.masters[i]) for i in rest]
+
+    @torch.no_grad()
+    def step(self, factor: float) -> Tensor:
+        """One update with learning rates times `factor`; clears the gradients and returns their norm (a scalar)."""
+        grads = [
+            p.grad.float() if p.grad is not None else torch.zeros_like(m)
+            for p, m in zip(self.weights, self.masters, strict=True)
+        ]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        torch._foreach_mul_(grads, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
+        self.steps += 1
+        self._adam([grads[i] for i in self._rest], factor)
+        for group, momentum in zip(self._groups, self._momenta, strict=True):
+            self._orthogonal(group, momentum, grads, factor)
+        torch._foreach_copy_([p.data for p in self.weights], self.masters)
+        average = min(self.settings.average, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.averages, self.masters, 1 - average)
+        for p in self.weights:
+            p.grad = None
+        return norm
+
+    def _adam(self, grads: list[Tensor], factor: float) -> None:
+        beta1, beta2 = self.settings.betas
+        torch._foreach_lerp_(self._first, grads, 1 - beta1)
+        torch._foreach_mul_(self._second, beta2)
+        torch._foreach_addcmul_(self._second, grads, grads, 1 - beta2)
+        scale = torch._foreach_sqrt(self._second)
+        torch._foreach_div_(scale, math.sqrt(1 - beta2**self.steps))
+        torch._foreach_add_(scale, 1e-9)
+        size = self.settings.rate * factor / (1 - beta1**self.steps)
+        torch._foreach_addcdiv_([self.masters[i] for i in self._rest], self._first, scale, -size)
+
+    def _orthogonal(self, group: list[int], momentum: Tensor, grads: list[Tensor], factor: float) -> None:
+        stacked = torch.stack([grads[i].reshape(momentum.shape[1:]) for i in group])
+        momentum.mul_(self.settings.momentum).add_(stacked)
+        update = orthogonalise(stacked + self.settings.momentum * momentum)
+        rate = self.settings.matrix_rate * factor
+        # An orthogonal R x C matrix has entries of size 1 / sqrt(max(R, C)); AdamW's updates are about 0.2.
+        size = rate * 0.2 * math.sqrt(max(momentum.shape[1:]))
+        masters = [self.masters[i] for i in group]
+        if self.settings.matrix_decay:
+            torch._foreach_mul_(masters, 1 - rate * self.settings.matrix_decay)
+        torch._foreach_add_(
+            masters, [u.view_as(m) for u, m in zip(update.unbind(0), masters, strict=True)], alpha=-size
+        )
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights by parameter name, float32."""
+        return {name: value.clone() for name, value in zip(self.names, self.averages, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on later."""
+        return {
+            "names": self.names,
+            "steps": self.steps,
+            "tensors": [self.masters, self.averages, self._momenta, self._first, self._second],
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state()` of an optimiser of the same parameters; the weights become its masters."""
+        if state["names"] != self.names:
+            raise ValueError(
+                "the saved optimiser state belongs to other parameters; delete the state folder and start again"
+            )
+        self.steps = state["steps"]
+        mine = [self.masters, self.averages, self._momenta, self._first, self._second]
+        for here, saved in zip(mine, state["tensors"], strict=True):
+            torch._foreach_copy_(here, [value.to(here[0].device) for value in saved])
+        torch._foreach_copy_([p.data for p in self.weights], self.masters)

@@ -1,0 +1,83 @@
+"""Stage 5: the exported files, through the engine's own modules, judged on the held-out pairs.
+
+Same noise, schedule and guidance as `python -m demo.judge`, but many clips at once, which is what a GPU wants.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from demo.grammar import held_out_pairs, parse
+from demo.judge import judge, score
+from demo.stages.export import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
+from demo.stages.run import Run
+from lightx2v.checkpoint import assign, read_header
+from lightx2v.guidance import CFG, Conditioning, velocity_of
+from lightx2v.latents import WAN21
+from lightx2v.models.wan.spec import HEAD_DIM, keep_float32, read_config
+from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.sampling import sample
+from lightx2v.schedules import wan
+from lightx2v.solvers import UniPC
+from lightx2v.text import umt5
+from lightx2v.vae.wan import WanVAE, WanVAEConfig
+from lightx2v_kernels import select
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The parts of an exported folder on one device."""
+
+    transformer: nn.Module
+    encoder: umt5.UMT5
+    vae: WanVAE
+
+
+def load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """Load the files of `demo.stages.export`; the transformer computes in `dtype`."""
+    header = read_header(folder / TRANSFORMER)
+    kernels = select(attention="torch_sdpa", device=device, dtype=dtype, head_dim=HEAD_DIM)
+    with torch.device("meta"):
+        transformer = WanTransformer(read_config(header), kernels)
+    assign(transformer, header, dtype=lambda name: torch.float32 if keep_float32(name) else dtype, device=device)
+    encoder = umt5.load(folder / TEXT_ENCODER, tokenizer=folder / TOKENIZER, device=device)
+    header = read_header(folder / VAE)
+    with torch.device("meta"):
+        vae = WanVAE(WanVAEConfig(base_channels=header.tensors["decoder.head.0.gamma"].shape[0]))
+    assign(vae, header, dtype=torch.float32, device=device)
+    return Loaded(transformer.eval().requires_grad_(False), encoder, vae.eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def generate(loaded: Loaded, pairs: list[tuple[str, int]], steps: int, cfg_scale: float, shift: float) -> Tensor:
+    """Clips (B, 3, 17, 128, 128) in [-1, 1] of (prompt, seed) pairs, on the models' device."""
+    device = next(loaded.transformer.parameters()).device
+    noise = torch.cat([torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(s)) for _, s in pairs])
+    cond = Conditioning(torch.cat([loaded.encoder.encode(prompt) for prompt, _ in pairs]).to(device))
+    uncond = Conditioning(loaded.encoder.encode("").to(device))
+    denoise = CFG(velocity_of(loaded.transformer), cond, uncond if cfg_scale != 1 else None, cfg_scale)
+    latents = sample(denoise, noise.to(device), wan(steps, shift), UniPC())
+    half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    with half:
+        clips = [loaded.vae.reconstruct(part).float() for part in WAN21.denormalize(latents).split(8)]
+    return torch.cat(clips).clamp(-1, 1)
+
+
+def evaluate(
+    run: Run, loaded: Loaded, name: str, *, count: int, steps: int = 20, cfg_scale: float = 4.0
+) -> dict[str, float]:
+    """Judge `count` held-out pairs and report the rates as `name`."""
+    start, pairs, clips = time.monotonic(), held_out_pairs(count), []
+    for first in range(0, count, 50):
+        clips.append(generate(loaded, pairs[first : first + 50], steps, cfg_scale, 5.0))
+    findings = judge(torch.cat(clips))
+    rates = score(findings, [parse(prompt) for prompt, _ in pairs]).rates()
+    extra = {"overlap": round(float(findings.overlap.mean()), 3), "present": round(float(findings.present.mean()), 3)}
+    settings = {"count": count, "steps": steps, "cfg_scale": cfg_scale}
+    run.report(name, {**settings, **rates, **extra, "seconds": round(time.monotonic() - start, 1)})
+    return rates

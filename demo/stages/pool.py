@@ -1,0 +1,117 @@
+"""Stage 2: captioned clips, encoded once. The transformer trains on these latents."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from demo.grammar import Attributes, caption, training_attributes
+from demo.stages.run import Run, save_state
+from demo.tokenizer import PAD, Tokenizer, make_tokenizer
+from demo.world import render, scene_of
+from lightx2v.latents import WAN21
+from lightx2v.vae.wan import WanVAE
+
+CAPTIONS = 4  # a clip
+TOKENS = 31  # longest caption that training sees, </s> included; the grammar's longest has 25
+
+
+@dataclass(frozen=True)
+class Pool:
+    """N clips on the run's device.
+
+    latents: (N, 16, T, h, w) float16, model space. coverage: (N, T, h, w) uint8, 255 where the object is at some time.
+    ids: (N, CAPTIONS, TOKENS) int16, closed by </s>, then padding.
+    """
+
+    latents: Tensor
+    coverage: Tensor
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+
+def tokenizer_of(run: Run) -> Tokenizer:
+    """The run's tokenizer, made at the first call."""
+    path = run.state / "spiece.model"
+    if not path.exists():
+        make_tokenizer(path)
+    return Tokenizer(path)
+
+
+def pad_ids(rows: list[list[int]]) -> Tensor:
+    """Ids of different lengths -> (len(rows), TOKENS) int64, padded."""
+    longest = max(map(len, rows))
+    if longest > TOKENS:
+        raise ValueError(f"a caption has {longest} tokens, training takes {TOKENS}")
+    return torch.tensor([row + [PAD] * (TOKENS - len(row)) for row in rows])
+
+
+def _caption_ids(attributes: list[Attributes], tokenizer: Tokenizer, seed: int) -> Tensor:
+    rng = random.Random(seed)
+    texts = [caption(a, rng) for a in attributes for _ in range(CAPTIONS)]
+    return pad_ids(tokenizer.encode(texts)).view(len(attributes), CAPTIONS, TOKENS).to(torch.int16)
+
+
+def latent_coverage(coverage: Tensor) -> Tensor:
+    """(B, F, H, W) pixel coverage -> (B, T, h, w) uint8: where the object or its edge is during a latent frame."""
+    batch, frames = coverage.shape[:2]
+    cells = F.max_pool2d(coverage, 8)  # (B, F, h, w)
+    cells = torch.cat([cells[:, :1].expand(-1, 4, -1, -1), cells[:, 1:]], 1)
+    cells = cells.unflatten(1, ((frames + 3) // 4, 4)).amax(2)
+    return (F.max_pool2d(cells, 3, 1, 1) * 255).round().to(torch.uint8).view(batch, -1, *cells.shape[-2:])
+
+
+@torch.no_grad()
+def grow_pool(run: Run, vae: WanVAE, pool: Pool | None, clips: int, seconds: float) -> Pool:
+    """Add clips until there are `clips` or the time is over; the same seed and start give the same clips."""
+    start, have = time.monotonic(), len(pool) if pool else 0
+    generator = run.generator(2 + have)
+    attributes = training_attributes(clips - have, seed=run.seed + 777 + have)
+    ids = _caption_ids(attributes, tokenizer_of(run), seed=run.seed + 778 + have)
+    latents, coverage, done = [], [], 0
+    batch = 4 if run.dry else 64
+    while done < len(attributes) and time.monotonic() - start < seconds:
+        drawn = render(scene_of(attributes[done : done + batch], run.device), generator)
+        with run.autocast():
+            raw = vae.posterior(drawn.frames)[0]
+        latents.append(WAN21.normalize(raw).half())
+        coverage.append(latent_coverage(drawn.coverage))
+        done += len(raw)
+        if done % (16 * batch) == 0:
+            run.synchronize()
+    new = Pool(torch.cat(latents), torch.cat(coverage), ids[:done].to(run.device))
+    if pool:
+        new = Pool(*(torch.cat([getattr(pool, f.name), getattr(new, f.name)]) for f in fields(Pool)))
+    probe = new.latents[:2000].float()
+    run.report(
+        "pool",
+        {
+            "clips": len(new),
+            "seconds": round(time.monotonic() - start, 1),
+            "mean_off": round(float(probe.mean((0, 2, 3, 4)).abs().max()), 4),
+            "std": [round(float(v), 3) for v in probe.std((0, 2, 3, 4)).aminmax()],
+        },
+    )
+    save_state(pool_path(run), {f.name: getattr(new, f.name).cpu() for f in fields(Pool)})
+    return new
+
+
+def pool_path(run: Run) -> Path:
+    """Where the pool rests between invocations."""
+    return run.state / "pool.pt"
+
+
+def load_pool(run: Run) -> Pool | None:
+    """The pool of an earlier invocation, or None."""
+    if not pool_path(run).exists():
+        return None
+    saved = torch.load(pool_path(run), map_location=run.device, weights_only=True)
+    return Pool(**saved)

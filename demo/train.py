@@ -1,0 +1,111 @@
+"""Make the demo checkpoints from nothing: autoencoder -> latent pool -> transformer and text encoder -> files -> judge.
+
+    python -m demo.train --state /tmp/state --out out/demo      # goes on where a call with that state stopped
+    python -m demo.train --dry                                  # everything in miniature on a CPU, under a minute
+
+Meant for one large GPU; the shipped files took about 20 minutes of one H100. The same seed draws the same clips and
+captions, but stages end by the clock, so weights are alike and not identical between runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from demo.stages.evaluate import evaluate, load_folder
+from demo.stages.export import export_t2v, export_vae
+from demo.stages.pool import grow_pool, load_pool, tokenizer_of
+from demo.stages.run import Run
+from demo.stages.t2v import train_t2v, warm_up
+from demo.stages.vae import load_vae, train_vae
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--state", type=Path, help="folder of resumable state (default: a temporary one)")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the checkpoints and results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-seconds", type=float, default=150)
+    parser.add_argument("--pool-seconds", type=float, default=45, help="for each call that grows the pool")
+    parser.add_argument("--clips", type=int, default=20_000, help="clips that the pool should hold")
+    parser.add_argument("--t2v-seconds", type=float, default=900, help="of all calls together")
+    parser.add_argument("--call-seconds", type=float, default=10_000, help="save and stop after this long")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="cfg scales to judge at")
+    parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
+    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--dry", action="store_true", help="everything in miniature")
+    return parser.parse_args(argv)
+
+
+def _start_run(args: argparse.Namespace) -> Run:
+    device = torch.device(args.device)
+    state = args.state or Path(tempfile.mkdtemp(prefix="demo-state-"))
+    for folder in (state, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    return Run(
+        device=device,
+        state=state,
+        out=args.out,
+        deadline=time.monotonic() + args.call_seconds,
+        dry=args.dry,
+        compile=device.type == "cuda" and not args.no_compile,
+        seed=args.seed,
+    )
+
+
+def _start_warm_up(args: argparse.Namespace, run: Run) -> subprocess.Popen | None:
+    """Compile the transformer in a second process while the autoencoder trains."""
+    if not run.compile or (run.state / "t2v.pt").exists():
+        return None
+    command = [sys.executable, "-m", "demo.train", "--warm", "--state", str(run.state), "--out", str(run.out)]
+    return subprocess.Popen([*command, "--device", args.device])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages that are not done yet; returns the exit status."""
+    args = _arguments(argv)
+    if args.dry:
+        args.vae_seconds, args.pool_seconds, args.t2v_seconds, args.clips = 3.0, 5.0, 4.0, 16
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    # Every width and window of the autoencoder compiles the same norm again.
+    torch._dynamo.config.recompile_limit = 64
+    run = _start_run(args)
+    vocabulary = len(tokenizer_of(run))
+    if args.warm:
+        warm_up(run, vocabulary)
+        return 0
+    run.log(f"torch {torch.__version__} on {torch.cuda.get_device_name() if run.device.type == 'cuda' else 'cpu'}")
+    helper = _start_warm_up(args, run)
+    vae = load_vae(run) or train_vae(run, args.vae_seconds)
+    export_vae(vae, run.out)
+    pool = load_pool(run)
+    if pool is None or len(pool) < args.clips:
+        pool = grow_pool(run, vae, pool, args.clips, args.pool_seconds)
+    if helper is not None and helper.wait() != 0:
+        raise RuntimeError("compiling the transformer failed (see above); --no-compile does without")
+    weights, progress = train_t2v(run, pool, vocabulary, args.t2v_seconds)
+    del pool
+    export_t2v(run, weights, run.out)
+    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    loaded = load_folder(run.out, run.device, dtype)
+    for guidance in args.guidance:
+        name = f"t2v_{progress:.2f}_cfg{guidance:g}"
+        evaluate(run, loaded, name, count=2 if args.dry else 200, steps=2 if args.dry else 20, cfg_scale=guidance)
+    run.log(f"{progress:.0%} of the transformer's training done")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
