@@ -36,8 +36,8 @@ _START_SECONDS = 30
 
 @contextmanager
 def launch(executable: Path, profile: Path, width: int = 1600, height: int = 1000) -> Iterator[Page]:
-    """Start the browser with an empty `profile` folder and yield its one page."""
-    line = [str(executable), *_FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
+    """Start the browser with an empty `profile` folder and yield its one page, `width` by `height` pixels."""
+    line = [str(executable), *_FLAGS, f"--user-data-dir={profile}", "about:blank"]
     with (profile / "chromium.log").open("wb") as log:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -45,6 +45,9 @@ def launch(executable: Path, profile: Path, width: int = 1600, height: int = 100
         with asyncio.Runner() as runner:
             page = runner.run(_connect(address, runner))
             try:
+                page.send(
+                    "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+                )
                 yield page
             finally:
                 runner.run(page.session.close())

@@ -37,8 +37,9 @@ class Canvas:
         self._arrange()
 
     def _arrange(self) -> None:
-        self.page.evaluate("app.canvas.setDirty(true, true)")
         self.page.wait_for("app.graph._nodes.length > 0")
+        # What is out of sight is not drawn, and its video not loaded.
+        self.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
 
     def node_types(self) -> list[str]:
         """What is on the canvas."""
