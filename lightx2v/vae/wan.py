@@ -8,12 +8,17 @@ The network and its key names are those of Wan-Video/Wan2.1, wan/modules/vae.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightx2v.checkpoint import Header, assign, read_header
+from lightx2v.vae.layouts import require_wan_layout
 
 State = dict[nn.Module, Tensor]
 """Frames (B, C, 1 or 2, h, w) that a layer needs again with the next chunk, keyed by the layer.
@@ -33,13 +38,15 @@ class RMSNorm(nn.Module):
 
     def __init__(self, channels: int, *, frames: bool) -> None:
         super().__init__()
-        self.scale = channels**0.5
         self.gamma = nn.Parameter(torch.ones(channels, *((1, 1, 1) if frames else (1, 1))))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not vector_norm or F.normalize: over dim 1 of contiguous frames these are 5 to 20 times slower on a CPU.
-        square = x.float().square().sum(1, keepdim=True).clamp_min(1e-24)
-        return (x * (self.scale * square.rsqrt()) * self.gamma).to(x.dtype)
+        # |x|^2 + 1e-24 under the root in place of the maximum: the same float32 unless |x| is below 1e-8.
+        # In channels-last memory this is one fused kernel; F.normalize reads and writes several times as much.
+        channels = x.shape[1]
+        rows = x.movedim(1, -1)
+        rows = F.rms_norm(rows, (channels,), self.gamma.flatten().to(x.dtype), 1e-24 / channels)
+        return rows.movedim(-1, 1)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -53,9 +60,7 @@ class CausalConv3d(nn.Conv3d):
         if not lead:
             return convolve(self, x)
         past = None if state is None else state.get(self)
-        if past is None:
-            past = x.new_zeros(*x.shape[:2], lead, *x.shape[3:])
-        x = torch.cat([past, x], 2)
+        x = F.pad(x, (0, 0, 0, 0, lead, 0)) if past is None else torch.cat([past, x], 2)
         if state is not None:
             state[self] = x[:, :, -lead:].clone()
         return convolve(self, x)
@@ -102,9 +107,9 @@ class AttentionBlock(nn.Module):
         frames, batch = fold_time(x)
         n, c, h, w = frames.shape
         # (n, 3c, h, w) -> (n, 1, h w, 3c) -> three times (n, 1, h w, c)
-        q, k, v = self.to_qkv(self.norm(frames)).view(n, 1, 3 * c, h * w).transpose(2, 3).chunk(3, -1)
+        q, k, v = self.to_qkv(self.norm(frames)).reshape(n, 1, 3 * c, h * w).transpose(2, 3).chunk(3, -1)
         y = F.scaled_dot_product_attention(q, k, v)
-        y = self.proj(y.transpose(2, 3).reshape(n, c, h, w))
+        y = self.proj(y.reshape(n, h, w, c).permute(0, 3, 1, 2))
         return x + unfold_time(y, batch)
 
 
@@ -133,7 +138,7 @@ class Upsample(nn.Module):
         if x.shape[2]:
             return torch.cat([first, split_frames(conv(x, state))], 2)
         if state is not None:
-            state[conv] = first.new_zeros(*first.shape[:2], 2, *first.shape[3:])
+            state[conv] = torch.cat([torch.zeros_like(first)] * 2, 2)
         return first
 
 
@@ -222,7 +227,8 @@ class WanVAE(nn.Module):
 
         F is 4n + 1 for a whole clip or its first chunk, 4n for a later chunk.
         """
-        mean, log_variance = pointwise_float32(self.conv1, self.encoder(frames, state)).chunk(2, 1)
+        hidden = self.encoder(frames.contiguous(memory_format=torch.channels_last_3d), state)
+        mean, log_variance = pointwise_float32(self.conv1, hidden).chunk(2, 1)
         return mean, log_variance
 
     def reconstruct(self, raw: Tensor, state: State | None = None) -> Tensor:
@@ -230,7 +236,105 @@ class WanVAE(nn.Module):
 
         F is 4T - 3 for a whole clip or its first chunk, 4T for a later chunk.
         """
-        return self.decoder(pointwise_float32(self.conv2, raw).to(self.conv2.weight.dtype), state)
+        hidden = pointwise_float32(self.conv2, raw).to(self.conv2.weight.dtype)
+        return self.decoder(hidden.contiguous(memory_format=torch.channels_last_3d), state)
+
+
+def config_from_header(header: Header) -> WanVAEConfig:
+    """The widths of a checkpoint in the original or the diffusers layout.
+
+    Raises CheckpointError, which says what the file is, for anything but a Wan2.1 VAE.
+    """
+    base, latent, _ = require_wan_layout(header)
+    return WanVAEConfig(base, latent)
+
+
+def load(path: str | Path, *, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
+    """Read a Wan2.1 VAE or LightVAE of any width: a .safetensors or .pth file, original or diffusers key names.
+
+    Raises CheckpointError when the file is damaged or another kind of model.
+    """
+    header = read_header(path).without_prefix("vae.", "first_stage_model.")
+    base, latent, rename = require_wan_layout(header)
+    with torch.device("meta"):
+        vae = WanVAE(WanVAEConfig(base, latent))
+    assign(vae, header, rename=rename, dtype=dtype, device=device)
+    for parameter in vae.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        elif parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return vae.eval()
+
+
+OnChunk = Callable[[int, int], None]
+"""Called after each chunk with the latent frames done and their total. What it raises ends the work."""
+
+
+def encode(vae: WanVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk | None = None) -> Tensor:
+    """Raw latents (B, z, T, H/8, W/8) float32 of frames (B, 3, F, H, W) in [-1, 1]: the posterior's mean.
+
+    F is 4n + 1, H and W are multiples of 8; else ValueError. After the first frame, `chunk` frames (a multiple of 4) are
+    encoded at a time; more take more memory and give the same latents. The frames may be in main memory while the VAE
+    is on a GPU; the latents are on the VAE's device.
+    """
+    if frames.ndim != 5 or frames.shape[1] != 3:
+        raise ValueError(f"frames are {tuple(frames.shape)}; expected (B, 3, F, H, W)")
+    b, _, count, height, width = frames.shape
+    if count % 4 != 1:
+        raise ValueError(
+            f"{count} frames: expected 4n + 1; drop {(count - 1) % 4} or repeat the last {-(count - 1) % 4}x"
+        )
+    if height % 8 or width % 8 or not height or not width:
+        whole = f"{max(width // 8, 1) * 8}x{max(height // 8, 1) * 8}"
+        raise ValueError(f"frames are {width}x{height} pixels: expected multiples of 8; crop or resize to {whole}")
+    if chunk < 4 or chunk % 4:
+        raise ValueError(f"chunk is {chunk} frames: expected a multiple of 4")
+    weight, total = vae.conv2.weight, (count - 1) // 4 + 1
+    raw = torch.empty(b, vae.config.latent_channels, total, height // 8, width // 8, device=weight.device)
+    state: State = {}
+    with torch.inference_mode():
+        for start, stop in ((0, 1), *((at, min(at + chunk, count)) for at in range(1, count, chunk))):
+            mean, _ = vae.posterior(frames[:, :, start:stop].to(weight), state)
+            done = (stop - 1) // 4 + 1
+            raw[:, :, done - mean.shape[2] : done] = mean
+            if on_chunk is not None:
+                on_chunk(done, total)
+    return raw
+
+
+def decode(
+    vae: WanVAE, raw: Tensor, *, chunk: int = 1, on_chunk: OnChunk | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Frames (B, 3, 4T - 3, 8h, 8w) float32, clamped to [-1, 1], of raw latents (B, z, T, h, w).
+
+    `chunk` latent frames are decoded at a time; more take more memory and give the same frames. They are written into
+    `out`, which is allocated on the VAE's device unless given; it may be in main memory, or of another floating dtype.
+    Raises ValueError for latents or an `out` of another shape.
+    """
+    channels = vae.config.latent_channels
+    if raw.ndim != 5 or raw.shape[1] != channels or not raw.numel():
+        raise ValueError(
+            f"latents are {tuple(raw.shape)}; this VAE decodes (B, {channels}, T, h, w), T, h and w at least 1"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk} latent frames: expected at least 1")
+    b, _, total, h, w = raw.shape
+    shape = (b, 3, 4 * total - 3, 8 * h, 8 * w)
+    if out is None:
+        out = torch.empty(shape, device=vae.conv2.weight.device)
+    elif tuple(out.shape) != shape or not out.is_floating_point():
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; these latents decode to floating point {shape}")
+    state: State = {}
+    with torch.inference_mode():
+        for start in range(0, total, chunk):
+            stop = min(start + chunk, total)
+            frames = vae.reconstruct(raw[:, :, start:stop].to(vae.conv2.weight.device), state)
+            end = 4 * stop - 3
+            out[:, :, end - frames.shape[2] : end] = frames.clamp_(-1, 1)
+            if on_chunk is not None:
+                on_chunk(stop, total)
+    return out
 
 
 def middle(channels: int) -> Chain:
@@ -262,15 +366,22 @@ def pointwise_float32(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def fold_time(x: Tensor) -> tuple[Tensor, int]:
-    """(B, C, t, H, W) -> (B t, C, H, W), and B."""
-    return x.transpose(1, 2).flatten(0, 1), x.shape[0]
+    """(B, C, t, H, W) -> (B t, C, H, W), and B.
+
+    Reshapes rows, as the two functions below do: reshaping frames costs channels-last memory a copy, and where B t is 1
+    it leaves strides that a convolution takes for channels first.
+    """
+    b, c, t, h, w = x.shape
+    return x.permute(0, 2, 3, 4, 1).reshape(b * t, h, w, c).permute(0, 3, 1, 2), b
 
 
 def unfold_time(x: Tensor, batch: int) -> Tensor:
     """(B t, C, H, W) -> (B, C, t, H, W)."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(batch, n // batch, h, w, c).permute(0, 4, 1, 2, 3)
 
 
 def split_frames(x: Tensor) -> Tensor:
     """(B, 2C, t, H, W) -> (B, C, 2t, H, W): the halves of the channels are neighbours in time."""
-    return x.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+    rows = x.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))  # (B, t, H, W, 2, C)
+    return rows.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).contiguous().permute(0, 4, 1, 2, 3)
