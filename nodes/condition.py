@@ -40,7 +40,7 @@ class LightX2VTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, encoder: LoadedTextEncoder, text: str) -> io.NodeOutput:
         device = host.on_gpu(encoder.handle, TEXT_ENCODER_ACTIVATION_BYTES)
-        context = encoder.encoder.encode(text, on_block=host.cancel_point)
+        context = encoder.encoder.encode(text, on_block=host.progress())
         host.log.debug("encoded %d rows on %s", context.shape[1], device)
         return io.NodeOutput([[context.to(mm.intermediate_device()), {"pooled_output": None}]])
 

@@ -73,6 +73,14 @@ def fingerprint(category: str, name: str) -> tuple[str, int, int]:
     return (name, *(_version(path) if path else (0, 0)))
 
 
+class Housed(nn.Module):
+    """A network inside a module of the host's own to write on: ComfyUI keeps its books as attributes of the module."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
 class EngineHandle(comfy.model_patcher.ModelPatcher):
     """A network of ours in ComfyUI's books: it can be asked for, evicted by other models and freed.
 
@@ -122,9 +130,9 @@ def cancel_point(*_: Any) -> None:
     mm.throw_exception_if_processing_interrupted()
 
 
-def progress(total: int) -> Callable[[int, int], None]:
+def progress() -> Callable[[int, int], None]:
     """A progress bar on the running node: call with (done, total). Each call is a cancel point."""
-    bar = comfy.utils.ProgressBar(total)
+    bar = comfy.utils.ProgressBar(1)
 
     def update(done: int, total: int) -> None:
         cancel_point()

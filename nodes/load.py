@@ -31,8 +31,8 @@ class LoadedTransformer(host.EngineHandle):
         """The transformer with the attention backend that the sampler asks for; weights are shared, never copied."""
         if attention != self.engine.attention:
             self.engine = Engine(attention=attention, dtype=self.engine.dtype)
-            self.model.transformer = with_attention(self.model.transformer, self.info, self.engine, self.load_device)
-        return self.model.transformer
+            self.model.network = with_attention(self.model.network, self.info, self.engine, self.load_device)
+        return self.model.network
 
     def activation_bytes(self, samples: Tensor) -> int:
         """Beside the weights, for latents (B, C, T, H, W) or a batch of single frames (B, C, H, W)."""
@@ -40,14 +40,6 @@ class LoadedTransformer(host.EngineHandle):
         return transformer_activation_bytes(
             self.info, shape, compute_dtype(self.engine, self.info.dtype, self.load_device)
         )
-
-
-class Holder(nn.Module):
-    """Keeps the handle's identity while the network inside is rebuilt for another attention backend."""
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
 
 
 class LightX2VLoadModel(io.ComfyNode):
@@ -84,7 +76,7 @@ class LightX2VLoadModel(io.ComfyNode):
     def execute(cls, original_ckpt: str, dtype: str) -> io.NodeOutput:
         info, engine = identify(host.locate("diffusion_models", original_ckpt)), Engine(dtype=dtype)
         device, resting = mm.get_torch_device(), mm.unet_offload_device()
-        handle = LoadedTransformer(Holder(load_transformer(info, engine, device, resting)), device, resting)
+        handle = LoadedTransformer(host.Housed(load_transformer(info, engine, device, resting)), device, resting)
         handle.info, handle.engine = info, engine
         return io.NodeOutput(handle)
 
@@ -122,7 +114,7 @@ class LightX2VLoadTextEncoder(io.ComfyNode):
     def execute(cls, text_encoder: str) -> io.NodeOutput:
         device, resting = mm.text_encoder_device(), mm.text_encoder_offload_device()
         encoder = umt5.load(host.locate("text_encoders", text_encoder), tokenizer=None, dtype=None, device=resting)
-        return io.NodeOutput(LoadedTextEncoder(encoder, host.EngineHandle(encoder.model, device, resting)))
+        return io.NodeOutput(LoadedTextEncoder(encoder, host.EngineHandle(host.Housed(encoder.model), device, resting)))
 
 
 class LightX2VLoadVAE(io.ComfyNode):
@@ -166,20 +158,16 @@ class EngineVAE(comfy.sd.VAE):
         self.patcher = host.EngineHandle(self.first_stage_model, self.device, mm.vae_offload_device())
 
 
-class VAEStage(nn.Module):
+class VAEStage(host.Housed):
     """What the host calls on the network inside a VAE object; both directions report progress and can be cancelled."""
-
-    def __init__(self, network: wan_vae.WanVAE) -> None:
-        super().__init__()
-        self.network = network
 
     def decode(self, raw: Tensor) -> Tensor:
         """raw latents (B, 16, T, h, w) -> (B, 3, F, H, W) float32 in [-1, 1]"""
-        return wan_vae.decode(self.network, raw, on_chunk=host.progress(raw.shape[2]))
+        return wan_vae.decode(self.network, raw, on_chunk=host.progress())
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, F, H, W) in [-1, 1] -> raw latent mean (B, 16, T, h, w) float32"""
-        return wan_vae.encode(self.network, frames, on_chunk=host.progress(frames.shape[2]))
+        return wan_vae.encode(self.network, frames, on_chunk=host.progress())
 
 
 def _is_model(path: Path) -> bool:

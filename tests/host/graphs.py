@@ -31,6 +31,11 @@ def base(models: TinyModels) -> Graph:
     }
 
 
+def random_latent(seed: int = 5) -> dict[str, Any]:
+    """Normal numbers in place of an empty latent of 128x96, 17 frames."""
+    return node("FixtureRandomLatent", seed=seed, channels=16, frames=5, height=12, width=16)
+
+
 def our_sampler(latent: str = "empty", **changes: Any) -> dict[str, Any]:
     inputs = {
         "model": ["ours", 0],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from host.graphs import Graph, base, keep, native_sampler, node, our_sampler
+from host.graphs import Graph, base, keep, native_sampler, node, our_sampler, random_latent
 
 pytestmark = pytest.mark.host
 TOLERANCE = 1e-4
@@ -49,12 +49,12 @@ def test_variations_agree(host, tiny_models, change: str) -> None:
     elif change == "batch":
         graph["empty"]["inputs"]["batch_size"] = 2
     elif change == "noise":
-        graph["empty"] = node("FixtureRandomLatent", seed=5)
+        graph["empty"] = random_latent()
         native, ours = native_sampler(start=2, add_noise="enable"), our_sampler(start_at_step=2)
     elif change == "short_text":
         graph["positive"]["inputs"]["tokens"] = 77
     elif change == "mask":
-        graph["clean"] = node("FixtureRandomLatent", seed=5)
+        graph["clean"] = random_latent()
         graph["half"] = node("SolidMask", value=0.0, width=128, height=96)
         graph["whole"] = node("SolidMask", value=1.0, width=64, height=96)
         graph["cut"] = node("MaskComposite", destination=["half", 0], source=["whole", 0], x=0, y=0, operation="add")
@@ -67,7 +67,7 @@ def test_variations_agree(host, tiny_models, change: str) -> None:
 
 
 def test_other_keys_of_a_latent_survive(host, tiny_models) -> None:
-    graph = {**base(tiny_models), "empty": node("FixtureRandomLatent", seed=5), "out": our_sampler(steps=1, cfg=1.0)}
+    graph = {**base(tiny_models), "empty": random_latent(), "out": our_sampler(steps=1, cfg=1.0)}
     assert host.run(keep(graph, "out")).expect().kept("keep_out")["fixture_note"] == "keep me"
 
 
@@ -103,7 +103,7 @@ def test_text_conditioning_is_native_and_drives_both_samplers(host, tiny_models)
 
 def test_vae_objects_and_decoders_are_interchangeable(host, tiny_models) -> None:
     graph = {
-        "latent": node("FixtureRandomLatent", seed=5),
+        "latent": random_latent(),
         "native_vae": node("VAELoader", vae_name=tiny_models.vae),
         "our_vae": node("LightX2VLoadVAE", vae_name=tiny_models.vae),
     }
