@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from closeness import assert_backend
+from closeness import assert_backend, assert_exact_enough
 from lightx2v_kernels import registry
 
 OP = registry.registry("attention")
@@ -15,6 +16,20 @@ def truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.double() for x in (q, k, v))
     weights = torch.einsum("blhd,bshd->bhls", q, k).div(q.shape[-1] ** 0.5).exp()
     return torch.einsum("bhls,bshd,bhl->blhd", weights, v, 1 / weights.sum(-1))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As one would write it at the inputs' own dtype."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return (torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1) @ v).transpose(1, 2)
+
+
+def test_the_yardsticks_are_attention() -> None:
+    """The truth here against PyTorch's, and the op's own yardstick against the truth."""
+    qkv = torch.randn(3, 2, 33, 2, 128, dtype=torch.float64).unbind(0)
+    wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+    for yardstick in (truth, plain, OP.op.plain, OP.op.reference):
+        assert_exact_enough(yardstick(*qkv), wanted, 1e-13)
 
 
 def backend_or_skip(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> registry.Backend:
@@ -31,7 +46,7 @@ def test_lengths(name: str, queries: int, keys: int, device: torch.device, dtype
     q = 2 * torch.randn(2, queries, 2, 128)
     k, v = torch.randn(2, 2, keys, 2, 128)
     args = tuple(x.to(device, dtype) for x in (q, k, v))
-    assert_backend(OP.op, backend, args, truth(*args))
+    assert_backend(backend, args, truth(*args), plain(*args))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -45,7 +60,7 @@ def test_strided_inputs(name: str, head_dim: int, device: torch.device, dtype: t
         tuple(torch.randn(2, 4, 63, head_dim).to(device, dtype).transpose(1, 2) for _ in range(3)),
     ):
         assert not args[0].is_contiguous()
-        assert_backend(OP.op, backend, args, truth(*args))
+        assert_backend(backend, args, truth(*args), plain(*args))
 
 
 @pytest.mark.parametrize("name", OP.names())
