@@ -1,5 +1,6 @@
 """How a model is run and what is asked of it, frozen. What a checkpoint is stands in its family's own config."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -7,7 +8,8 @@ OFFLOADS = ("none", "model")
 SCHEDULERS = ("unipc", "euler", "distilled")
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, known: Collection[str]) -> None:
+    """Raise ValueError naming the choices unless value is one of them."""
     if value not in known:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
 
@@ -21,8 +23,8 @@ class Engine:
     offload: str = "none"  # "model": weights wait on the CPU and visit the GPU for their stage
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("offload", self.offload, OFFLOADS)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("offload", self.offload, OFFLOADS)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sampling:
     add_noise: bool = True  # False: the latents already carry the noise of start_step
 
     def __post_init__(self) -> None:
-        _one_of("scheduler", self.scheduler, SCHEDULERS)
+        one_of("scheduler", self.scheduler, SCHEDULERS)
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
 

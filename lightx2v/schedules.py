@@ -22,10 +22,10 @@ class Schedule:
     def between(self, start: int, end: int) -> "Schedule":
         """Steps start..end-1 of this schedule; the last sigma stays where the full schedule had it."""
         total = len(self.timesteps)
+        if start >= total:
+            raise ValueError(f"start_step {start} is past the last of {total} steps, which is {total - 1}")
         if not 0 <= start < end:
             raise ValueError(f"steps {start} to {end} of {total} are empty; start_step must be below end_step")
-        if start >= total:
-            raise ValueError(f"start_step {start} is past the last of {total} steps")
         return Schedule(self.sigmas[start : end + 1], self.timesteps[start:end])
 
 

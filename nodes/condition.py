@@ -4,6 +4,7 @@ import comfy.model_management as mm
 import torch
 from comfy_api.latest import io
 
+from lightx2v.config import one_of
 from lightx2v.latents import WAN21, LatentFormat
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.shapes import VideoShape, snap, to_latent
@@ -77,6 +78,7 @@ class LightX2VEmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, length: int, family: str, batch_size: int) -> io.NodeOutput:
+        one_of("family", family, FAMILIES)
         space = FAMILIES[family]
         video, note = snap(VideoShape(length, height, width), space, PATCH)
         if note:

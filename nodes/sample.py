@@ -6,7 +6,7 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 from torch import Tensor
 
-from lightx2v.config import SCHEDULERS, Sampling
+from lightx2v.config import SCHEDULERS, Sampling, one_of
 from lightx2v.diffuse import Hooks, diffuse
 from lightx2v.guidance import Conditioning
 from lightx2v.schedules import parse_step_list
@@ -16,6 +16,8 @@ from . import host
 from .load import LoadedTransformer
 
 LAST_STEP = 10000
+OFFLOADS = ("auto", "model")
+CACHES = ("none",)
 NOT_SUPPORTED = ("area", "mask", "hooks", "control", "start_percent", "end_percent", "concat_latent_image")
 
 
@@ -82,14 +84,14 @@ class LightX2VSampler(io.ComfyNode):
             ),
             io.Combo.Input(
                 "offload",
-                options=["auto", "model"],
+                options=list(OFFLOADS),
                 default="auto",
                 tooltip="auto: stays on the GPU until ComfyUI needs the room. model: back to RAM after sampling "
                 "(frees 28.6 GB for Wan 14B in bf16).",
             ),
             io.Combo.Input(
                 "cache",
-                options=["none"],
+                options=list(CACHES),
                 default="none",
                 tooltip="Reuse of results between steps. none computes all of them: 2 passes a step with cfg above 1.",
             ),
@@ -174,6 +176,8 @@ class LightX2VSampler(io.ComfyNode):
 
 
 def _sampling(widgets: dict[str, Any]) -> Sampling:
+    one_of("offload", widgets["offload"], OFFLOADS)  # hosts before 0.4 do not check combos of this schema
+    one_of("cache", widgets["cache"], CACHES)
     end = widgets.get("end_at_step", LAST_STEP)
     return Sampling(
         seed=widgets["seed"],
