@@ -113,16 +113,15 @@ def _host(options: argparse.Namespace, rest: Sequence[str]) -> int:
     comfyui.make_base(base, {comfyui.PACK_NAME: REPOSITORY}, comfyui.demo_models())
     address = "127.0.0.1" if options.listen == "0.0.0.0" else options.listen
     print(f"Starting ComfyUI on http://{address}:{options.port} (Ctrl+C ends it); its files are in {base}", flush=True)
-    line = comfyui.command(python, root, base, listen=options.listen, port=options.port, extra=rest)
-    return subprocess.run(line).returncode
+    return _become(*comfyui.command(python, root, base, listen=options.listen, port=options.port, extra=rest))
 
 
 def _bench(rest: Sequence[str]) -> int:
-    return _python(prepare(ENGINE), "-m", "benchmarks.kernels", *rest)
+    return _become(str(prepare(ENGINE)), "-m", "benchmarks.kernels", *rest)
 
 
 def _run(rest: Sequence[str]) -> int:
-    return _python(prepare(ENGINE), *rest)
+    return _become(str(prepare(ENGINE)), *rest)
 
 
 def _lint(python: Path) -> int:
@@ -138,12 +137,24 @@ def _pytest(python: Path, *arguments: str) -> int:
     """Tests, from the repository root; paths among the arguments are relative to it."""
     print("== pytest", flush=True)
     paths = any((REPOSITORY / argument.split("::")[0]).exists() for argument in arguments)
-    return _python(python, "-m", "pytest", *([] if paths else ["tests"]), *arguments, cwd=REPOSITORY)
+    os.chdir(REPOSITORY)
+    return _become(str(python), "-m", "pytest", *([] if paths else ["tests"]), *arguments)
 
 
 def _python(python: Path, *arguments: str, cwd: Path | None = None) -> int:
     """Run the environment's Python where this repository's packages import, whatever the current folder."""
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    # What this process printed must not end up behind what that one prints.
+    return subprocess.run([str(python), *arguments], cwd=cwd, env=_surroundings()).returncode
+
+
+def _become(*line: str) -> int:
+    """Give this process over to `line`, a command's last act: signals and the exit status are then its own."""
     sys.stdout.flush()
-    return subprocess.run([str(python), *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": path}).returncode
+    if sys.platform == "win32":
+        # There is no exec on Windows that the caller would wait for.
+        return subprocess.run(line, env=_surroundings()).returncode
+    os.execve(line[0], line, _surroundings())
+
+
+def _surroundings() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}

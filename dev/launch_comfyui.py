@@ -18,8 +18,9 @@ from pathlib import Path
 _declared: list[object] = []
 
 
-# Written out, because this file runs where nothing of the repository can be imported.
-_PACKAGES = str(Path(__file__).resolve().parent.parent / ".host" / "packages")
+_REPOSITORY = Path(__file__).resolve().parent.parent
+# As in dev/environment.py, which cannot be imported where this runs.
+_PACKAGES = str(_REPOSITORY / ".host" / "packages")
 
 
 def admit_torchvision() -> None:
@@ -49,8 +50,9 @@ def main() -> None:
     sys.argv = [os.path.join(root, "main.py"), *sys.argv[2:]]
     import torch
 
-    # ComfyUI must not find this folder, and must find its own `nodes`, `utils` and `app` first.
-    sys.path[0] = root
+    # ComfyUI gets the path it has without us: neither this folder nor, from PYTHONPATH, the pack's, whose entry has to
+    # make the engine importable by itself.
+    sys.path[:] = [root, *(entry for entry in sys.path[1:] if Path(entry).resolve() != _REPOSITORY)]
     os.chdir(root)
     admit_torchvision()
     if "--cpu" not in sys.argv and not torch.accelerator.is_available():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from dev import comfyui, environment
 from dev.environment import ENGINE, REPOSITORY, Layer
@@ -149,3 +152,16 @@ def test_a_wrong_comfyui_path_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"no main\.py"):
         comfyui.find_comfyui()
+
+
+def test_comfyui_starts_with_its_own_path(tmp_path):
+    """Neither the repository nor dev/ is importable in it, whatever PYTHONPATH says; without a GPU it is told --cpu."""
+    (tmp_path / "main.py").write_text("import json, sys; print(json.dumps([sys.path, sys.argv]))", encoding="utf-8")
+    line = [sys.executable, str(REPOSITORY / "dev" / "launch_comfyui.py"), str(tmp_path), "--port", "1"]
+    environment_with_us = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run(line, capture_output=True, text=True, env=environment_with_us, check=True)
+    path, arguments = json.loads(run.stdout)
+    assert path[0] == str(tmp_path)
+    assert not {str(REPOSITORY), str(REPOSITORY / "dev")} & set(path)
+    assert arguments[:3] == [str(tmp_path / "main.py"), "--port", "1"]
+    assert arguments[3:] == ([] if torch.accelerator.is_available() else ["--cpu"])
