@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dev import browser, comfyui
@@ -113,15 +113,16 @@ def _host(options: argparse.Namespace, rest: Sequence[str]) -> int:
     comfyui.make_base(base, {comfyui.PACK_NAME: REPOSITORY}, comfyui.demo_models())
     address = "127.0.0.1" if options.listen == "0.0.0.0" else options.listen
     print(f"Starting ComfyUI on http://{address}:{options.port} (Ctrl+C ends it); its files are in {base}", flush=True)
-    return _become(*comfyui.command(python, root, base, listen=options.listen, port=options.port, extra=rest))
+    line = comfyui.command(python, root, base, listen=options.listen, port=options.port, extra=rest)
+    return _become(line, os.environ)
 
 
 def _bench(rest: Sequence[str]) -> int:
-    return _become(str(prepare(ENGINE)), "-m", "benchmarks.kernels", *rest)
+    return _become([str(prepare(ENGINE)), "-m", "benchmarks.kernels", *rest], _with_repository())
 
 
 def _run(rest: Sequence[str]) -> int:
-    return _become(str(prepare(ENGINE)), *rest)
+    return _become([str(prepare(ENGINE)), *rest], _with_repository())
 
 
 def _lint(python: Path) -> int:
@@ -138,23 +139,23 @@ def _pytest(python: Path, *arguments: str) -> int:
     print("== pytest", flush=True)
     paths = any((REPOSITORY / argument.split("::")[0]).exists() for argument in arguments)
     os.chdir(REPOSITORY)
-    return _become(str(python), "-m", "pytest", *([] if paths else ["tests"]), *arguments)
+    return _become([str(python), "-m", "pytest", *([] if paths else ["tests"]), *arguments], os.environ)
 
 
 def _python(python: Path, *arguments: str, cwd: Path | None = None) -> int:
-    """Run the environment's Python where this repository's packages import, whatever the current folder."""
-    return subprocess.run([str(python), *arguments], cwd=cwd, env=_surroundings()).returncode
+    return subprocess.run([str(python), *arguments], cwd=cwd, env=_with_repository()).returncode
 
 
-def _become(*line: str) -> int:
+def _become(line: Sequence[str], environment: Mapping[str, str]) -> int:
     """Give this process over to `line`, a command's last act: signals and the exit status are then its own."""
     sys.stdout.flush()
     if sys.platform == "win32":
         # There is no exec on Windows that the caller would wait for.
-        return subprocess.run(line, env=_surroundings()).returncode
-    os.execve(line[0], line, _surroundings())
+        return subprocess.run(line, env=environment).returncode
+    os.execve(line[0], line, environment)
 
 
-def _surroundings() -> dict[str, str]:
+def _with_repository() -> dict[str, str]:
+    """This process's environment, with this repository's packages importable from whatever folder."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def make_pack(home: Path) -> Path:
 def run(script: str, cwd: Path) -> str:
     """Run `script` after LOAD in a fresh Python whose folder is `cwd`; returns what it printed, errors last."""
     line = [sys.executable, "-c", LOAD + textwrap.dedent(script)]
-    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=environment)
     return done.stdout + "".join(done.stderr.splitlines(keepends=True)[-1:])
 
 
