@@ -152,7 +152,7 @@ def _become(line: Sequence[str], environment: Mapping[str, str]) -> int:
     if sys.platform == "win32":
         # There is no exec on Windows that the caller would wait for.
         return subprocess.run(line, env=environment).returncode
-    os.execve(line[0], line, environment)
+    os.execve(line[0], list(line), environment)
 
 
 def _with_repository() -> dict[str, str]:
