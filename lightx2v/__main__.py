@@ -113,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, UnsupportedBackendError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from lightx2v.checkpoint import assign
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
-from lightx2v_kernels import select
+from lightx2v_kernels import Kernels, select
 
 log = logging.getLogger(__name__)
 NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,6 +30,12 @@ def compute_dtype(engine: Engine, stored: torch.dtype, device: torch.device) -> 
     return torch.bfloat16 if native_bf16 else torch.float16
 
 
+def choose_kernels(info: CheckpointInfo, engine: Engine, device: torch.device) -> Kernels:
+    """The kernels for one model on one device; raises UnsupportedBackendError with every reason why not."""
+    dtype = compute_dtype(engine, info.dtype, device)
+    return select(attention=engine.attention, device=device, dtype=dtype, head_dim=info.spec.head_dim)
+
+
 def load_transformer(
     info: CheckpointInfo, engine: Engine, device: torch.device, weights_on: torch.device | None = None
 ) -> nn.Module:
@@ -38,9 +44,8 @@ def load_transformer(
     Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend that cannot run here.
     """
     spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)
-    kernels = select(attention=engine.attention, device=device, dtype=dtype, head_dim=spec.head_dim)
     with torch.device("meta"):
-        transformer = spec.build(info.config, kernels)
+        transformer = spec.build(info.config, choose_kernels(info, engine, device))
     assign(
         transformer,
         info.header,
@@ -53,9 +58,7 @@ def load_transformer(
 
 def with_attention(transformer: nn.Module, info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
     """The same network with the attention of `engine`, sharing every weight with `transformer`."""
-    dtype = compute_dtype(engine, info.dtype, device)
-    kernels = select(attention=engine.attention, device=device, dtype=dtype, head_dim=info.spec.head_dim)
     with torch.device("meta"):
-        other = info.spec.build(info.config, kernels)
+        other = info.spec.build(info.config, choose_kernels(info, engine, device))
     other.load_state_dict(transformer.state_dict(), assign=True)
     return other.eval().requires_grad_(False)

@@ -15,6 +15,16 @@ def to_frames(video: Tensor) -> Tensor:
     return ((video[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).contiguous()
 
 
+def require_mp4(path: str | Path, width: int, height: int) -> Path:
+    """The path, if a video of this size can be written there; ValueError with what to change if not."""
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"{path}: only .mp4 can be written; name the file something.mp4")
+    if height % 2 or width % 2:
+        raise ValueError(f"{width}x{height} px: H.264 with yuv420p needs an even width and height")
+    return path
+
+
 def save_mp4(frames: Tensor, path: str | Path, fps: int, *, comment: str = "") -> Path:
     """Write (F, H, W, 3) float frames in [0, 1] as H.264 (yuv420p, CRF 18); the file appears whole or not at all.
 
@@ -22,14 +32,10 @@ def save_mp4(frames: Tensor, path: str | Path, fps: int, *, comment: str = "") -
     """
     import av
 
-    path = Path(path)
     if frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {tuple(frames.shape)}; expected (F, H, W, 3)")
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"{path}: only .mp4 can be written; name the file something.mp4")
     _, height, width, _ = frames.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"{width}x{height} px: H.264 with yuv420p needs an even width and height")
+    path = require_mp4(path, width, height)
     pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")

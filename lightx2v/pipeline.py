@@ -15,8 +15,8 @@ from lightx2v.diffuse import Hooks, diffuse, schedule_of
 from lightx2v.folder import open_folder
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import identify
-from lightx2v.loading import load_transformer
-from lightx2v.media import save_mp4, to_frames
+from lightx2v.loading import choose_kernels, load_transformer
+from lightx2v.media import require_mp4, save_mp4, to_frames
 from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, snap, to_latent
 from lightx2v.text import umt5
@@ -84,8 +84,10 @@ class LightX2VPipeline:
         attn_mode: "auto" or an attention backend's name. height, width: pixels. fps: of the file.
         scheduler: "unipc", "euler" or "distilled" (walks denoising_step_list); None keeps model_cls's own.
         dtype: "auto", "bf16", "fp16", "fp32".
+        Raises UnsupportedBackendError, with every reason, for an attention that cannot run here.
         """
         engine = replace(self._engine, attention=attn_mode, dtype=dtype)
+        choose_kernels(self._info, engine, self._device)  # raises now rather than after the text is encoded
         sampling = replace(
             self._request.sampling,
             steps=infer_steps,
@@ -141,6 +143,8 @@ class LightX2VPipeline:
             negative_prompt=negative_prompt,
             sampling=replace(self._request.sampling, seed=seed),
         )
+        if not return_result_tensor:
+            require_mp4(save_result_path, request.width, request.height)
         cond, uncond = self._encode(request)
         latents = self._sample(request, cond, uncond, _ticker(request.sampling, progress, on_step))
         frames = self._decode(latents, progress)
