@@ -228,7 +228,7 @@ class WanVAE(nn.Module):
         F is 4n + 1 for a whole clip or its first chunk, 4n for a later chunk.
         """
         hidden = self.encoder(frames.contiguous(memory_format=torch.channels_last_3d), state)
-        mean, log_variance = pointwise_float32(self.conv1, hidden).chunk(2, 1)
+        mean, log_variance = convolve_wide(self.conv1, hidden).chunk(2, 1)
         return mean, log_variance
 
     def reconstruct(self, raw: Tensor, state: State | None = None) -> Tensor:
@@ -236,7 +236,7 @@ class WanVAE(nn.Module):
 
         F is 4T - 3 for a whole clip or its first chunk, 4T for a later chunk.
         """
-        hidden = pointwise_float32(self.conv2, raw).to(self.conv2.weight.dtype)
+        hidden = convolve_wide(self.conv2, raw).to(self.conv2.weight.dtype)
         return self.decoder(hidden.contiguous(memory_format=torch.channels_last_3d), state)
 
 
@@ -274,17 +274,16 @@ OnChunk = Callable[[int, int], None]
 def encode(vae: WanVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk | None = None) -> Tensor:
     """Raw latents (B, z, T, H/8, W/8) float32 of frames (B, 3, F, H, W) in [-1, 1]: the posterior's mean.
 
-    F is 4n + 1, H and W are multiples of 8; else ValueError. After the first frame, `chunk` frames (a multiple of 4) are
-    encoded at a time; more take more memory and give the same latents. The frames may be in main memory while the VAE
-    is on a GPU; the latents are on the VAE's device.
+    F is 4n + 1, H and W are multiples of 8; else ValueError. After the first frame `chunk` frames (a multiple of 4)
+    are encoded at a time; more take more memory and give the same latents. The frames may be in main memory while the
+    VAE is on a GPU; the latents are on the VAE's device.
     """
     if frames.ndim != 5 or frames.shape[1] != 3:
         raise ValueError(f"frames are {tuple(frames.shape)}; expected (B, 3, F, H, W)")
     b, _, count, height, width = frames.shape
     if count % 4 != 1:
-        raise ValueError(
-            f"{count} frames: expected 4n + 1; drop {(count - 1) % 4} or repeat the last {-(count - 1) % 4}x"
-        )
+        less = max((count - 1) // 4 * 4 + 1, 1)
+        raise ValueError(f"{count} frames: expected 4n + 1; cut the clip to {less} or repeat frames up to {less + 4}")
     if height % 8 or width % 8 or not height or not width:
         whole = f"{max(width // 8, 1) * 8}x{max(height // 8, 1) * 8}"
         raise ValueError(f"frames are {width}x{height} pixels: expected multiples of 8; crop or resize to {whole}")
@@ -351,18 +350,18 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
     PyTorch's own rule (aten/src/ATen/native/Convolution.cpp, use_mkldnn) counts batch * channels * frames * height and
     below 20480 takes a plain loop, which for the short chunks of a stream is 3 to 15 times slower.
     """
-    onednn = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if not onednn or x.dtype != torch.float32 or conv.weight.dtype != torch.float32 or isinstance(conv.padding, str):
+    plain = torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.backends.mkldnn.is_available()
+    if plain or x.dtype != torch.float32 or conv.weight.dtype != torch.float32 or isinstance(conv.padding, str):
         return nn.Conv3d.forward(conv, x)
     return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
 
 
-def pointwise_float32(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """The 1x1x1 conv beside the latents in float32, whatever the weights or autocast say: raw latents reach +-10,
-    where bfloat16 has steps of 1/16."""
+def convolve_wide(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """The 1x1x1 conv beside the latents in float32 or wider, whatever the weights or autocast say: raw latents reach
+    +-10, where bfloat16 has steps of 1/16."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        bias = None if conv.bias is None else conv.bias.float()
-        return F.conv3d(x.float(), conv.weight.float(), bias)
+        return F.conv3d(x.to(wide), conv.weight.to(wide), None if conv.bias is None else conv.bias.to(wide))
 
 
 def fold_time(x: Tensor) -> tuple[Tensor, int]:
