@@ -62,7 +62,7 @@ class LightX2VPipeline:
         self._request = Request("", fps=defaults.fps, sampling=replace(sampling, scheduler=scheduler))
         self._text_encoder: umt5.UMT5 | None = None
         self._transformer: nn.Module | None = None
-        self._vae: nn.Module | None = None
+        self._vae: wan_vae.WanVAE | None = None
 
     def create_generator(
         self,

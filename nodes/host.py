@@ -25,6 +25,8 @@ Model = io.Custom("LIGHTX2V_MODEL")
 TextEncoder = io.Custom("LIGHTX2V_TEXT_ENCODER")
 _SCHEMA_FIELDS = {field.name for field in fields(io.Schema)}
 PREVIEW_WIDTH = 384  # pixels
+DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
+DEMO_PREFIX = "lightx2v-demo/"
 
 
 def schema(**known: Any) -> io.Schema:
@@ -39,13 +41,15 @@ def advanced(given: io.Input) -> io.Input:
 
 
 def files(category: str, fits: Callable[[Path], bool]) -> list[str]:
-    """The names in a model folder (and its extra_model_paths) that `fits` accepts; each file is asked once."""
-    names = []
-    for name in folder_paths.get_filename_list(category):
-        path = folder_paths.get_full_path(category, name)
-        if path is not None and _fits(fits, path, *_version(path)):
-            names.append(name)
-    return names
+    """The names in a model folder (and its extra_model_paths) that `fits` accepts; each file is asked once.
+
+    The small models that the pack carries come last, as "lightx2v-demo/...".
+    """
+    found = {name: folder_paths.get_full_path(category, name) for name in folder_paths.get_filename_list(category)}
+    found |= {
+        DEMO_PREFIX + path.relative_to(DEMO).as_posix(): str(path) for path in sorted(DEMO.rglob("*.safetensors"))
+    }
+    return [name for name, path in found.items() if path is not None and _fits(fits, path, *_version(path))]
 
 
 @lru_cache(maxsize=4096)
@@ -58,19 +62,33 @@ def _fits(fits: Callable[[Path], bool], path: str, size: int, modified: int) -> 
 
 
 def _version(path: str) -> tuple[int, int]:
-    stat = Path(path).stat()
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return 0, 0
     return stat.st_size, stat.st_mtime_ns
 
 
 def locate(category: str, name: str) -> Path:
-    """Full path of a picked file; raises FileNotFoundError where it is gone."""
+    """Full path of a picked file; raises FileNotFoundError naming it where it is gone."""
+    if name.startswith(DEMO_PREFIX):
+        return demo_file(name.removeprefix(DEMO_PREFIX))
     return Path(folder_paths.get_full_path_or_raise(category, name))
+
+
+def demo_file(name: str) -> Path:
+    path = (DEMO / name).resolve()
+    if not path.is_relative_to(DEMO) or not path.is_file():
+        raise FileNotFoundError(f"{DEMO_PREFIX}{name}: this pack carries no such model; pick one from the list")
+    return path
 
 
 def fingerprint(category: str, name: str) -> tuple[str, int, int]:
     """Changes when the file does, so that a loader runs again."""
-    path = folder_paths.get_full_path(category, name)
-    return (name, *(_version(path) if path else (0, 0)))
+    try:
+        return (name, *_version(str(locate(category, name))))
+    except FileNotFoundError:
+        return (name, 0, 0)
 
 
 class Housed(nn.Module):
