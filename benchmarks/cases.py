@@ -28,8 +28,7 @@ class Size:
         return self.hidden_size // HEAD_DIM
 
 
-# 480p is 832 x 480 x 81 frames: 21 x 30 x 52 tokens. The CPU sizes are the demo model's, and its width at a longer
-# clip.
+# 480p is 832 x 480 x 81 frames: 21 x 30 x 52 tokens. "demo" is the clip of the pack's own small model.
 CUDA_SIZES = (Size("wan-1.3b-480p", 1, 32760, 1536), Size("wan-14b-480p", 1, 32760, 5120))
 CPU_SIZES = (Size("demo", 1, 320, 256), Size("demo-long", 2, 1560, 256), Size("wan-1.3b-short", 1, 1560, 1536))
 

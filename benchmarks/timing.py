@@ -16,12 +16,10 @@ def median_ms(fn: Callable[[], Any], device: torch.device, budget_s: float = 0.5
     """Median time of one call in ms, over as many calls as fit in the budget (5 at least), after warm-up.
 
     On a GPU by events around each call, so launch overhead that the device hides is not counted. Inputs stay where they
-    are: one larger than the cache is read from memory, a smaller one from the cache, as in a model that has just
-        written it.
+    are: one larger than the cache is read from memory, a smaller one from the cache, where a model has just put it.
     """
-    once = _time(fn, device, warm_up := 3)[-1]
+    once = _time(fn, device, calls=3)[-1]
     calls = max(5, min(most, int(budget_s * 1000 / max(once, 1e-3))))
-    _time(fn, device, min(warm_up, calls))
     return statistics.median(_time(fn, device, calls))
 
 

@@ -200,16 +200,16 @@ def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype
     with torch.no_grad():
         for args in op.examples(device, dtype, head_dim):
             try:
-                out = backend.load()(*args)
-                if device.type == "cuda":  # an asynchronous fault belongs to this kernel, not to whoever runs next
-                    torch.cuda.synchronize(device)
+                out = backend.load()(
+                    *args
+                ).cpu()  # waits, so that an asynchronous fault is this kernel's and no other's
             except torch.OutOfMemoryError:  # says that memory is full now, nothing about the kernel: not to be cached
                 raise
             except Exception as error:  # a vendor's build may fail with anything, and the next on the list may work
                 return f"its self-test raised {type(error).__name__}: {error}"
-            # On the CPU, so that the yardstick does not share the faults of the device under test.
-            truth = op.reference(*(a.double().cpu() if isinstance(a, Tensor) else a for a in args)).to(device)
-            if reason := _why_wrong(backend, out, truth, (op.plain or op.reference)(*args)):
+            # On the CPU, so that the truth does not share the faults of the device under test.
+            truth = op.reference(*(a.cpu().double() if isinstance(a, Tensor) else a for a in args))
+            if reason := _why_wrong(backend, out, truth, (op.plain or op.reference)(*args).cpu()):
                 return f"its self-test failed: {reason}"
     return None
 
@@ -247,7 +247,7 @@ def _importable(package: str) -> bool:
 
 
 def _sm_reasons(device: torch.device, low: tuple[int, int] | None, high: tuple[int, int] | None) -> list[str]:
-    wanted = " to ".join(f"sm_{major}{minor}" for major, minor in filter(None, (low, high)))
+    wanted = " to ".join(dict.fromkeys(f"sm_{major}{minor}" for major, minor in filter(None, (low, high))))
     wanted += " or newer" if high is None else "" if low else " or older"
     if device.type != "cuda" or torch.version.hip:
         return [f"needs an NVIDIA GPU ({wanted}), got {'ROCm' if torch.version.hip else device.type}"]

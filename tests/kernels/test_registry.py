@@ -63,9 +63,21 @@ def test_auto_takes_the_best_rank_that_is_capable() -> None:
         (lambda q, k, v: good(q, k, v).transpose(1, 2), "shape"),
         (lambda q, k, v: good(q.contiguous(), k, v) if q.is_contiguous() else v, "relative error"),
         (lambda q, k, v: 1 / 0, "its self-test raised ZeroDivisionError: division by zero"),
+        (lambda q, k, v: (good(q, k, v), None), "its self-test raised AttributeError"),
         (None, "its self-test raised TypeError"),
     ],
-    ids=["scaled", "wrong-scale", "last-key", "unwritten", "dtype", "layout", "strided-only", "raises", "no-function"],
+    ids=[
+        "scaled",
+        "wrong-scale",
+        "last-key",
+        "unwritten",
+        "dtype",
+        "layout",
+        "strided-only",
+        "raises",
+        "two-results",
+        "no-function",
+    ],
 )
 def test_auto_passes_over_a_backend_that_fails_its_self_test_and_a_named_one_raises(
     fn: object, reason: str, caplog: pytest.LogCaptureFixture
@@ -160,7 +172,8 @@ def test_a_named_backend_that_cannot_run_gives_all_its_reasons_at_once() -> None
     ("low", "high", "sm", "reason"),
     [
         ((9, 0), (9, 0), (9, 0), None),
-        ((9, 0), (9, 0), (10, 0), "needs sm_90 to sm_90, this GPU is sm_100"),
+        ((9, 0), (9, 0), (10, 0), "needs sm_90, this GPU is sm_100"),
+        ((8, 0), (8, 9), (9, 0), "needs sm_80 to sm_89, this GPU is sm_90"),
         ((8, 0), None, (7, 5), "needs sm_80 or newer, this GPU is sm_75"),
         ((8, 0), None, (12, 0), None),
         (None, (8, 9), (9, 0), "needs sm_89 or older, this GPU is sm_90"),
