@@ -1,0 +1,106 @@
+"""The engine on a CUDA device against itself on the CPU, and what it takes of the device's memory."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from closeness import relative_error
+from lightx2v import LightX2VPipeline
+from lightx2v.checkpoint import Header
+from lightx2v.identify import CheckpointInfo
+from lightx2v.memory import transformer_activation_bytes
+from lightx2v.models import specs
+from lightx2v.models.wan.spec import WanConfig
+from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.vae import wan as wan_vae
+from lightx2v_kernels import select
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEMO = Path(__file__).parents[2] / "demo" / "models" / "wan2.1_t2v"
+WAN_1_3B = WanConfig(1536, 8960, 30, 16, 16, 4096, 256, (1, 2, 2))
+
+
+def random_transformer(config: WanConfig, device: str, dtype: torch.dtype, attention: str = "auto") -> WanTransformer:
+    """The same weights for the same config, drawn on the CPU."""
+    kernels = select(attention=attention, device=torch.device(device), dtype=dtype, head_dim=128)
+    generator = torch.Generator().manual_seed(0)
+    model = WanTransformer(config, kernels).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+        elif ".norm_" in name:
+            parameter.fill_(1.5)
+    return model.to(device, dtype)
+
+
+def test_half_precision_on_the_gpu_is_as_close_as_on_the_cpu() -> None:
+    config = replace(WAN_1_3B, hidden_size=256, ffn_size=896, num_layers=3)
+    generator = torch.Generator().manual_seed(1)
+    latents, context = torch.randn(1, 16, 5, 16, 24, generator=generator), torch.randn(1, 64, 4096, generator=generator)
+    timestep = torch.tensor([600.0])
+    truth = random_transformer(config, "cpu", torch.float32)(latents, timestep, context)
+    plain = random_transformer(config, "cpu", torch.bfloat16, "reference")(latents, timestep, context)
+    gpu = random_transformer(config, "cuda", torch.bfloat16)
+    actual = gpu(latents.cuda(), timestep.cuda(), context.cuda()).float().cpu()
+    assert relative_error(actual, truth) <= 2 * relative_error(plain.float(), truth)
+
+
+def demo_video(device: str, offload: bool = False) -> torch.Tensor:
+    pipe = LightX2VPipeline(DEMO, device=device)
+    pipe.create_generator(infer_steps=20, height=128, width=128, num_frames=17, guidance_scale=4.0)
+    if offload:
+        pipe.enable_offload(cpu_offload=True, offload_granularity="model")
+    arguments = {"seed": 7, "prompt": "a red circle moves right over a white background", "progress": False}
+    video = pipe.generate(**arguments, return_result_tensor=True)["video"]
+    assert video is not None
+    return video
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="needs the demo models")
+def test_the_same_video_on_both_devices() -> None:
+    cpu, gpu = demo_video("cpu"), demo_video("cuda")
+    assert (cpu - gpu).abs().mean() < 0.02
+    assert torch.equal(demo_video("cuda", offload=True), gpu)
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="needs the demo models")
+def test_decoding_takes_no_more_memory_for_a_longer_video() -> None:
+    vae = wan_vae.load(DEMO / "Wan2.1_VAE.safetensors", dtype=torch.bfloat16, device="cuda")
+
+    def peak(frames: int) -> int:
+        raw = torch.randn(1, 16, frames, 30, 52, generator=torch.Generator().manual_seed(0))
+        out = torch.empty(1, 3, 4 * frames - 3, 240, 416)
+        wan_vae.decode(vae, raw, out=out)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        wan_vae.decode(vae, raw, out=out)
+        torch.cuda.synchronize()
+        assert out.isfinite().all()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(21) < 1.1 * peak(5)
+
+
+def test_activation_estimate_holds_at_480p() -> None:
+    """The peak of a pass over 832x480, 81 frames is below the estimate and near it; layers do not add to it."""
+    config = replace(WAN_1_3B, num_layers=2)
+    model = random_transformer(config, "cuda", torch.bfloat16)
+    latents, context = torch.randn(1, 16, 21, 60, 104, device="cuda"), torch.randn(1, 512, 4096, device="cuda")
+    info = CheckpointInfo(Path("none"), Header(Path("none"), {}, {}), specs()[0], config, torch.bfloat16)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.inference_mode():
+            model(latents, torch.tensor([500.0], device="cuda"), context)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    estimate = transformer_activation_bytes(info, latents.shape, torch.bfloat16)
+    print(f"peak {peak / 1e9:.2f} GB, estimate {estimate / 1e9:.2f} GB")
+    assert 0.4 * estimate < peak < estimate
