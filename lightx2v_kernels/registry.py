@@ -200,9 +200,8 @@ def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype
     with torch.no_grad():
         for args in op.examples(device, dtype, head_dim):
             try:
-                out = backend.load()(
-                    *args
-                ).cpu()  # waits, so that an asynchronous fault is this kernel's and no other's
+                # .cpu() waits for the device: an asynchronous fault is this kernel's, not that of whoever runs next.
+                out = backend.load()(*args).cpu()
             except torch.OutOfMemoryError:  # says that memory is full now, nothing about the kernel: not to be cached
                 raise
             except Exception as error:  # a vendor's build may fail with anything, and the next on the list may work
