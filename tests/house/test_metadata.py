@@ -7,10 +7,9 @@ import re
 import sys
 
 import pytest
+import tomllib
 
 from dev.environment import REPOSITORY
-
-tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 
 # Where the name to install differs from the name to import.
 DISTRIBUTION = {"PIL": "pillow"}
