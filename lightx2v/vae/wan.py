@@ -240,12 +240,15 @@ class WanVAE(nn.Module):
         return self.decoder(hidden.contiguous(memory_format=torch.channels_last_3d), state)
 
 
+PREFIXES = ("vae.", "first_stage_model.")  # of a VAE cut out of a larger checkpoint
+
+
 def config_from_header(header: Header) -> WanVAEConfig:
     """The widths of a checkpoint in the original or the diffusers layout.
 
     Raises CheckpointError, which says what the file is, for anything but a Wan2.1 VAE.
     """
-    base, latent, _ = require_wan_layout(header)
+    base, latent, _ = require_wan_layout(header.without_prefix(*PREFIXES))
     return WanVAEConfig(base, latent)
 
 
@@ -254,7 +257,7 @@ def load(path: str | Path, *, dtype: torch.dtype, device: torch.device | str) ->
 
     Raises CheckpointError when the file is damaged or another kind of model.
     """
-    header = read_header(path).without_prefix("vae.", "first_stage_model.")
+    header = read_header(path).without_prefix(*PREFIXES)
     base, latent, rename = require_wan_layout(header)
     with torch.device("meta"):
         vae = WanVAE(WanVAEConfig(base, latent))
@@ -290,7 +293,8 @@ def encode(vae: WanVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk | N
     if chunk < 4 or chunk % 4:
         raise ValueError(f"chunk is {chunk} frames: expected a multiple of 4")
     weight, total = vae.conv2.weight, (count - 1) // 4 + 1
-    raw = torch.empty(b, vae.config.latent_channels, total, height // 8, width // 8, device=weight.device)
+    shape = (b, vae.config.latent_channels, total, height // 8, width // 8)
+    raw = torch.empty(shape, dtype=torch.float32, device=weight.device)
     state: State = {}
     with torch.inference_mode():
         for start, stop in ((0, 1), *((at, min(at + chunk, count)) for at in range(1, count, chunk))):
@@ -321,7 +325,7 @@ def decode(
     b, _, total, h, w = raw.shape
     shape = (b, 3, 4 * total - 3, 8 * h, 8 * w)
     if out is None:
-        out = torch.empty(shape, device=vae.conv2.weight.device)
+        out = torch.empty(shape, dtype=torch.float32, device=vae.conv2.weight.device)
     elif tuple(out.shape) != shape or not out.is_floating_point():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; these latents decode to floating point {shape}")
     state: State = {}
