@@ -56,10 +56,8 @@ class LightX2VPipeline:
         self._folder = open_folder(model_path, dit_original_ckpt)
         self._info = identify(self._folder.transformer)
         self._engine = Engine()
-        defaults = self._info.spec.defaults
         scheduler = "distilled" if model_cls == "wan2.1_distill" else "unipc"
-        sampling = Sampling(steps=defaults.steps, cfg_scale=defaults.cfg_scale, shift=defaults.shift)
-        self._request = Request("", fps=defaults.fps, sampling=replace(sampling, scheduler=scheduler))
+        self._request = Request("", sampling=Sampling(scheduler=scheduler))
         self._text_encoder: umt5.UMT5 | None = None
         self._transformer: nn.Module | None = None
         self._vae: wan_vae.WanVAE | None = None

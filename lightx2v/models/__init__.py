@@ -15,17 +15,6 @@ from lightx2v_kernels import Kernels
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What a request takes when it does not say otherwise: the values that the model's authors published."""
-
-    steps: int
-    cfg_scale: float
-    shift: float
-    fps: int
-    negative_prompt: str
-
-
-@dataclass(frozen=True)
 class ModelSpec:
     """One variant of a family: how its checkpoint is recognised and how its network is built."""
 
@@ -40,7 +29,6 @@ class ModelSpec:
     head_dim: int
     latents: LatentFormat
     patch_size: tuple[int, int, int]  # latent cells per token along (T, H, W)
-    defaults: Defaults
 
 
 @cache

@@ -1,13 +1,14 @@
 """Wan checkpoints: what their headers look like and which network they mean."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightx2v.checkpoint import Header
 from lightx2v.latents import WAN21
-from lightx2v.models import Defaults, ModelSpec
+from lightx2v.models import ModelSpec
 from lightx2v_kernels import Kernels
 
 HEAD_DIM = 128  # of every published Wan; the number of heads follows from the width
@@ -97,15 +98,7 @@ def keep_float32(name: str) -> bool:
     return name.startswith(("time_embedding.", "time_projection.")) or name.endswith("modulation") or ".norm3." in name
 
 
-# Wan2.1 wan/configs/shared_config.py: the negative prompt the models were tuned with.
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-
-
-def _t2v(name: str, title: str, matches) -> ModelSpec:
+def _t2v(name: str, title: str, matches: Callable[[Header], bool]) -> ModelSpec:
     return ModelSpec(
         name=name,
         title=title,
@@ -118,7 +111,6 @@ def _t2v(name: str, title: str, matches) -> ModelSpec:
         head_dim=HEAD_DIM,
         latents=WAN21,
         patch_size=(1, 2, 2),
-        defaults=Defaults(steps=50, cfg_scale=5.0, shift=5.0, fps=16, negative_prompt=NEGATIVE_PROMPT),
     )
 
 
