@@ -161,6 +161,8 @@ class EngineVAE(comfy.sd.VAE):
 class VAEStage(host.Housed):
     """What the host calls on the network inside a VAE object; both directions report progress and can be cancelled."""
 
+    network: wan_vae.WanVAE
+
     def decode(self, raw: Tensor) -> Tensor:
         """raw latents (B, 16, T, h, w) -> (B, 3, F, H, W) float32 in [-1, 1]"""
         return wan_vae.decode(self.network, raw, on_chunk=host.progress())
