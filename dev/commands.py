@@ -88,7 +88,7 @@ def _demo(options: argparse.Namespace, rest: Sequence[str]) -> int:
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     status = _python(python, "-m", "lightx2v", "generate", *flags)
     if status == 0:
-        print(f'Made "{options.prompt}" (seed {options.seed}) in {time.monotonic() - start:.0f} s: {out}')
+        print(f"Made in {time.monotonic() - start:.0f} s. Open {out}")
     return status
 
 
