@@ -35,14 +35,14 @@ class Group:
 
 
 GROUPS = (
-    Group("1 Load", 500, "#3f789e", frozenset({"LightX2VLoadModel", "LightX2VLoadTextEncoder", "LightX2VLoadVAE"})),
+    Group("1 Load", 460, "#3f789e", frozenset({"LightX2VLoadModel", "LightX2VLoadTextEncoder", "LightX2VLoadVAE"})),
     Group("2 Prompt", 400, "#88a", frozenset({"LightX2VTextEncode"})),
     Group("3 Sample", 320, "#8a8", frozenset({"LightX2VEmptyLatent", "LightX2VSampler"})),
     Group("4 Decode and save", 420, "#a88", frozenset({"LightX2VDecode", "CreateVideo", "SaveVideo"})),
 )
-NOTE_WIDTH, NOTE_HEIGHT = 440, 560
-# Pixels beyond what a node's slots and widgets take: lines of text, the video's player.
-EXTRA_HEIGHT = {"LightX2VTextEncode": 120, "SaveVideo": 400}
+NOTE_WIDTH, NOTE_HEIGHT = 440, 780
+# Pixels beyond what a node's slots and widgets take: lines of text, the preview, the video's player.
+EXTRA_HEIGHT = {"LightX2VTextEncode": 120, "LightX2VSampler": 240, "SaveVideo": 440}
 
 # How ComfyUI draws: the title stands above a node's position, a slot and a widget have a row each.
 TITLE, SLOT, WIDGET, MARGIN = 30, 20, 24, 14
@@ -179,7 +179,8 @@ def _arrange(nodes: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Place every node in its group's column, right of the note; returns the groups that are not empty."""
     if lost := {node["type"] for node in nodes.values()} - frozenset().union(*(group.types for group in GROUPS)):
         raise ValueError(f"{', '.join(sorted(lost))}: in no group of dev/workflows.py; add it to GROUPS")
-    groups, left = [], NOTE_WIDTH + 2 * GAP
+    groups: list[dict[str, Any]] = []
+    left = NOTE_WIDTH + 2 * GAP
     for group in GROUPS:
         members = [node for node in nodes.values() if node["type"] in group.types]
         if not members:
@@ -192,7 +193,8 @@ def _arrange(nodes: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         box = [left, -2 * TITLE, group.width + 2 * GAP, below + 2 * TITLE]
         groups.append({"title": group.title, "bounding": box, "color": group.colour, "font_size": 24, "flags": {}})
         left += box[2] + GAP
-    return groups
+    tallest = max(group["bounding"][3] for group in groups)
+    return [{**group, "bounding": [*group["bounding"][:3], tallest]} for group in groups]
 
 
 def write(name: str, info: Info, folder: Path = WORKFLOWS) -> Path:
