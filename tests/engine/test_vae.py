@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_vae import tiny_vae
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from closeness import relative_error
 from lightx2v.checkpoint import CheckpointError, Header, TensorInfo
 from lightx2v.vae.wan import State, WanVAE, WanVAEConfig, config_from_header, decode, encode, load
+from tiny_vae import tiny_vae
 
 MANIFESTS = Path(__file__).parents[1] / "formats" / "manifests"
 EXACT = 1e-12
@@ -319,3 +319,17 @@ def test_an_incomplete_file_is_refused(tmp_path: Path, vae: WanVAE) -> None:
     save_file(weights, tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match=r"1 of 194 tensors are missing.*decoder.upsamples.3.time_conv.bias"):
         load(tmp_path / "vae.safetensors", dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_on_a_gpu_with_frames_in_main_memory(vae: WanVAE, dtype: torch.dtype, limit: float) -> None:
+    pixels, raw = random_frames(9).float(), random_latents(3).float()
+    out = torch.empty(1, 3, 9, 16, 24)
+    placed = tiny_vae().to("cuda", dtype)
+    encoded = encode(placed, pixels)
+    assert encoded.is_cuda and encoded.dtype == torch.float32
+    assert decode(placed, raw, out=out) is out
+    assert relative_error(encoded.cpu(), encode(vae, pixels)) < limit
+    assert relative_error(out, decode(vae, raw)) < limit
