@@ -12,12 +12,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from tiny_vae import tiny_vae
 from torch import Tensor, nn
 
 from closeness import assert_close, relative_error
 from lightx2v.vae.layouts import from_diffusers
 from lightx2v.vae.wan import WanVAE, decode, encode
+from tiny_vae import tiny_vae
 
 BASE = 8
 SAME_MATHS = 1e-12
