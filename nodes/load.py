@@ -164,8 +164,8 @@ class VAEStage(host.Housed):
     network: wan_vae.WanVAE
 
     def decode(self, raw: Tensor) -> Tensor:
-        """raw latents (B, 16, T, h, w) -> (B, 3, F, H, W) float32 in [-1, 1]"""
-        return wan_vae.decode(self.network, raw, on_chunk=host.progress())
+        """raw latents (B, 16, T, h, w) -> (B, 3, F, H, W) float32; the host clamps once tiles are blended"""
+        return wan_vae.decode(self.network, raw, on_chunk=host.progress(), clamp=False)
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, F, H, W) in [-1, 1] -> raw latent mean (B, 16, T, h, w) float32"""

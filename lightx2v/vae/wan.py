@@ -307,9 +307,15 @@ def encode(vae: WanVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk | N
 
 
 def decode(
-    vae: WanVAE, raw: Tensor, *, chunk: int = 1, on_chunk: OnChunk | None = None, out: Tensor | None = None
+    vae: WanVAE,
+    raw: Tensor,
+    *,
+    chunk: int = 1,
+    on_chunk: OnChunk | None = None,
+    out: Tensor | None = None,
+    clamp: bool = True,
 ) -> Tensor:
-    """Frames (B, 3, 4T - 3, 8h, 8w) float32, clamped to [-1, 1], of raw latents (B, z, T, h, w).
+    """Frames (B, 3, 4T - 3, 8h, 8w) float32 of raw latents (B, z, T, h, w), clamped to [-1, 1] unless told not to.
 
     `chunk` latent frames are decoded at a time; more take more memory and give the same frames. They are written into
     `out`, which is allocated on the VAE's device unless given; it may be in main memory, or of another floating dtype.
@@ -334,7 +340,7 @@ def decode(
             stop = min(start + chunk, total)
             frames = vae.reconstruct(raw[:, :, start:stop].to(vae.conv2.weight.device), state)
             end = 4 * stop - 3
-            out[:, :, end - frames.shape[2] : end] = frames.clamp_(-1, 1)
+            out[:, :, end - frames.shape[2] : end] = frames.clamp_(-1, 1) if clamp else frames
             if on_chunk is not None:
                 on_chunk(stop, total)
     return out
