@@ -209,21 +209,33 @@ def write(name: str, info: Info, folder: Path = WORKFLOWS) -> Path:
     return fresh.replace(path)
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python dev.py run -m dev.workflows", description=__doc__.splitlines()[0])
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `read_info` reads."""
     parser.add_argument("--url", default="http://127.0.0.1:8188", help="a running ComfyUI (default: %(default)s)")
     parser.add_argument("--info", type=Path, help="a saved answer of its /object_info, used instead")
-    options = parser.parse_args(arguments)
+
+
+def read_info(options: argparse.Namespace) -> Info:
+    """The nodes' description; SystemExit with what to do if nobody answers."""
     try:
         if options.info:
-            info = json.loads(options.info.read_text(encoding="utf-8"))
-        else:
-            with urllib.request.urlopen(f"{options.url}/object_info", timeout=60) as answer:
-                info = json.load(answer)
+            return json.loads(options.info.read_text(encoding="utf-8"))
+        with urllib.request.urlopen(f"{options.url}/object_info", timeout=60) as answer:
+            return json.load(answer)
+    except (OSError, ValueError) as error:
+        source = options.info or options.url
+        raise SystemExit(f"{source}: {error}; `python dev.py host` starts a ComfyUI to ask") from error
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python dev.py run -m dev.workflows", description=__doc__.splitlines()[0])
+    add_source(parser)
+    info = read_info(parser.parse_args(arguments))
+    try:
         for path in sorted(WORKFLOWS.glob("*.api.json")):
             print(write(path.name.removesuffix(".api.json"), info))
     except (OSError, ValueError) as error:
-        print(f"error: {error}\n`python dev.py host` starts a ComfyUI to ask", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
