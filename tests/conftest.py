@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ import torch
 from dev.comfyui import PACK_NAME, demo_models, find_comfyui
 from dev.environment import REPOSITORY
 from dev.launch_comfyui import admit_torchvision
-from host.server import Server, start
-from host.tiny_models import TinyModels, write_tiny_models
+
+# What a server needs is imported with the first server: the kernels' tests run on machines that have none of it.
+if TYPE_CHECKING:
+    from host.server import Server
+    from host.tiny_models import TinyModels
 
 NO_COMFYUI = "no ComfyUI: set COMFYUI_PATH, or let `python dev.py test` fetch one into .host/"
 
@@ -53,6 +57,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = find_comfyui()
     if root is None:
         pytest.skip(NO_COMFYUI)
+    from host.server import start
+
     packs = {PACK_NAME: REPOSITORY, "fixture_pack": Path(__file__).parent / "host" / "fixture_pack"}
     with start(root, tmp_path_factory.mktemp("comfyui"), packs, demo_models()) as server:
         yield server
@@ -61,4 +67,6 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def tiny_models(host: Server) -> TinyModels:
     """A Wan transformer, VAE and umT5 of random weights, a few MB in all, put where `host` finds them."""
+    from host.tiny_models import write_tiny_models
+
     return write_tiny_models(host.base / "models")

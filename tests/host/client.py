@@ -50,7 +50,8 @@ class Result:
     def expect(self, status: str = "success") -> Result:
         """This result; AssertionError with the server's own words if it ended in another way."""
         if self.status != status:
-            traceback = "".join(self.error.get("traceback", ()))
+            frames = "".join(self.error.get("traceback", ())).splitlines()
+            traceback = "\n".join(line for line in frames if line.strip(" ^~"))
             raise AssertionError(f"the graph ended as {self.status!r}, not {status!r}: {self.message}\n{traceback}")
         return self
 
