@@ -107,6 +107,17 @@ def test_a_folder_of_something_else_is_not_overwritten(venv):
     assert (venv / "thesis.txt").read_text(encoding="utf-8") == "precious"
 
 
+def test_a_python_without_venv_is_told_what_to_install(venv, monkeypatch):
+    def fail(line: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (venv / "bin").mkdir(parents=True)
+        return subprocess.CompletedProcess(line, 1, "", "ensurepip is not available")
+
+    monkeypatch.setattr(environment.subprocess, "run", fail)
+    with pytest.raises(SystemExit, match="-venv"):
+        environment.prepare(ENGINE)
+    assert not venv.exists()
+
+
 def test_what_pip_could_not_find_is_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(environment, "LISTS", tmp_path)
     (tmp_path / ENGINE.requirements).write_text("--no-index\nno-such-package-at-all==1.0\n", encoding="utf-8")
