@@ -44,8 +44,9 @@ def load_transformer(
     Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend that cannot run here.
     """
     spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)
+    kernels = choose_kernels(info, engine, device)  # outside the meta device: choosing runs self-tests
     with torch.device("meta"):
-        transformer = spec.build(info.config, choose_kernels(info, engine, device))
+        transformer = spec.build(info.config, kernels)
     assign(
         transformer,
         info.header,
@@ -58,7 +59,8 @@ def load_transformer(
 
 def with_attention(transformer: nn.Module, info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
     """The same network with the attention of `engine`, sharing every weight with `transformer`."""
+    kernels = choose_kernels(info, engine, device)
     with torch.device("meta"):
-        other = info.spec.build(info.config, choose_kernels(info, engine, device))
+        other = info.spec.build(info.config, kernels)
     other.load_state_dict(transformer.state_dict(), assign=True)
     return other.eval().requires_grad_(False)
