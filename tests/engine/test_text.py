@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_umt5
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import tiny_umt5
 from lightx2v.checkpoint import DTYPES, CheckpointError, Header, TensorInfo
 from lightx2v.text.layout import Sizes, from_original, renames, sizes, to_original_layout
 from lightx2v.text.tokenizer import clean

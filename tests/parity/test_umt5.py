@@ -8,12 +8,12 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny_umt5
 import torch
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
+import tiny_umt5
 from lightx2v.text.layout import to_original_layout
 from lightx2v.text.umt5 import UMT5, load
 

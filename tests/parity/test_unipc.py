@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from closeness import relative_error
 from torch import Tensor
 
+from closeness import relative_error
 from lightx2v.sampling import Step, sample
 from lightx2v.schedules import wan
 from lightx2v.solvers import UniPC

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from closeness import relative_error
 from torch import Tensor
 
+from closeness import relative_error
 from lightx2v.models.wan.spec import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer, sinusoidal
 from lightx2v_kernels import select
