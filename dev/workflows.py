@@ -40,13 +40,15 @@ GROUPS = (
     Group("3 Sample", 320, "#8a8", frozenset({"LightX2VEmptyLatent", "LightX2VSampler"})),
     Group("4 Decode and save", 420, "#a88", frozenset({"LightX2VDecode", "CreateVideo", "SaveVideo"})),
 )
-NOTE_WIDTH, NOTE_HEIGHT = 440, 780
+NOTE_WIDTH, NOTE_HEIGHT = 440, 640
 # Pixels beyond what a node's slots and widgets take: lines of text, the preview, the video's player.
 EXTRA_HEIGHT = {"LightX2VTextEncode": 120, "LightX2VSampler": 240, "SaveVideo": 440}
 
 # How ComfyUI draws: the title stands above a node's position, a slot and a widget have a row each.
 TITLE, SLOT, WIDGET, MARGIN = 30, 20, 24, 14
 GAP = 20
+# Between the nodes of a column: the page's newer way to draw ("Nodes 2.0") gives every node a row more.
+BETWEEN = 60
 
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 Info = Mapping[str, Mapping[str, Any]]
@@ -189,8 +191,8 @@ def _arrange(nodes: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         for node in members:
             node["pos"] = [left + GAP, below + TITLE]
             node["size"] = [group.width, _height(node)]
-            below += TITLE + node["size"][1] + GAP
-        box = [left, -2 * TITLE, group.width + 2 * GAP, below + 2 * TITLE]
+            below += TITLE + node["size"][1] + BETWEEN
+        box = [left, -2 * TITLE, group.width + 2 * GAP, below - BETWEEN + 2 * TITLE + 2 * GAP]
         groups.append({"title": group.title, "bounding": box, "color": group.colour, "font_size": 24, "flags": {}})
         left += box[2] + GAP
     tallest = max(group["bounding"][3] for group in groups)
