@@ -35,14 +35,14 @@ class Group:
 
 
 GROUPS = (
-    Group("1 Load", 460, "#3f789e", frozenset({"LightX2VLoadModel", "LightX2VLoadTextEncoder", "LightX2VLoadVAE"})),
-    Group("2 Prompt", 400, "#88a", frozenset({"LightX2VTextEncode"})),
-    Group("3 Sample", 320, "#8a8", frozenset({"LightX2VEmptyLatent", "LightX2VSampler"})),
-    Group("4 Decode and save", 420, "#a88", frozenset({"LightX2VDecode", "CreateVideo", "SaveVideo"})),
+    Group("1 Load", 410, "#3f789e", frozenset({"LightX2VLoadModel", "LightX2VLoadTextEncoder", "LightX2VLoadVAE"})),
+    Group("2 Prompt", 320, "#88a", frozenset({"LightX2VTextEncode"})),
+    Group("3 Sample", 280, "#8a8", frozenset({"LightX2VEmptyLatent", "LightX2VSampler"})),
+    Group("4 Decode and save", 340, "#a88", frozenset({"LightX2VDecode", "CreateVideo", "SaveVideo"})),
 )
-NOTE_WIDTH, NOTE_HEIGHT = 440, 640
+NOTE_WIDTH, NOTE_HEIGHT = 350, 740
 # Pixels beyond what a node's slots and widgets take: lines of text, the preview, the video's player.
-EXTRA_HEIGHT = {"LightX2VTextEncode": 120, "LightX2VSampler": 240, "SaveVideo": 440}
+EXTRA_HEIGHT = {"LightX2VTextEncode": 120, "LightX2VSampler": 240, "SaveVideo": 360}
 
 # How ComfyUI draws: the title stands above a node's position, a slot and a widget have a row each.
 TITLE, SLOT, WIDGET, MARGIN = 30, 20, 24, 14

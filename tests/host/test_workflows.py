@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
 
+from demo.grammar import parse
+from demo.judge import judge, score
 from dev.environment import REPOSITORY
 from dev.workflows import workflow, write
 
@@ -112,22 +119,46 @@ def test_it_is_up_to_date(host, name: str, tmp_path: Path) -> None:
     assert ours(fresh) == ours(page)
 
 
+@pytest.fixture(scope="module")
+def videos(host) -> Callable[[str], Tensor]:
+    """workflow's name -> what it saved, (F, H, W, 3) uint8; every workflow runs once."""
+
+    @cache
+    def run(name: str) -> Tensor:
+        _, api = read(name)
+        (saved,) = (key for key, node in api.items() if node["class_type"] == "SaveVideo")
+        (path,) = host.run(api).expect().files(saved, host.base)
+        assert path.suffix == ".mp4"
+        with av.open(str(path)) as video:
+            return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)])
+
+    return run
+
+
 @pytest.mark.host
 @every_workflow
-def test_it_runs_and_saves_its_video(host, name: str) -> None:
+def test_it_runs_and_saves_its_video(videos, name: str) -> None:
     _, api = read(name)
-    (frames,) = {node["inputs"]["length"] for node in api.values() if "length" in node["inputs"]}
-    (size,) = {
-        (node["inputs"]["width"], node["inputs"]["height"]) for node in api.values() if "width" in node["inputs"]
+    sizes = {
+        tuple(node["inputs"][field] for field in ("length", "height", "width"))
+        for node in api.values()
+        if "length" in node["inputs"]
     }
-    (saved,) = (key for key, node in api.items() if node["class_type"] == "SaveVideo")
-    (path,) = host.run(api).expect().files(saved, host.base)
-    assert path.suffix == ".mp4"
-    with av.open(str(path)) as video:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    assert len(decoded) == frames
-    assert {frame.shape for frame in decoded} == {(size[1], size[0], 3)}
-    assert decoded[0].std() > 1 and (decoded[0] != decoded[-1]).any(), "a blank or frozen picture"
+    frames = videos(name)
+    assert {tuple(frames.shape[:3])} == sizes
+    assert frames.float().std() > 1 and (frames[0] != frames[-1]).any(), "a blank or frozen picture"
+
+
+@pytest.mark.host
+@every_workflow
+def test_it_shows_what_its_prompt_asks_for(videos, name: str) -> None:
+    """The small models are what a workflow comes with, so the video that people see first must be right."""
+    _, api = read(name)
+    ((prompt, _),) = {tuple(node["inputs"]["positive"]) for node in api.values() if "positive" in node["inputs"]}
+    asked = parse(api[prompt]["inputs"]["text"])
+    clip = rearrange(videos(name).float() / 127.5 - 1, "t h w c -> 1 c t h w")
+    (right,) = score(judge(clip), [asked]).everything.tolist()
+    assert right, f"asked for {asked}, the judge saw {judge(clip)}"
 
 
 @pytest.fixture
