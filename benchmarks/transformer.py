@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.timing import machine, median_ms, report
-from lightx2v.models.wan.spec import HEAD_DIM, WanConfig
+from lightx2v.models.wan.config import HEAD_DIM, WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import Kernels, UnsupportedBackendError, registry, select
 from lightx2v_kernels.closeness import why_too_far

@@ -10,7 +10,7 @@ from lightx2v.config import Sampling
 from lightx2v.diffuse import Hooks, diffuse, noise_like
 from lightx2v.guidance import Conditioning
 from lightx2v.latents import WAN21
-from lightx2v.models.wan.spec import WanConfig
+from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import select
 

@@ -12,7 +12,7 @@ from lightx2v.checkpoint import Header
 from lightx2v.identify import CheckpointInfo
 from lightx2v.memory import transformer_activation_bytes
 from lightx2v.models import specs
-from lightx2v.models.wan.spec import WanConfig
+from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.vae import wan as wan_vae
 from lightx2v_kernels import select

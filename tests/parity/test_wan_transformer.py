@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from closeness import relative_error
-from lightx2v.models.wan.spec import WanConfig
+from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer, sinusoidal
 from lightx2v_kernels import select
 

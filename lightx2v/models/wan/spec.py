@@ -2,39 +2,15 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import nn
 
 from lightx2v.checkpoint import Header
 from lightx2v.latents import WAN21
 from lightx2v.models import ModelSpec
+from lightx2v.models.wan.config import HEAD_DIM, WanConfig
+from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import Kernels
-
-HEAD_DIM = 128  # of every published Wan; the number of heads follows from the width
-
-
-@dataclass(frozen=True)
-class WanConfig:
-    """The shape of one Wan transformer. Field names follow the file's tensors, not a config.json."""
-
-    hidden_size: int
-    ffn_size: int
-    num_layers: int
-    in_channels: int
-    out_channels: int
-    text_dim: int
-    freq_dim: int  # of the sinusoidal timestep embedding
-    patch_size: tuple[int, int, int]  # (T, H, W)
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % HEAD_DIM:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of head_dim {HEAD_DIM}")
-
-    @property
-    def num_heads(self) -> int:
-        return self.hidden_size // HEAD_DIM
 
 
 def read_config(header: Header) -> WanConfig:
@@ -88,8 +64,6 @@ PUBLISHED = ((1536, 30), (5120, 40))
 
 
 def _build(config: WanConfig, kernels: Kernels) -> nn.Module:
-    from lightx2v.models.wan.transformer import WanTransformer
-
     return WanTransformer(config, kernels)
 
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
-from lightx2v.models.wan.spec import WanConfig
+from lightx2v.models.wan.config import WanConfig
 from lightx2v_kernels import Kernels
 
 
