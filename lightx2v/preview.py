@@ -1,26 +1,54 @@
 """Cheap previews: a linear map from latent channels to colour, every few frames, as a looping picture."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from lightx2v.checkpoint import CheckpointError, Header
+
 MAX_FRAMES = 12
+COLOURS_KEY = "latent_colours"  # in a transformer's metadata, for models whose latents are not Wan's own
 
 
-def latent_to_rgb(
-    x0: Tensor, factors: Sequence[Sequence[float]], bias: Sequence[float], max_frames: int = MAX_FRAMES
-) -> Tensor:
-    """x0 (B, C, T, H, W) in model space -> (F, H, W, 3) uint8 of the first video, F = at most max_frames of its T.
+@dataclass(frozen=True)
+class Colours:
+    """How latents of model space look: about [-1, 1] of red, green and blue."""
 
-    factors: (C, 3), bias: (3,), fitted so that the result is about [-1, 1].
-    """
+    factors: Sequence[Sequence[float]]  # (C, 3)
+    bias: Sequence[float]  # (3,)
+
+    def to_metadata(self) -> dict[str, str]:
+        return {COLOURS_KEY: json.dumps([*self.factors, self.bias])}
+
+
+def read_colours(header: Header, channels: int) -> Colours | None:
+    """The colours that a checkpoint brings for its own latents, if it does; CheckpointError if they cannot be read."""
+    if COLOURS_KEY not in header.metadata:
+        return None
+    try:
+        *factors, bias = json.loads(header.metadata[COLOURS_KEY])
+        rows = [[float(value) for value in row] for row in (*factors, bias)]
+        if len(rows) != channels + 1 or any(len(row) != 3 for row in rows):
+            raise ValueError(f"{len(rows)} rows")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{header.path}: its metadata '{COLOURS_KEY}' is not {channels + 1} rows of 3 numbers ({error}); "
+            "download the file again"
+        ) from error
+    return Colours(rows[:-1], rows[-1])
+
+
+def latent_to_rgb(x0: Tensor, colours: Colours, max_frames: int = MAX_FRAMES) -> Tensor:
+    """x0 (B, C, T, H, W) in model space -> (F, H, W, 3) uint8 of the first video, F = at most max_frames of its T."""
     picked = torch.linspace(0, x0.shape[2] - 1, min(max_frames, x0.shape[2])).round().long()
     latents = x0[0][:, picked.to(x0.device)].float()
-    weight = torch.tensor(factors, dtype=torch.float32, device=x0.device)
-    rgb = torch.einsum("cthw,cr->thwr", latents, weight) + torch.tensor(bias, device=x0.device)
+    weight = torch.tensor(colours.factors, dtype=torch.float32, device=x0.device)
+    rgb = torch.einsum("cthw,cr->thwr", latents, weight) + torch.tensor(colours.bias, device=x0.device)
     return ((rgb + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

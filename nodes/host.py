@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.preview import LoopingPicture, latent_to_rgb
+from lightx2v.preview import Colours, LoopingPicture, latent_to_rgb
 from lightx2v.sampling import Step
 
 log = logging.getLogger("lightx2v")
@@ -159,17 +159,22 @@ def progress() -> Callable[[int, int], None]:
     return update
 
 
-def step_progress(steps: int, space: str) -> Callable[[Step, Tensor], None]:
-    """Progress with a looping preview of the video so far, in a latent space ("Wan21") that the host can colour."""
+def wan_colours() -> Colours:
+    """How latents of Wan's own VAE look, as the host's previews have it."""
+    space = comfy.latent_formats.Wan21()
+    return Colours(space.latent_rgb_factors, space.latent_rgb_factors_bias)
+
+
+def step_progress(steps: int, colours: Colours) -> Callable[[Step, Tensor], None]:
+    """Progress with a looping preview of the video so far."""
     bar = comfy.utils.ProgressBar(steps)
-    colours = getattr(comfy.latent_formats, space)()
     show = mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
 
     def update(step: Step, x0: Tensor) -> None:
         cancel_point()
         preview = None
         if show:
-            frames = latent_to_rgb(x0, colours.latent_rgb_factors, colours.latent_rgb_factors_bias)
+            frames = latent_to_rgb(x0, colours)
             preview = ("PNG", LoopingPicture(frames, PREVIEW_WIDTH), None)
         bar.update_absolute(step.index + 1, step.total, preview)
 

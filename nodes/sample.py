@@ -9,6 +9,7 @@ from torch import Tensor
 from lightx2v.config import SCHEDULERS, Sampling, one_of
 from lightx2v.diffuse import Hooks, diffuse
 from lightx2v.guidance import Conditioning
+from lightx2v.preview import read_colours
 from lightx2v.schedules import parse_step_list
 from lightx2v_kernels.registry import names
 
@@ -155,6 +156,7 @@ class LightX2VSampler(io.ComfyNode):
             )
         samples: Tensor = latent["samples"]
         space = model.info.spec.latents
+        colours = read_colours(model.info.header, space.channels) or host.wan_colours()
         host.on_gpu(model, model.activation_bytes(samples))
         try:
             out = diffuse(
@@ -166,7 +168,7 @@ class LightX2VSampler(io.ComfyNode):
                 space=space,
                 mask=latent.get("noise_mask"),
                 batch_index=latent.get("batch_index"),
-                hooks=Hooks(host.step_progress(sampling.steps, "Wan21"), host.cancel_point),
+                hooks=Hooks(host.step_progress(sampling.steps, colours), host.cancel_point),
             )
         finally:
             if widgets["offload"] == "model":

@@ -1,0 +1,56 @@
+"""Previews: latents to colours, frames to a picture that loops, and the colours that a checkpoint may bring."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.preview import COLOURS_KEY, Colours, LoopingPicture, latent_to_rgb, read_colours
+
+RED_IS_FIRST = Colours([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 0, -1])
+
+
+def test_latents_become_the_colours_they_stand_for() -> None:
+    x0 = torch.zeros(2, 3, 4, 5, 6)
+    x0[0, 0] = 1.0
+    x0[0, 1] = -3.0  # beyond the range
+    frames = latent_to_rgb(x0, RED_IS_FIRST)
+    assert frames.shape == (4, 5, 6, 3)
+    assert frames.unique(dim=0).shape[0] == 1
+    assert frames[0, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_long_video_is_thinned_to_its_ends() -> None:
+    x0 = torch.linspace(-1, 1, 40).view(1, 1, 40, 1, 1).expand(1, 3, 40, 2, 2)
+    frames = latent_to_rgb(x0, RED_IS_FIRST, max_frames=12)
+    assert len(frames) == 12
+    assert frames[0, 0, 0, 0] == 0 and frames[-1, 0, 0, 0] == 255
+
+
+def test_picture_loops() -> None:
+    frames = torch.randint(0, 255, (5, 8, 16, 3), dtype=torch.uint8)
+    file = io.BytesIO()
+    LoopingPicture(frames, width=64).save(file, format="PNG", quality=95)
+    image = Image.open(file)
+    assert (image.format, image.size, image.n_frames, image.info["loop"]) == ("PNG", (64, 32), 5, 0)
+
+
+def header(text: str | None) -> Header:
+    return Header(Path("model.safetensors"), {}, {} if text is None else {COLOURS_KEY: text})
+
+
+def test_colours_of_a_checkpoint() -> None:
+    assert read_colours(header(None), 3) is None
+    assert read_colours(header(RED_IS_FIRST.to_metadata()[COLOURS_KEY]), 3) == RED_IS_FIRST
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "[[1, 2, 3]]", "[[1, 2], [1, 2], [1, 2], [1, 2]]", json.dumps([["x"] * 3] * 4)]
+)
+def test_colours_that_cannot_be_read_are_named(text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its metadata 'latent_colours' is not 4 rows"):
+        read_colours(header(text), 3)
