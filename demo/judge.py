@@ -245,25 +245,19 @@ def score(findings: Findings, attributes: Sequence[Attributes]) -> Scores:
     )
 
 
-def _describe(findings: Findings, index: int) -> str:
-    """What one clip shows, in words."""
+def describe(findings: Findings, index: int) -> str:
+    """What one clip shows, in words; "?" for what is none of the known."""
 
-    def name(table: Sequence[str], value: Tensor) -> str:
-        return table[int(value[index])] if value[index] >= 0 else "?"
+    def name(table: Sequence[str], values: Tensor) -> str:
+        return table[int(values[index])] if values[index] >= 0 else "?"
 
-    colours = {name(tuple(BACKDROP_COLOURS), c): None for c in (findings.first, findings.second)}
-    parts = (
-        name(tuple(COLOURS), findings.colour),
-        name(tuple(SHAPES), findings.shape),
-        name(_MOTION_NAMES, findings.motion),
-        "over",
-        *colours,
-        name(BACKDROPS, findings.backdrop),
-    )
-    return " ".join(parts)
+    backdrops = tuple(BACKDROP_COLOURS)
+    colours = dict.fromkeys(name(backdrops, values) for values in (findings.first, findings.second))
+    seen = (name(tuple(COLOURS), findings.colour), name(tuple(SHAPES), findings.shape))
+    return " ".join((*seen, name(_MOTION_NAMES, findings.motion), "over", *colours, name(BACKDROPS, findings.backdrop)))
 
 
 if __name__ == "__main__":
-    from demo.__main__ import main
+    from demo.report import main
 
     raise SystemExit(main())

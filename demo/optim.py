@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Settings:
-    """Learning rates are per step at the schedule's plateau; `average` is the decay of the weight average."""
+    """Learning rates are per step at the schedule's plateau; `average` is the decay of the weight average.
+
+    A matrix (R, C) changes by 3.2 * matrix_rate * sqrt(R / C) in spectral norm (G. Yang et al., "A spectral condition
+    for feature learning", 2023): for 256 x 256, entries change by 0.2 * matrix_rate, as AdamW's do.
+    """
 
     rate: float  # AdamW
     matrix_rate: float  # orthogonalised updates, scaled to the size that AdamW's have
@@ -75,51 +79,75 @@ class Optimizer:
         self._momenta = [torch.zeros(len(group), *shape, device=device) for shape, group in shapes.items()]
         self._first = [torch.zeros_like(self.masters[i]) for i in rest]
         self._second = [torch.zeros_like(self.masters[i]) for i in rest]
+        names = ("rate", "correction", "matrix_rate", "matrix_keep", "renewal")
+        self._numbers = {name: torch.zeros((), device=device) for name in names}
+
+    def prepare(self, factor: float) -> None:
+        """Count a step and set its numbers, for learning rates times `factor`. Never waits for the device."""
+        self.steps += 1
+        settings, (beta1, beta2) = self.settings, self.settings.betas
+        average = min(settings.average, (1 + self.steps) / (10 + self.steps))
+        numbers = {
+            "rate": settings.rate * factor / (1 - beta1**self.steps),
+            "correction": math.sqrt(1 - beta2**self.steps),
+            "matrix_rate": settings.matrix_rate * factor,
+            "matrix_keep": 1 - settings.matrix_rate * factor * settings.matrix_decay,
+            "renewal": 1 - average,
+        }
+        for name, value in numbers.items():
+            self._numbers[name].fill_(value)
 
     @torch.no_grad()
-    def step(self, factor: float) -> Tensor:
-        """One update with learning rates times `factor`; clears the gradients and returns their norm (a scalar)."""
-        grads = [
-            p.grad.float() if p.grad is not None else torch.zeros_like(m)
-            for p, m in zip(self.weights, self.masters, strict=True)
-        ]
+    def apply(self) -> Tensor:
+        """The prepared step, from the gradients; clears them and returns their norm (a scalar).
+
+        Reads nothing from the host, so that a CUDA graph can hold it.
+        """
+        pairs = zip(self.weights, self.masters, strict=True)
+        grads = [p.grad.float() if p.grad is not None else torch.zeros_like(m) for p, m in pairs]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
-        self.steps += 1
-        self._adam([grads[i] for i in self._rest], factor)
+        self._adam([grads[i] for i in self._rest])
         for group, momentum in zip(self._groups, self._momenta, strict=True):
-            self._orthogonal(group, momentum, grads, factor)
+            self._orthogonal(group, momentum, grads)
         torch._foreach_copy_([p.data for p in self.weights], self.masters)
-        average = min(self.settings.average, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.averages, self.masters, 1 - average)
+        change = torch._foreach_sub(self.masters, self.averages)
+        torch._foreach_mul_(change, self._numbers["renewal"])
+        torch._foreach_add_(self.averages, change)
         for p in self.weights:
             p.grad = None
         return norm
 
-    def _adam(self, grads: list[Tensor], factor: float) -> None:
+    def step(self, factor: float) -> Tensor:
+        """`prepare` and `apply`."""
+        self.prepare(factor)
+        return self.apply()
+
+    def _adam(self, grads: list[Tensor]) -> None:
+        if not grads:
+            return
         beta1, beta2 = self.settings.betas
         torch._foreach_lerp_(self._first, grads, 1 - beta1)
         torch._foreach_mul_(self._second, beta2)
         torch._foreach_addcmul_(self._second, grads, grads, 1 - beta2)
         scale = torch._foreach_sqrt(self._second)
-        torch._foreach_div_(scale, math.sqrt(1 - beta2**self.steps))
+        torch._foreach_div_(scale, self._numbers["correction"])
         torch._foreach_add_(scale, 1e-9)
-        size = self.settings.rate * factor / (1 - beta1**self.steps)
-        torch._foreach_addcdiv_([self.masters[i] for i in self._rest], self._first, scale, -size)
+        update = torch._foreach_div(self._first, scale)
+        torch._foreach_mul_(update, self._numbers["rate"])
+        torch._foreach_sub_([self.masters[i] for i in self._rest], update)
 
-    def _orthogonal(self, group: list[int], momentum: Tensor, grads: list[Tensor], factor: float) -> None:
+    def _orthogonal(self, group: list[int], momentum: Tensor, grads: list[Tensor]) -> None:
         stacked = torch.stack([grads[i].reshape(momentum.shape[1:]) for i in group])
         momentum.mul_(self.settings.momentum).add_(stacked)
-        update = orthogonalise(stacked + self.settings.momentum * momentum)
-        rate = self.settings.matrix_rate * factor
-        # An orthogonal R x C matrix has entries of size 1 / sqrt(max(R, C)); AdamW's updates are about 0.2.
-        size = rate * 0.2 * math.sqrt(max(momentum.shape[1:]))
+        # By sqrt(R / C), outputs change alike in every layer. Without it the layers that read the 4096 channels of text
+        # change 16 times too fast: their weights grew until the encoder's output was chaotic in the words around.
+        rows, columns = momentum.shape[1:]
+        size = self._numbers["matrix_rate"] * (3.2 * math.sqrt(rows / columns))
+        update = orthogonalise(stacked + self.settings.momentum * momentum) * size
         masters = [self.masters[i] for i in group]
-        if self.settings.matrix_decay:
-            torch._foreach_mul_(masters, 1 - rate * self.settings.matrix_decay)
-        torch._foreach_add_(
-            masters, [u.view_as(m) for u, m in zip(update.unbind(0), masters, strict=True)], alpha=-size
-        )
+        torch._foreach_mul_(masters, self._numbers["matrix_keep"])
+        torch._foreach_sub_(masters, [u.view_as(m) for u, m in zip(update.unbind(0), masters, strict=True)])
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged weights by parameter name, float32."""

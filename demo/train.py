@@ -19,12 +19,15 @@ from pathlib import Path
 
 import torch
 
+from demo.stages.colours import fit_colours, write_colours
 from demo.stages.evaluate import evaluate, load_folder
-from demo.stages.export import export_t2v, export_vae
-from demo.stages.pool import grow_pool, load_pool, tokenizer_of
+from demo.stages.export import TRANSFORMER, export_t2v, export_vae, import_t2v, import_vae
+from demo.stages.pool import Pool, grow_pool, load_pool, tokenizer_of
+from demo.stages.retext import refit_text
 from demo.stages.run import Run
 from demo.stages.t2v import train_t2v, warm_up
 from demo.stages.vae import load_vae, train_vae
+from lightx2v.vae.wan import WanVAE
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,6 +35,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--state", type=Path, help="folder of resumable state (default: a temporary one)")
+    parser.add_argument("--start", type=Path, help="folder of exported checkpoints to begin with instead of nothing")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the checkpoints and results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -40,6 +44,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=20_000, help="clips that the pool should hold")
     parser.add_argument("--t2v-seconds", type=float, default=900, help="of all calls together")
     parser.add_argument("--call-seconds", type=float, default=10_000, help="save and stop after this long")
+    parser.add_argument(
+        "--refit-text", type=float, metavar="SECONDS", help="only give --start's transformer a new reader"
+    )
+    parser.add_argument("--judge", type=int, default=200, help="held-out pairs to judge at the end, 0 for none")
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="cfg scales to judge at")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
@@ -71,38 +79,56 @@ def _start_warm_up(args: argparse.Namespace, run: Run) -> subprocess.Popen | Non
     return subprocess.Popen([*command, "--device", args.device])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages that are not done yet; returns the exit status."""
-    args = _arguments(argv)
-    if args.dry:
-        args.vae_seconds, args.pool_seconds, args.t2v_seconds, args.clips = 3.0, 5.0, 4.0, 16
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    # Every width and window of the autoencoder compiles the same norm again.
-    torch._dynamo.config.recompile_limit = 64
-    run = _start_run(args)
-    vocabulary = len(tokenizer_of(run))
-    if args.warm:
-        warm_up(run, vocabulary)
-        return 0
-    run.log(f"torch {torch.__version__} on {torch.cuda.get_device_name() if run.device.type == 'cuda' else 'cpu'}")
-    helper = _start_warm_up(args, run)
+def _pool(args: argparse.Namespace, run: Run) -> tuple[WanVAE, Pool]:
+    """The autoencoder and the latents, made if they are not there yet."""
     vae = load_vae(run) or train_vae(run, args.vae_seconds)
     export_vae(vae, run.out)
     pool = load_pool(run)
     if pool is None or len(pool) < args.clips:
         pool = grow_pool(run, vae, pool, args.clips, args.pool_seconds)
-    if helper is not None and helper.wait() != 0:
-        raise RuntimeError("compiling the transformer failed (see above); --no-compile does without")
-    weights, progress = train_t2v(run, pool, vocabulary, args.t2v_seconds)
-    del pool
+    return vae, pool
+
+
+def _judge(args: argparse.Namespace, run: Run, label: str) -> None:
+    loaded = load_folder(run.out, run.device, torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+    size = {"count": 1, "steps": 2} if args.dry else {"count": args.judge, "steps": 20}
+    for guidance in args.guidance if args.judge else ():
+        evaluate(run, loaded, f"{label}_cfg{guidance:g}", cfg_scale=guidance, **size)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages that are not done yet; returns the exit status."""
+    args = _arguments(argv)
+    if args.dry:
+        args.vae_seconds, args.pool_seconds, args.t2v_seconds, args.clips = 1.0, 2.0, 1.0, 8
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    run = _start_run(args)
+    if args.start and not (run.state / "vae.pt").exists():
+        import_vae(args.start, run.state)
+    vocabulary = len(tokenizer_of(run))
+    if args.warm:
+        warm_up(run, vocabulary)
+        return 0
+    run.log(f"torch {torch.__version__} on {torch.cuda.get_device_name() if run.device.type == 'cuda' else 'cpu'}")
+    start_from = import_t2v(args.start) if args.start else None
+    if args.refit_text:
+        if start_from is None:
+            raise SystemExit("--refit-text needs --start, the folder whose text encoder is to be replaced")
+        vae, pool = _pool(args, run)
+        weights = refit_text(run, pool, args.start, start_from, vocabulary, args.refit_text)
+        progress, label = 1.0, "retext"
+    else:
+        helper = _start_warm_up(args, run)
+        vae, pool = _pool(args, run)
+        if helper is not None and helper.wait() != 0:
+            raise RuntimeError("compiling the transformer failed (see above); --no-compile does without")
+        weights, progress = train_t2v(run, pool, vocabulary, args.t2v_seconds, start_from)
+        label = f"t2v_{progress:.2f}"
     export_t2v(run, weights, run.out)
-    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    loaded = load_folder(run.out, run.device, dtype)
-    for guidance in args.guidance:
-        name = f"t2v_{progress:.2f}_cfg{guidance:g}"
-        evaluate(run, loaded, name, count=2 if args.dry else 200, steps=2 if args.dry else 20, cfg_scale=guidance)
+    write_colours(run.out / TRANSFORMER, fit_colours(vae, run.device))
+    _judge(args, run, label)
     run.log(f"{progress:.0%} of the transformer's training done")
     return 0
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from demo.stages.run import Run
-from lightx2v.text.layout import to_original_layout
+from demo.stages.run import Run, save_state
+from lightx2v.text.layout import from_original, to_original_layout
 from lightx2v.vae.wan import WanVAE
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -35,6 +35,19 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 def export_vae(vae: WanVAE, folder: Path) -> None:
     """Write the autoencoder under Wan2.1_VAE.pth's key names."""
     _save(vae.state_dict(), folder / VAE)
+
+
+def import_t2v(folder: Path) -> dict[str, Tensor]:
+    """The weights that `export_t2v` wrote, under the names that it took."""
+    weights = {f"transformer.{name}": value for name, value in load_file(folder / TRANSFORMER).items()}
+    weights |= {f"encoder.{from_original(name)}": value for name, value in load_file(folder / TEXT_ENCODER).items()}
+    return weights
+
+
+def import_vae(folder: Path, state: Path) -> None:
+    """Let a run's state begin with the autoencoder and tokenizer of an exported folder."""
+    save_state(state / "vae.pt", {name: value.float() for name, value in load_file(folder / VAE).items()})
+    shutil.copyfile(folder / TOKENIZER, state / "spiece.model")
 
 
 def export_t2v(run: Run, weights: Mapping[str, Tensor], folder: Path) -> None:

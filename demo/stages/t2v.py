@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,19 @@ CONFIG = WanConfig(
 )
 DRY_CONFIG = dataclasses.replace(CONFIG, ffn_size=256, num_layers=2)
 SETTINGS = Settings(rate=1.2e-3, matrix_rate=1.6e-3, matrix_decay=0.02)
-CLIPS, NOISES = 128, 2  # a step: clips, and noise levels for each of them
-OBJECT_WEIGHT = 3.0  # extra loss weight on the object and its edge
-NO_CAPTION, GIBBERISH = 0.07, 0.03  # shares of the clips that teach what "no text" and text without sense mean
+CLIPS = 128  # a step
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a training step is made of."""
+
+    noises: int = 2  # noise levels for each clip
+    noise_shift: float = 4.5  # shape and direction are decided at high noise: that is where most of the training goes
+    uniform: float = 0.15  # share of noise levels drawn evenly
+    object_weight: float = 4.0  # extra loss weight on the object and its edge
+    no_caption: float = 0.08  # share of clips that teach what "no text" means
+    gibberish: float = 0.02  # share of clips that teach what text without sense means
 
 
 @dataclass(frozen=True)
@@ -165,12 +176,14 @@ def is_matrix(name: str, weight: Tensor) -> bool:
 def encode_text(encoder: UMT5EncoderModel, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, TOKENS) ids -> (B, TOKENS + 1, 4096): zeros after </s>, and one more zero row for all further padding."""
     mask = ids != PAD
-    hidden = encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    # The additive form of the mask: transformers would build it from constants on the host, which no CUDA graph allows.
+    hidden_keys = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    hidden = encoder(input_ids=ids, attention_mask=hidden_keys[:, None, None]).last_hidden_state
     return F.pad(hidden * mask[..., None], (0, 0, 0, 1)).to(dtype)
 
 
-def _caption_batch(pool: Pool, chosen: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
-    """(CLIPS, TOKENS) ids; some rows are empty captions, some random pieces."""
+def _caption_batch(pool: Pool, chosen: Tensor, vocabulary: int, mixture: Mixture, generator: torch.Generator) -> Tensor:
+    """(clips, TOKENS) ids; some rows are empty captions, some random pieces."""
     count, device = len(chosen), chosen.device
     pick = torch.randint(pool.ids.shape[1], (count,), device=device, generator=generator)
     ids = pool.ids[chosen, pick].long()
@@ -179,37 +192,41 @@ def _caption_batch(pool: Pool, chosen: Tensor, vocabulary: int, generator: torch
     noise = torch.randint(2, vocabulary, ids.shape, device=device, generator=generator)
     length = torch.randint(1, TOKENS, (count, 1), device=device, generator=generator)
     place = torch.arange(TOKENS, device=device)
-    noise = torch.where(place < length, noise, torch.where(place == length, EOS, PAD))
+    noise = noise.masked_fill(place == length, EOS).masked_fill(place > length, PAD)
     chance = torch.rand(count, 1, device=device, generator=generator)
-    return torch.where(chance < NO_CAPTION, empty, torch.where(chance < NO_CAPTION + GIBBERISH, noise, ids))
+    ids = torch.where(chance < mixture.no_caption + mixture.gibberish, noise, ids)
+    return torch.where(chance < mixture.no_caption, empty, ids)
 
 
-def _noise_levels(count: int, device: torch.device, generator: torch.Generator) -> Tensor:
-    """(count,) sigmas: logit-normal shifted by 2.5 towards noise, 15 % uniform."""
+def _noise_levels(count: int, mixture: Mixture, generator: torch.Generator) -> Tensor:
+    """(count,) sigmas: logit-normal, shifted towards noise as sampling is, some drawn evenly."""
+    device, shift = generator.device, mixture.noise_shift
     sigma = torch.sigmoid(torch.randn(count, device=device, generator=generator))
-    sigma = 2.5 * sigma / (1 + 1.5 * sigma)
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
     uniform, chance = torch.rand(2, count, device=device, generator=generator)
-    return torch.where(chance < 0.15, uniform, sigma)
+    return torch.where(chance < mixture.uniform, uniform, sigma)
 
 
-def training_loss(networks: Networks, pool: Pool, clips: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def training_loss(
+    networks: Networks, pool: Pool, clips: int, generator: torch.Generator, mixture: Mixture = Mixture()
+) -> tuple[Tensor, Tensor]:
     """The loss to minimise and, detached, the plain mean square error of the velocity."""
     device, vocabulary = pool.latents.device, networks.encoder.config.vocab_size
     chosen = torch.randint(len(pool), (clips,), device=device, generator=generator)
-    ids = _caption_batch(pool, chosen, vocabulary, generator)
+    ids = _caption_batch(pool, chosen, vocabulary, mixture, generator)
     dtype = networks.transformer.patch_embedding.weight.dtype
-    context = encode_text(networks.encoder, ids, dtype).repeat_interleave(NOISES, 0)
-    clean = pool.latents[chosen].float().repeat_interleave(NOISES, 0)
+    context = encode_text(networks.encoder, ids, dtype).repeat_interleave(mixture.noises, 0)
+    clean = pool.latents[chosen].float().repeat_interleave(mixture.noises, 0)
     noise = torch.randn(clean.shape, device=device, generator=generator)
-    levels = _noise_levels(len(clean), device, generator)
+    levels = _noise_levels(len(clean), mixture, generator)
     sigma = levels.view(-1, 1, 1, 1, 1)
     velocity = networks.transformer(clean + sigma * (noise - clean), levels * 1000, context).float()
     error = (velocity - (noise - clean)).square()
     # Only where the noise leaves no doubt about where the object is: a weight that depends on the answer would
     # otherwise pull the prediction towards objects everywhere.
-    sure = ((1 - sigma) * 4).clamp(max=1)
-    cover = pool.coverage[chosen].repeat_interleave(NOISES, 0)[:, None].float() / 255
-    weight = 1 + OBJECT_WEIGHT * cover * sure
+    sure = ((1 - sigma) * 15).clamp(max=1)
+    cover = pool.coverage[chosen].repeat_interleave(mixture.noises, 0)[:, None].float() / 255
+    weight = 1 + mixture.object_weight * cover * sure
     return (error * weight).mean(), error.detach().mean()
 
 
@@ -228,12 +245,46 @@ def warm_up(run: Run, vocabulary: int) -> None:
     run.log("compiled")
 
 
-def train_t2v(run: Run, pool: Pool, vocabulary: int, seconds: float) -> tuple[dict[str, Tensor], float]:
+Work = Callable[[], tuple[Tensor, Tensor]]
+
+
+def capture(work: Work, prepare: Callable[[], None], generator: torch.Generator) -> Work:
+    """A step as one CUDA graph: launching its thousands of small kernels takes longer than they do.
+
+    Runs three steps first, each after `prepare`. Each call of the result returns the same two tensors with new values.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            prepare()
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=stream):
+        results = work()
+
+    def replay() -> tuple[Tensor, Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def train_t2v(
+    run: Run, pool: Pool, vocabulary: int, seconds: float, start_from: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], float]:
     """Train until `seconds` of training in all invocations together, or until the deadline.
 
+    start_from: weights as this returns them, to begin with instead of fresh ones.
     Returns the averaged weights (names start with encoder. or transformer.) and the progress, 0..1. State: t2v.pt.
     """
     networks = new_networks(run, vocabulary)
+    if start_from is not None:
+        with torch.no_grad():
+            for name, weight in networks.named_parameters():
+                weight.copy_(start_from[name])
     optimizer = Optimizer(networks.named_parameters(), SETTINGS, is_matrix)
     generator, spent, path = run.generator(4), 0.0, run.state / "t2v.pt"
     if path.exists():
@@ -242,11 +293,23 @@ def train_t2v(run: Run, pool: Pool, vocabulary: int, seconds: float) -> tuple[di
         generator.set_state(saved["generator"])
         spent = saved["spent"]
     clips = 4 if run.dry else CLIPS
-    total, count, start = torch.zeros((), device=run.device), 0, time.monotonic()
-    while (elapsed := spent + time.monotonic() - start) < seconds and run.left() > 0:
+
+    def work() -> tuple[Tensor, Tensor]:
         loss, error = training_loss(networks, pool, clips, generator)
         loss.backward()
-        norm = optimizer.step(plateau(elapsed / seconds, warm=0.02, decay=0.4))
+        return error, optimizer.apply()
+
+    total, count, start = torch.zeros((), device=run.device), 0, time.monotonic()
+
+    def prepare() -> None:
+        optimizer.prepare(plateau((spent + time.monotonic() - start) / seconds, warm=0.02, decay=0.5))
+
+    if run.compile:
+        work = capture(work, prepare, generator)
+        run.log("captured the training step")
+    while spent + time.monotonic() - start < seconds and run.left() > 0:
+        prepare()
+        error, norm = work()
         total += error
         count += 1
         if optimizer.steps in (1, 20, 100) or optimizer.steps % 500 == 0:
@@ -255,9 +318,10 @@ def train_t2v(run: Run, pool: Pool, vocabulary: int, seconds: float) -> tuple[di
             run.log(f"t2v {optimizer.steps} error {mean:.4f} norm {float(norm):.2f} at {now:.1f} s")
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the transformer's loss is {mean} after {optimizer.steps} steps")
-            total, count = torch.zeros_like(total), 0
+            total.zero_()
+            count = 0
     run.synchronize()
     spent += time.monotonic() - start
     save_state(path, {"optimizer": optimizer.state(), "generator": generator.get_state(), "spent": spent})
-    run.report("t2v_train", {"steps": optimizer.steps, "batch": clips * NOISES, "seconds": round(spent, 1)})
+    run.report("t2v_train", {"steps": optimizer.steps, "batch": clips * Mixture().noises, "seconds": round(spent, 1)})
     return optimizer.averaged(), min(1.0, spent / seconds)

@@ -241,11 +241,11 @@ def train_vae(run: Run, seconds: float) -> WanVAE:
             total, count = torch.zeros_like(total), 0
     vae.load_state_dict(optimizer.averaged())
     vae.eval().requires_grad_(False)
-    mean, std = measure_latents(vae, run, generator, *((2, 2) if run.dry else (16, 48)))
+    mean, std = measure_latents(vae, run, generator, *((1, 2) if run.dry else (16, 48)))
     fold_statistics(vae, mean, std)
     run.report("vae_train", {"steps": optimizer.steps, "seconds": round(time.monotonic() - start, 1)})
     save_state(run.state / "vae.pt", vae.state_dict())
-    report_vae(vae, run, 4 if run.dry else 96)
+    report_vae(vae, run, 1 if run.dry else 96)
     return vae
 
 
