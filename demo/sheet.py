@@ -17,7 +17,7 @@ PAIRS = (
     ("a red circle moves right over a white background", 42),
     ("a blue triangle moves up over a gray background", 1),
     ("a yellow cross moves down left on a navy background", 1),
-    ("a green square moves left over a black background", 1),
+    ("a green square moves down over a black background", 3),
 )
 GAP = 8  # pixels between clips
 FRAME_MS, LAST_MS = 80, 700
