@@ -14,7 +14,7 @@ from dev import browser, comfyui
 from dev.environment import ENGINE, HOST, PAGE, REPOSITORY, TEST, prepare
 
 DEMO_MODEL = REPOSITORY / "demo" / "models" / "wan2.1_t2v"
-DEMO_PROMPT = "a red circle moves right on a blue background"
+DEMO_PROMPT = "a red circle moves right over a white background"  # demo/grammar.py knows what can be asked
 FAST = "not host and not ui and not gpu and not weights"
 
 
