@@ -17,6 +17,7 @@ from . import host
 from .load import LoadedTransformer
 
 LAST_STEP = 10000
+STEP_LIST = ", ".join(map(str, Sampling().denoising_step_list))
 OFFLOADS = ("auto", "model")
 CACHES = ("none",)
 NOT_SUPPORTED = ("area", "mask", "hooks", "control", "start_percent", "end_percent", "concat_latent_image")
@@ -133,7 +134,7 @@ class LightX2VSampler(io.ComfyNode):
             host.advanced(
                 io.String.Input(
                     "denoising_step_list",
-                    default="1000, 750, 500, 250",
+                    default=STEP_LIST,
                     optional=True,
                     tooltip="Levels for the distilled scheduler, in thousandths before the shift; replaces steps.",
                 )
@@ -187,7 +188,7 @@ def _sampling(widgets: dict[str, Any]) -> Sampling:
         cfg_scale=widgets["cfg"],
         shift=widgets["shift"],
         scheduler=widgets["scheduler"],
-        denoising_step_list=parse_step_list(widgets.get("denoising_step_list", "1000, 750, 500, 250")),
+        denoising_step_list=parse_step_list(widgets.get("denoising_step_list", STEP_LIST)),
         start_step=widgets.get("start_at_step", 0),
         end_step=None if end >= LAST_STEP else end,
         add_noise=widgets.get("add_noise", True),
