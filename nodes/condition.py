@@ -5,14 +5,14 @@ import torch
 from comfy_api.latest import io
 
 from lightx2v.config import one_of
-from lightx2v.latents import WAN21, LatentFormat
+from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.shapes import VideoShape, snap, to_latent
 
 from . import host
 from .load import LoadedTextEncoder
 
-FAMILIES: dict[str, LatentFormat] = {"wan2.1": WAN21}
+FAMILIES: dict[str, LatentFormat] = {"wan2.1": WAN21, "wan2.2_5b": WAN22}
 PATCH = (1, 2, 2)  # of every family listed here
 
 
@@ -55,8 +55,22 @@ class LightX2VEmptyLatent(io.ComfyNode):
             category="LightX2V/latent",
             description="An empty video of a size the model can make: sizes are snapped to the nearest and said.",
             inputs=[
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input(
+                    "width",
+                    default=832,
+                    min=16,
+                    max=8192,
+                    step=16,
+                    tooltip="Pixels, a multiple of 16; of 32 for wan2.2_5b.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=480,
+                    min=16,
+                    max=8192,
+                    step=16,
+                    tooltip="Pixels, a multiple of 16; of 32 for wan2.2_5b.",
+                ),
                 io.Int.Input(
                     "length",
                     default=81,
@@ -69,7 +83,8 @@ class LightX2VEmptyLatent(io.ComfyNode):
                     "family",
                     options=list(FAMILIES),
                     default="wan2.1",
-                    tooltip="Latent space of the model: wan2.1 has 16 channels, 8 times fewer pixels a side.",
+                    tooltip="Latent space of the model. wan2.1 (also the 14B models of Wan2.2): 16 channels, 8 times fewer "
+                    "pixels a side. wan2.2_5b (TI2V-5B): 48 channels, 16 times fewer.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once, usually 1."),
             ],
