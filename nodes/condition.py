@@ -83,8 +83,8 @@ class LightX2VEmptyLatent(io.ComfyNode):
                     "family",
                     options=list(FAMILIES),
                     default="wan2.1",
-                    tooltip="Latent space of the model. wan2.1 (also the 14B models of Wan2.2): 16 channels, 8 times fewer "
-                    "pixels a side. wan2.2_5b (TI2V-5B): 48 channels, 16 times fewer.",
+                    tooltip="Latent space of the model. wan2.1 (also the 14B models of Wan2.2): 16 channels, 8 times "
+                    "fewer pixels a side. wan2.2_5b (TI2V-5B): 48 channels, 16 times fewer.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once, usually 1."),
             ],
