@@ -189,7 +189,7 @@ def test_wrong_tensors_are_refused_before_reading(tmp_path: Path, monkeypatch: p
         "extra": ({**state(), "x": torch.zeros(1)}, "1 tensors have no place in the model, first 'x'"),
         "shape": ({**state(), "1.bias": torch.zeros(3)}, r"'1.bias' is \[3\], the model expects \[2\]"),
     }
-    monkeypatch.setattr("lightx2v.checkpoint.read_tensors", lambda *a, **k: pytest.fail("read weights"))
+    monkeypatch.setattr("lightx2v.checkpoint.weights.read_tensors", lambda *a, **k: pytest.fail("read weights"))
     for name, (tensors, message) in cases.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
         with pytest.raises(CheckpointError, match=message):

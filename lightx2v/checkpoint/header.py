@@ -1,0 +1,118 @@
+"""What is known of a checkpoint before its weights are read."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Names of the safetensors format (huggingface/safetensors, "dtype" field).
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    dtype: as it is stored; uint8 where `encoding` names one of GGML's block types.
+    shape: of the values, however they are packed.
+    stored: its name in the file; empty where it goes by that name.
+    span: first byte and number of bytes in a GGUF file.
+    packed: how the values are restored, where the tensor alone is not they.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    stored: str = ""
+    encoding: str = ""
+    span: tuple[int, int] | None = None
+    packed: "Packed | None" = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.span[1] if self.span else prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight that is stored in fewer bits.
+
+    scheme: in words, for messages, e.g. "fp8 (e4m3), one scale a tensor".
+    parts: role -> tensor of the file; "weight" always, "scale" where the scheme has one.
+    unpack: the parts as they are stored -> the values, float32, in the shape of the weight.
+    """
+
+    scheme: str
+    parts: Mapping[str, TensorInfo]
+    unpack: Callable[[Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names, shapes and dtypes of one checkpoint, which may be several files.
+
+    container: "single", "sharded", "block-split", "pickle" or "gguf".
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    container: str = "single"
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        info = self.tensors.get(name)
+        return info.shape if info else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights as they are stored."""
+        parts = (info.packed.parts.values() if info.packed else (info,) for info in self.tensors.values())
+        return sum(part.nbytes for group in parts for part in group)
+
+    def renamed(self, names: Mapping[str, str]) -> "Header":
+        """The header of the tensors in `names` (name here -> new name), each still found in its file."""
+        kept = ((old, new, self.tensors[old]) for old, new in names.items())
+        return replace(self, tensors={new: replace(info, stored=info.stored or old) for old, new, info in kept})
+
+    def without_prefix(self, *prefixes: str) -> "Header":
+        """The same header with the first prefix that every tensor carries removed from the names."""
+        for prefix in prefixes:
+            if self.tensors and all(name.startswith(prefix) for name in self.tensors):
+                return self.renamed({name: name.removeprefix(prefix) for name in self.tensors})
+        return self
+
+
+def merged(path: Path, parts: Iterable[Header], container: str) -> Header:
+    """One header of several files; raises CheckpointError where two of them hold the same tensor."""
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for part in parts:
+        for name, info in part.tensors.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{path}: tensor '{name}' is in both {tensors[name].file.name} and {info.file.name}; "
+                    "two checkpoints lie in one folder: move one of them to a folder of its own"
+                )
+            tensors[name] = info
+        metadata.update(part.metadata)
+    return Header(path, tensors, metadata, container)

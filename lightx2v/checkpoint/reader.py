@@ -1,0 +1,95 @@
+"""The header of any kind of checkpoint, and its tensors one at a time."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightx2v.checkpoint import gguf, pickled
+from lightx2v.checkpoint.folder import INDEX, SHARD, folder_header, indexed_header, shards_header
+from lightx2v.checkpoint.header import CheckpointError, Header, TensorInfo
+from lightx2v.checkpoint.single import safetensors_header
+
+GGUF = ".gguf"
+
+
+def read_header(path: str | Path) -> Header:
+    """Read what a checkpoint says about itself.
+
+    path: a .safetensors or .gguf file, any shard of a sharded set, an .index.json, a folder that holds one checkpoint
+    (shards, diffusers' transformer folder, one file a block), or a PyTorch .pth/.pt file of plain tensors.
+    Weights are never touched; .pth storages are mapped, not read.
+    Raises CheckpointError for missing, truncated, incomplete and foreign files.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; check the path or download the checkpoint")
+    if path.is_dir():
+        return folder_header(path)
+    if path.name.endswith(INDEX):
+        return indexed_header(path)
+    if path.suffix == ".safetensors":
+        shard = SHARD.match(path.name)
+        return shards_header(path, shard) if shard else safetensors_header(path)
+    if path.suffix in pickled.SUFFIXES:
+        return pickled.pickle_header(path)
+    if path.suffix == GGUF:
+        return gguf.gguf_header(path)
+    raise CheckpointError(
+        f"{path}: not a checkpoint; expected .safetensors, .gguf, .pth, .pt or a folder of .safetensors"
+    )
+
+
+def read_tensors(
+    header: Header, names: Iterable[str] | None = None, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name, tensor) file by file, so that one tensor at a time is resident.
+
+    Plain tensors come as they are stored, safetensors' and .pth's mapped on the CPU. Packed ones come restored to
+    float32, computed on `device`.
+    """
+    wanted: dict[Path, list[str]] = {}
+    for name in header.tensors if names is None else names:
+        if name not in header.tensors:
+            raise CheckpointError(f"{header.path}: has no tensor '{name}'")
+        wanted.setdefault(header.tensors[name].file, []).append(name)
+    with ExitStack() as stack:
+        files = _Files(stack)
+        for members in wanted.values():
+            for name in members:
+                info = header.tensors[name]
+                if info.packed is None:
+                    yield name, files.tensor(name, info)
+                else:
+                    parts = {role: files.tensor(name, part).to(device) for role, part in info.packed.parts.items()}
+                    yield name, info.packed.unpack(parts)
+
+
+class _Files:
+    """The files of one pass, each opened at its first tensor and closed with the stack."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._open: dict[Path, Any] = {}
+
+    def tensor(self, name: str, info: TensorInfo) -> Tensor:
+        """As stored, on the CPU; `name` is the file's where the info has no other."""
+        file, stored = info.file, info.stored or name
+        if file not in self._open:
+            self._open[file] = self._opened(file)
+        if file.suffix in pickled.SUFFIXES:
+            return self._open[file][stored]
+        if file.suffix == GGUF:
+            return gguf.read_raw(self._open[file], info)
+        return self._open[file].get_tensor(stored)
+
+    def _opened(self, file: Path) -> Any:
+        if file.suffix in pickled.SUFFIXES:
+            return pickled.open_pickle(file)
+        if file.suffix == GGUF:
+            return self._stack.enter_context(file.open("rb"))
+        return self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))

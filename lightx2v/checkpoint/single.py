@@ -1,0 +1,54 @@
+"""One .safetensors file: its header, checked against its length."""
+
+import json
+from math import prod
+from pathlib import Path
+
+from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, TensorInfo
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def safetensors_header(path: Path) -> Header:
+    """Raises CheckpointError for a file that is truncated, damaged or something else."""
+    size = path.stat().st_size
+    again = "download the file again"
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length < 2 or length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: does not start with a safetensors header ({size} bytes); {again}")
+        if 8 + length > size:
+            raise CheckpointError(f"{path}: truncated: the header alone needs {8 + length} bytes, has {size}; {again}")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("its __metadata__ is not a table of texts")
+        tensors, end = {}, 0
+        for name, entry in entries.items():
+            tensors[name], stop = _tensor_info(path, name, entry)
+            end = max(end, stop)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is damaged ({error}); {again}") from error
+    expected = 8 + length + end
+    if size != expected:
+        word = "truncated" if size < expected else "damaged"
+        raise CheckpointError(f"{path}: {word}: the header describes {expected} bytes, the file has {size}; {again}")
+    return Header(path, tensors, metadata)
+
+
+def _tensor_info(path: Path, name: str, entry: dict) -> tuple[TensorInfo, int]:
+    kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if kind not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise CheckpointError(f"{path}: tensor '{name}' has dtype {kind}, which is not supported; known: {known}")
+    if any(not isinstance(n, int) or n < 0 for n in (*shape, start, stop)):
+        raise CheckpointError(f"{path}: tensor '{name}' has impossible shape {shape} or offsets {start}..{stop}")
+    needed = prod(shape) * DTYPES[kind].itemsize
+    if stop - start != needed:
+        raise CheckpointError(f"{path}: tensor '{name}' {kind}{list(shape)} needs {needed} bytes, has {stop - start}")
+    return TensorInfo(DTYPES[kind], shape, path), stop

@@ -1,0 +1,77 @@
+"""From a file's tensors to a module's weights."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v.checkpoint.header import CheckpointError, Header
+from lightx2v.checkpoint.reader import read_tensors
+
+DtypeRule = torch.dtype | None | Callable[[str], torch.dtype | None]
+
+
+def assign(
+    module: nn.Module,
+    header: Header,
+    *,
+    rename: Callable[[str], str | None] = lambda name: name,
+    dtype: DtypeRule = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give every parameter and persistent buffer of a meta-device module its weights.
+
+    rename: checkpoint name -> module name, or None to leave a tensor of the file unused.
+    dtype: of floating-point weights; None keeps the file's, float32 for packed ones; a function decides per module name.
+    Raises CheckpointError for tensors that are missing, unexpected or of another shape, before any weight is read.
+    """
+    targets: dict[str, str] = {}
+    for name in header.tensors:
+        if (target := rename(name)) is None:
+            continue
+        if target in targets:
+            raise CheckpointError(
+                f"{header.path}: '{targets[target]}' and '{name}' are both the model's '{target}'; "
+                "the file mixes two layouts: use one in a single layout"
+            )
+        targets[target] = name
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    _check_names(header, expected, set(targets))
+    for target, name in targets.items():
+        if header.tensors[name].shape != expected[target]:
+            raise CheckpointError(
+                f"{header.path}: tensor '{name}' is {list(header.tensors[name].shape)}, "
+                f"the model expects {list(expected[target])}; this is a checkpoint of another model"
+            )
+    origin = {name: target for target, name in targets.items()}
+    for name, tensor in read_tensors(header, list(origin), device):
+        target = origin[name]
+        wanted = dtype(target) if callable(dtype) else dtype
+        if not tensor.is_floating_point():
+            wanted = None
+        # a mapped tensor would keep its file open and mapped for the life of the model; an unpacked one is its own
+        mapped = header.tensors[name].packed is None
+        _put(module, target, tensor.to(device=device, dtype=wanted, copy=mapped))
+
+
+def _check_names(header: Header, expected: Mapping[str, tuple[int, ...]], found: set[str]) -> None:
+    missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
+    if missing:
+        raise CheckpointError(
+            f"{header.path}: {len(missing)} of {len(expected)} tensors are missing, first '{missing[0]}'; "
+            "the file is incomplete or of another model"
+        )
+    if extra:
+        raise CheckpointError(
+            f"{header.path}: {len(extra)} tensors have no place in the model, first '{extra[0]}'; "
+            "the file is of another model or in a layout that is not supported yet"
+        )
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
