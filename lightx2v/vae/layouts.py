@@ -9,6 +9,8 @@ from lightx2v.checkpoint import CheckpointError, Header
 
 Rename = Callable[[str], str]
 
+PREFIXES = ("vae.", "first_stage_model.")  # of a VAE cut out of a larger checkpoint
+
 NEEDED = "choose a Wan2.1 VAE (Wan2.1_VAE.pth, wan_2.1_vae.safetensors) or its LightVAE (lightvaew2_1)"
 
 # What else is picked: a pattern that some tensor name of the file matches, and what to call it. First match wins.

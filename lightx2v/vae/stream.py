@@ -1,0 +1,149 @@
+"""Any of Wan's VAEs over a clip of any length: chunk by chunk, in memory that does not grow with the clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v.checkpoint import Header, assign
+from lightx2v.latents import LatentFormat
+from lightx2v.vae.layers import CausalConv3d, Encoder, State
+
+
+class CausalVAE(Protocol):
+    """What WanVAE and Wan22VAE have in common."""
+
+    encoder: Encoder
+    conv2: CausalConv3d  # beside the latents, at the decoder's side
+
+    @property
+    def space(self) -> LatentFormat: ...
+    def prepare(self, frames: Tensor) -> Tensor: ...
+    def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
+    def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]: ...
+    def reconstruct(self, raw: Tensor, state: State | None = None) -> Tensor: ...
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def fill(
+    vae: Network,
+    header: Header,
+    *,
+    rename: Callable[[str], str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Network:
+    """Read weights into a VAE on the meta device, and keep them in the memory order that its layers work in."""
+    assign(vae, header, rename=rename, dtype=dtype, device=device)
+    for parameter in vae.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        elif parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return vae.eval()
+
+
+OnChunk = Callable[[int, int], None]
+"""Called after each chunk with the latent frames done and their total. What it raises ends the work."""
+
+
+def check_frames(vae: CausalVAE, frames: Tensor) -> None:
+    """Raise ValueError unless frames are (B, 3, F, H, W) of a size that the VAE divides."""
+    if frames.ndim != 5 or frames.shape[1] != 3:
+        raise ValueError(f"frames are {tuple(frames.shape)}; expected (B, 3, F, H, W)")
+    height, width, cell = *frames.shape[3:], vae.space.stride[1]
+    if height % cell or width % cell or not height or not width:
+        whole = f"{max(width // cell, 1) * cell}x{max(height // cell, 1) * cell}"
+        raise ValueError(f"frames are {width}x{height} pixels: expected multiples of {cell}; crop or resize to {whole}")
+
+
+def check_count(count: int) -> None:
+    """Raise ValueError unless a clip of `count` frames has a whole number of latent frames."""
+    if count < 1 or count % 4 != 1:
+        less = max((count - 1) // 4 * 4 + 1, 1)
+        raise ValueError(f"{count} frames: expected 4n + 1; cut the clip to {less} or repeat frames up to {less + 4}")
+
+
+def spans(count: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """First frame and end of each chunk of a clip: the first frame alone, then `chunk` at a time."""
+    yield 0, 1
+    for start in range(1, count, chunk):
+        yield start, min(start + chunk, count)
+
+
+def empty_latents(vae: CausalVAE, frames: Tensor, count: int) -> Tensor:
+    """Room for the raw latents of `count` frames like these, on the VAE's device."""
+    st, sh, sw = vae.space.stride
+    b, (height, width) = frames.shape[0], frames.shape[3:]
+    shape = (b, vae.conv2.in_channels, (count - 1) // st + 1, height // sh, width // sw)
+    return torch.empty(shape, dtype=torch.float32, device=vae.conv2.weight.device)
+
+
+def encode(vae: CausalVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk | None = None) -> Tensor:
+    """Raw latents (B, z, T, h, w) float32 of frames (B, 3, F, H, W) in [-1, 1]: the posterior's mean.
+
+    F is 4n + 1, H and W are multiples of the VAE's stride (8, Wan2.2's 16); else ValueError. After the first frame
+    `chunk` frames (a multiple of 4) are encoded at a time; more take more memory and give the same latents. The frames
+    may be in main memory while the VAE is on a GPU; the latents are on the VAE's device.
+    """
+    check_frames(vae, frames)
+    count = frames.shape[2]
+    check_count(count)
+    if chunk < 4 or chunk % 4:
+        raise ValueError(f"chunk is {chunk} frames: expected a multiple of 4")
+    raw = empty_latents(vae, frames, count)
+    state: State = {}
+    with torch.inference_mode():
+        for start, stop in spans(count, chunk):
+            mean, _ = vae.posterior(frames[:, :, start:stop].to(vae.conv2.weight), state)
+            done = (stop - 1) // 4 + 1
+            raw[:, :, done - mean.shape[2] : done] = mean
+            if on_chunk is not None:
+                on_chunk(done, raw.shape[2])
+    return raw
+
+
+def decode(
+    vae: CausalVAE,
+    raw: Tensor,
+    *,
+    chunk: int = 1,
+    on_chunk: OnChunk | None = None,
+    out: Tensor | None = None,
+    clamp: bool = True,
+) -> Tensor:
+    """Frames (B, 3, 4T - 3, H, W) float32 of raw latents (B, z, T, h, w), clamped to [-1, 1] unless told not to.
+
+    `chunk` latent frames are decoded at a time; more take more memory and give the same frames. They are written into
+    `out`, which is allocated on the VAE's device unless given; it may be in main memory, or of another floating dtype.
+    Raises ValueError for latents or an `out` of another shape.
+    """
+    channels = vae.conv2.in_channels
+    if raw.ndim != 5 or raw.shape[1] != channels or not raw.numel():
+        raise ValueError(
+            f"latents are {tuple(raw.shape)}; this VAE decodes (B, {channels}, T, h, w), T, h and w at least 1"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk} latent frames: expected at least 1")
+    b, _, total, h, w = raw.shape
+    _, sh, sw = vae.space.stride
+    shape = (b, 3, 4 * total - 3, sh * h, sw * w)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32, device=vae.conv2.weight.device)
+    elif tuple(out.shape) != shape or not out.is_floating_point():
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; these latents decode to floating point {shape}")
+    state: State = {}
+    with torch.inference_mode():
+        for start in range(0, total, chunk):
+            stop = min(start + chunk, total)
+            frames = vae.reconstruct(raw[:, :, start:stop].to(vae.conv2.weight.device), state)
+            end = 4 * stop - 3
+            out[:, :, end - frames.shape[2] : end] = frames.clamp_(-1, 1) if clamp else frames
+            if on_chunk is not None:
+                on_chunk(stop, total)
+    return out
