@@ -6,8 +6,10 @@ Same noise, schedule and guidance as `python -m demo.judge`, but many clips at o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +19,18 @@ from demo.judge import judge, score
 from demo.stages.export import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
 from demo.stages.run import Run
 from lightx2v.checkpoint import assign, read_header
-from lightx2v.guidance import CFG, Conditioning, velocity_of
+from lightx2v.guidance import CFG, Conditioning, Velocity, velocity_of
 from lightx2v.latents import WAN21
 from lightx2v.models.wan.spec import HEAD_DIM, keep_float32, read_config
 from lightx2v.models.wan.transformer import WanTransformer
-from lightx2v.sampling import sample
-from lightx2v.schedules import wan
+from lightx2v.sampling import Solver, sample
+from lightx2v.schedules import Schedule, wan
 from lightx2v.solvers import UniPC
 from lightx2v.text import umt5
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
 from lightx2v_kernels import select
+
+PAIRS = 50  # clips at once
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,37 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Loade
     return Loaded(transformer.eval().requires_grad_(False), encoder, vae.eval().requires_grad_(False))
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How clips are sampled."""
+
+    schedule: Schedule
+    solver: Callable[[], Solver] = UniPC
+    cfg_scale: float = 4.0
+
+
 @torch.no_grad()
-def generate(loaded: Loaded, pairs: list[tuple[str, int]], steps: int, cfg_scale: float, shift: float) -> Tensor:
-    """Clips (B, 3, 17, 128, 128) in [-1, 1] of (prompt, seed) pairs, on the models' device."""
-    device = next(loaded.transformer.parameters()).device
+def make_clips(loaded: Loaded, velocity: Velocity, pairs: Sequence[tuple[str, int]], recipe: Recipe) -> Tensor:
+    """Clips (B, 3, 17, 128, 128) in [-1, 1] of (prompt, seed) pairs, on the models' device.
+
+    velocity: of all the clips at once. Only the text encoder and the autoencoder of `loaded` are used.
+    """
+    device = next(loaded.vae.parameters()).device
     noise = torch.cat([torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(s)) for _, s in pairs])
     cond = Conditioning(torch.cat([loaded.encoder.encode(prompt) for prompt, _ in pairs]).to(device))
     uncond = Conditioning(loaded.encoder.encode("").to(device))
-    denoise = CFG(velocity_of(loaded.transformer), cond, uncond if cfg_scale != 1 else None, cfg_scale)
-    latents = sample(denoise, noise.to(device), wan(steps, shift), UniPC())
+    denoise = CFG(velocity, cond, uncond if recipe.cfg_scale != 1 else None, recipe.cfg_scale)
+    latents = sample(denoise, noise.to(device), recipe.schedule, recipe.solver())
     half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     with half:
         clips = [loaded.vae.reconstruct(part).float() for part in WAN21.denormalize(latents).split(8)]
     return torch.cat(clips).clamp(-1, 1)
+
+
+def generate(loaded: Loaded, pairs: list[tuple[str, int]], steps: int, cfg_scale: float, shift: float) -> Tensor:
+    """Clips (B, 3, 17, 128, 128) in [-1, 1] of (prompt, seed) pairs, on the models' device."""
+    recipe = Recipe(schedule=wan(steps, shift), cfg_scale=cfg_scale)
+    return make_clips(loaded, velocity_of(loaded.transformer), pairs, recipe)
 
 
 def evaluate(
@@ -73,11 +95,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Judge `count` held-out pairs and report the rates as `name`."""
     start, pairs, clips = time.monotonic(), held_out_pairs(count), []
-    for first in range(0, count, 50):
-        clips.append(generate(loaded, pairs[first : first + 50], steps, cfg_scale, 5.0))
-    findings = judge(torch.cat(clips))
-    rates = score(findings, [parse(prompt) for prompt, _ in pairs]).rates()
-    extra = {"overlap": round(float(findings.overlap.mean()), 3), "present": round(float(findings.present.mean()), 3)}
+    for first in range(0, count, PAIRS):
+        clips.append(generate(loaded, pairs[first : first + PAIRS], steps, cfg_scale, 5.0))
     settings = {"count": count, "steps": steps, "cfg_scale": cfg_scale}
-    run.report(name, {**settings, **rates, **extra, "seconds": round(time.monotonic() - start, 1)})
+    return report_clips(run, name, torch.cat(clips), pairs, {**settings, "seconds": round(time.monotonic() - start, 1)})
+
+
+def report_clips(
+    run: Run, name: str, clips: Tensor, pairs: Sequence[tuple[str, int]], extra: Mapping[str, Any]
+) -> dict[str, float]:
+    """Judge the clips of the pairs and report the rates, with whatever else there is to say, as `name`."""
+    findings = judge(clips)
+    rates = score(findings, [parse(prompt) for prompt, _ in pairs]).rates()
+    means = {"overlap": round(float(findings.overlap.mean()), 3), "present": round(float(findings.present.mean()), 3)}
+    run.report(name, {**rates, **means, **extra})
     return rates

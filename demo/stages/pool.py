@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from demo.grammar import Attributes, caption, training_attributes
 from demo.stages.run import Run, save_state
 from demo.tokenizer import PAD, Tokenizer, make_tokenizer
-from demo.world import render, scene_of
+from demo.world import Clips, Scene, render, scene_of
 from lightx2v.latents import WAN21
 from lightx2v.vae.wan import WanVAE
 
@@ -69,17 +70,29 @@ def latent_coverage(coverage: Tensor) -> Tensor:
     return (F.max_pool2d(cells, 3, 1, 1) * 255).round().to(torch.uint8).view(batch, -1, *cells.shape[-2:])
 
 
+Look = Callable[[Scene, Clips], Clips]
+
+
+def as_drawn(scene: Scene, clips: Clips) -> Clips:
+    """Clips as the world draws them."""
+    return clips
+
+
 @torch.no_grad()
-def grow_pool(run: Run, vae: WanVAE, pool: Pool | None, clips: int, seconds: float) -> Pool:
-    """Add clips until there are `clips` or the time is over; the same seed and start give the same clips."""
-    start, have = time.monotonic(), len(pool) if pool else 0
-    generator = run.generator(2 + have)
-    attributes = training_attributes(clips - have, seed=run.seed + 777 + have)
-    ids = _caption_ids(attributes, tokenizer_of(run), seed=run.seed + 778 + have)
+def draw_pool(run: Run, vae: WanVAE, count: int, seconds: float, *, after: int = 0, look: Look = as_drawn) -> Pool:
+    """Encode `count` clips, or fewer when the time is over; the same seed and `after` give the same clips.
+
+    after: how many clips there are already; these are others. look: sees every batch, and may change how it looks.
+    """
+    start = time.monotonic()
+    generator = run.generator(2 + after)
+    attributes = training_attributes(count, seed=run.seed + 777 + after)
+    ids = _caption_ids(attributes, tokenizer_of(run), seed=run.seed + 778 + after)
     latents, coverage, done = [], [], 0
     batch = 4 if run.dry else 64
-    while done < len(attributes) and time.monotonic() - start < seconds:
-        drawn = render(scene_of(attributes[done : done + batch], run.device), generator)
+    while done < count and time.monotonic() - start < seconds:
+        scene = scene_of(attributes[done : done + batch], run.device)
+        drawn = look(scene, render(scene, generator))
         with run.autocast():
             raw = vae.posterior(drawn.frames)[0]
         latents.append(WAN21.normalize(raw).half())
@@ -87,7 +100,14 @@ def grow_pool(run: Run, vae: WanVAE, pool: Pool | None, clips: int, seconds: flo
         done += len(raw)
         if done % (16 * batch) == 0:
             run.synchronize()
-    new = Pool(torch.cat(latents), torch.cat(coverage), ids[:done].to(run.device))
+    return Pool(torch.cat(latents), torch.cat(coverage), ids[:done].to(run.device))
+
+
+@torch.no_grad()
+def grow_pool(run: Run, vae: WanVAE, pool: Pool | None, clips: int, seconds: float, look: Look = as_drawn) -> Pool:
+    """Add clips until there are `clips` or the time is over, and save the pool."""
+    start, have = time.monotonic(), len(pool) if pool else 0
+    new = draw_pool(run, vae, clips - have, seconds, after=have, look=look)
     if pool:
         new = Pool(*(torch.cat([getattr(pool, f.name), getattr(new, f.name)]) for f in fields(Pool)))
     probe = new.latents[:2000].float()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from demo.optim import Optimizer, Settings, plateau
+from demo.optim import Optimizer, Settings
+from demo.stages.loop import Clock, fit
 from demo.stages.pool import TOKENS, Pool
 from demo.stages.run import Run, save_state
 from demo.tokenizer import EOS, PAD
@@ -51,6 +51,7 @@ class Mixture:
     object_weight: float = 4.0  # extra loss weight on the object and its edge
     no_caption: float = 0.08  # share of clips that teach what "no text" means
     gibberish: float = 0.02  # share of clips that teach what text without sense means
+    floor: float = 0.0  # noise levels are squeezed into floor..1
 
 
 @dataclass(frozen=True)
@@ -204,30 +205,58 @@ def _noise_levels(count: int, mixture: Mixture, generator: torch.Generator) -> T
     sigma = torch.sigmoid(torch.randn(count, device=device, generator=generator))
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     uniform, chance = torch.rand(2, count, device=device, generator=generator)
-    return torch.where(chance < mixture.uniform, uniform, sigma)
+    return mixture.floor + (1 - mixture.floor) * torch.where(chance < mixture.uniform, uniform, sigma)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A training batch: B = clips * noises samples of (16, T, h, w) latents."""
+
+    chosen: Tensor  # (B,) rows of the pool
+    context: Tensor  # (B, TOKENS + 1, 4096)
+    clean: Tensor
+    noise: Tensor
+    levels: Tensor  # (B,) sigma
+    cover: Tensor  # (B, 1, T, h, w) 0..1, where the object or its edge is
+
+    def noisy(self) -> Tensor:
+        """What the transformer reads."""
+        return self.clean + self.levels.view(-1, 1, 1, 1, 1) * (self.noise - self.clean)
+
+    def error(self, velocity: Tensor) -> Tensor:
+        """Square error of the velocity, element by element."""
+        return (velocity.float() - (self.noise - self.clean)).square()
+
+    def weight(self, mixture: Mixture) -> Tensor:
+        """(B, 1, T, h, w): more on the object, where the noise leaves no doubt about where it is.
+
+        A weight that depends on the answer would otherwise pull the prediction towards objects everywhere.
+        """
+        sure = ((1 - self.levels.view(-1, 1, 1, 1, 1)) * 15).clamp(max=1)
+        return 1 + mixture.object_weight * self.cover * sure
+
+
+def draw_batch(networks: Networks, pool: Pool, clips: int, generator: torch.Generator, mixture: Mixture) -> Draw:
+    """Choose clips, captions, noise and noise levels."""
+    device, vocabulary = pool.latents.device, networks.encoder.config.vocab_size
+    chosen = torch.randint(len(pool), (clips,), device=device, generator=generator)
+    ids = _caption_batch(pool, chosen, vocabulary, mixture, generator)
+    dtype = networks.transformer.patch_embedding.weight.dtype
+    context = encode_text(networks.encoder, ids, dtype).repeat_interleave(mixture.noises, 0)
+    chosen = chosen.repeat_interleave(mixture.noises, 0)
+    clean = pool.latents[chosen].float()
+    noise = torch.randn(clean.shape, device=device, generator=generator)
+    levels = _noise_levels(len(clean), mixture, generator)
+    return Draw(chosen, context, clean, noise, levels, pool.coverage[chosen][:, None].float() / 255)
 
 
 def training_loss(
     networks: Networks, pool: Pool, clips: int, generator: torch.Generator, mixture: Mixture = Mixture()
 ) -> tuple[Tensor, Tensor]:
     """The loss to minimise and, detached, the plain mean square error of the velocity."""
-    device, vocabulary = pool.latents.device, networks.encoder.config.vocab_size
-    chosen = torch.randint(len(pool), (clips,), device=device, generator=generator)
-    ids = _caption_batch(pool, chosen, vocabulary, mixture, generator)
-    dtype = networks.transformer.patch_embedding.weight.dtype
-    context = encode_text(networks.encoder, ids, dtype).repeat_interleave(mixture.noises, 0)
-    clean = pool.latents[chosen].float().repeat_interleave(mixture.noises, 0)
-    noise = torch.randn(clean.shape, device=device, generator=generator)
-    levels = _noise_levels(len(clean), mixture, generator)
-    sigma = levels.view(-1, 1, 1, 1, 1)
-    velocity = networks.transformer(clean + sigma * (noise - clean), levels * 1000, context).float()
-    error = (velocity - (noise - clean)).square()
-    # Only where the noise leaves no doubt about where the object is: a weight that depends on the answer would
-    # otherwise pull the prediction towards objects everywhere.
-    sure = ((1 - sigma) * 15).clamp(max=1)
-    cover = pool.coverage[chosen].repeat_interleave(mixture.noises, 0)[:, None].float() / 255
-    weight = 1 + mixture.object_weight * cover * sure
-    return (error * weight).mean(), error.detach().mean()
+    drawn = draw_batch(networks, pool, clips, generator, mixture)
+    error = drawn.error(networks.transformer(drawn.noisy(), drawn.levels * 1000, drawn.context))
+    return (error * drawn.weight(mixture)).mean(), error.detach().mean()
 
 
 def warm_up(run: Run, vocabulary: int) -> None:
@@ -243,33 +272,6 @@ def warm_up(run: Run, vocabulary: int) -> None:
         training_loss(networks, pool, CLIPS, run.generator(9))[0].backward()
     run.synchronize()
     run.log("compiled")
-
-
-Work = Callable[[], tuple[Tensor, Tensor]]
-
-
-def capture(work: Work, prepare: Callable[[], None], generator: torch.Generator) -> Work:
-    """A step as one CUDA graph: launching its thousands of small kernels takes longer than they do.
-
-    Runs three steps first, each after `prepare`. Each call of the result returns the same two tensors with new values.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            prepare()
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=stream):
-        results = work()
-
-    def replay() -> tuple[Tensor, Tensor]:
-        graph.replay()
-        return results
-
-    return replay
 
 
 def train_t2v(
@@ -299,29 +301,8 @@ def train_t2v(
         loss.backward()
         return error, optimizer.apply()
 
-    total, count, start = torch.zeros((), device=run.device), 0, time.monotonic()
-
-    def prepare() -> None:
-        optimizer.prepare(plateau((spent + time.monotonic() - start) / seconds, warm=0.02, decay=0.5))
-
-    if run.compile:
-        work = capture(work, prepare, generator)
-        run.log("captured the training step")
-    while spent + time.monotonic() - start < seconds and run.left() > 0:
-        prepare()
-        error, norm = work()
-        total += error
-        count += 1
-        if optimizer.steps in (1, 20, 100) or optimizer.steps % 500 == 0:
-            mean = float(total) / count
-            now = spent + time.monotonic() - start
-            run.log(f"t2v {optimizer.steps} error {mean:.4f} norm {float(norm):.2f} at {now:.1f} s")
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the transformer's loss is {mean} after {optimizer.steps} steps")
-            total.zero_()
-            count = 0
-    run.synchronize()
-    spent += time.monotonic() - start
+    clock = Clock(seconds, spent, warm=0.02, decay=0.5)
+    spent = fit(run, "t2v", optimizer, work, generator, clock, graph=run.compile)
     save_state(path, {"optimizer": optimizer.state(), "generator": generator.get_state(), "spent": spent})
     run.report("t2v_train", {"steps": optimizer.steps, "batch": clips * Mixture().noises, "seconds": round(spent, 1)})
     return optimizer.averaged(), min(1.0, spent / seconds)
