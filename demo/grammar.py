@@ -55,9 +55,6 @@ BACKDROP_WEIGHTS = (0.56, 0.3, 0.07, 0.07)
 SIZE_WEIGHTS = (0.75, 0.25)
 SPINNABLE = ("square", "triangle", "cross")
 
-# The shipped transformer was trained on rings too, and draws most of them as discs: no prompt may ask for one.
-LEFT_OUT = ("ring",)
-
 _VERBS = ("moves", "slides", "drifts", "goes", "is moving", "flies", "travels")
 _HELD_OUT_SEED = 2101
 _RESERVED_PAIRS = 400
@@ -207,7 +204,7 @@ def caption(attributes: Attributes, rng: random.Random | None = None) -> str:
 def vocabulary() -> str:
     """What the grammar knows, for error messages and help."""
     groups = {
-        "shapes": [word for shape, words in SHAPES.items() if shape not in LEFT_OUT for word in words],
+        "shapes": [word for words in SHAPES.values() for word in words],
         "colours": [word for words in COLOURS.values() for word in words],
         "motions": [*(f"moves {d}" for d in DIRECTIONS), *(w for words in STATIONARY.values() for w in words)],
         "backgrounds": [
@@ -283,17 +280,8 @@ def parse(prompt: str) -> Attributes:
     """Read a prompt's attributes; words that carry none are passed over.
 
     Raises GrammarError, which lists the grammar's words, if a shape, colour, motion or background is missing or two of
-    one kind are named, and for what the shipped models cannot draw.
+    one kind are named.
     """
-    attributes = _read(prompt)
-    if attributes.shape in LEFT_OUT:
-        raise GrammarError(
-            f"prompt {prompt!r}: the demo models cannot draw a {attributes.shape}. Known are {vocabulary()}"
-        )
-    return attributes
-
-
-def _read(prompt: str) -> Attributes:
     text = " ".join(prompt.lower().split())
     shape = _one(prompt, "shape", _mentions(text, SHAPES))
     colour = _one(prompt, "colour", _mentions(text, COLOURS))
@@ -319,11 +307,11 @@ def _reserved() -> list[tuple[str, int, Attributes]]:
 
 
 def held_out_pairs(count: int) -> list[tuple[str, int]]:
-    """The first `count` of the fixed (prompt, seed) pairs that no training clip matches and a prompt may ask for.
+    """The first `count` of the fixed (prompt, seed) pairs that no training clip matches.
 
-    Raises ValueError beyond the number of such pairs, about 300.
+    Raises ValueError beyond the number of such pairs, 400.
     """
-    pairs = [(words, seed) for words, seed, attributes in _reserved() if attributes.shape not in LEFT_OUT]
+    pairs = [(words, seed) for words, seed, _ in _reserved()]
     if not 0 < count <= len(pairs):
         raise ValueError(f"held-out pairs: {count} asked for, 1 to {len(pairs)} exist")
     return pairs[:count]

@@ -23,7 +23,6 @@ from demo.stages.colours import fit_colours, write_colours
 from demo.stages.evaluate import evaluate, load_folder
 from demo.stages.export import TRANSFORMER, export_t2v, export_vae, import_t2v, import_vae
 from demo.stages.pool import Pool, grow_pool, load_pool, tokenizer_of
-from demo.stages.retext import refit_text
 from demo.stages.run import Run
 from demo.stages.t2v import train_t2v, warm_up
 from demo.stages.vae import load_vae, train_vae
@@ -44,9 +43,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=20_000, help="clips that the pool should hold")
     parser.add_argument("--t2v-seconds", type=float, default=900, help="of all calls together")
     parser.add_argument("--call-seconds", type=float, default=10_000, help="save and stop after this long")
-    parser.add_argument(
-        "--refit-text", type=float, metavar="SECONDS", help="only give --start's transformer a new reader"
-    )
     parser.add_argument("--judge", type=int, default=200, help="held-out pairs to judge at the end, 0 for none")
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0], help="cfg scales to judge at")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
@@ -113,22 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     run.log(f"torch {torch.__version__} on {torch.cuda.get_device_name() if run.device.type == 'cuda' else 'cpu'}")
     start_from = import_t2v(args.start) if args.start else None
-    if args.refit_text:
-        if start_from is None:
-            raise SystemExit("--refit-text needs --start, the folder whose text encoder is to be replaced")
-        vae, pool = _pool(args, run)
-        weights = refit_text(run, pool, args.start, start_from, vocabulary, args.refit_text)
-        progress, label = 1.0, "retext"
-    else:
-        helper = _start_warm_up(args, run)
-        vae, pool = _pool(args, run)
-        if helper is not None and helper.wait() != 0:
-            raise RuntimeError("compiling the transformer failed (see above); --no-compile does without")
-        weights, progress = train_t2v(run, pool, vocabulary, args.t2v_seconds, start_from)
-        label = f"t2v_{progress:.2f}"
+    helper = _start_warm_up(args, run)
+    vae, pool = _pool(args, run)
+    if helper is not None and helper.wait() != 0:
+        raise RuntimeError("compiling the transformer failed (see above); --no-compile does without")
+    weights, progress = train_t2v(run, pool, vocabulary, args.t2v_seconds, start_from)
     export_t2v(run, weights, run.out)
     write_colours(run.out / TRANSFORMER, fit_colours(vae, run.device))
-    _judge(args, run, label)
+    _judge(args, run, f"t2v_{progress:.2f}")
     run.log(f"{progress:.0%} of the transformer's training done")
     return 0
 

@@ -73,4 +73,4 @@ def test_a_prompt_outside_the_grammar_is_refused(capsys):
 @pytest.mark.parametrize("count", ["0", "401"])
 def test_the_number_of_pairs_is_limited(count, capsys):
     assert report.main(["--count", count]) == 2
-    assert "1 to 327 exist" in capsys.readouterr().err
+    assert "1 to 400 exist" in capsys.readouterr().err

@@ -12,7 +12,6 @@ from demo.stages.evaluate import load_folder
 from demo.stages.export import export_t2v, export_vae, import_t2v
 from demo.stages.lean import FORMS, make_lean
 from demo.stages.pool import latent_coverage, pad_ids, tokenizer_of
-from demo.stages.retext import READING
 from demo.stages.run import Run
 from demo.stages.vae import fold_statistics, new_vae
 from demo.tokenizer import Tokenizer
@@ -172,14 +171,14 @@ def test_the_whole_script_in_miniature(tmp_path):
     assert (out / "google/umt5-xxl/spiece.model").stat().st_size > 0
     assert "100% of the transformer's training done" in (out / "log.txt").read_text()
 
-    reread = tmp_path / "reread"
-    assert train.main([*common, "--out", str(reread), "--start", str(out), "--refit-text", "0.5"]) == 0
-    before, after = import_t2v(out), import_t2v(reread)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("shared" in name for name in changed)
-    assert all(name.startswith("encoder") or any(part in name for part in READING) for name in changed)
-
-
-def test_refitting_needs_a_start(tmp_path):
-    with pytest.raises(SystemExit, match="--start"):
-        train.main(["--dry", "--state", str(tmp_path), "--out", str(tmp_path), "--refit-text", "2"])
+    again = tmp_path / "again"
+    arguments = ["--dry", "--device", "cpu", "--state", str(tmp_path / "other"), "--out", str(again), "--judge", "0"]
+    assert train.main([*arguments, "--start", str(out)]) == 0
+    before, after = import_t2v(out), import_t2v(again)
+    assert before.keys() == after.keys()
+    # One or two steps from there, where fresh weights would be somewhere else altogether.
+    assert all(
+        (before[name].float() - after[name].float()).norm() <= 0.2 * before[name].float().norm() + 0.2
+        for name in before
+        if name.endswith("weight")
+    )
