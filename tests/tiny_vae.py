@@ -1,15 +1,31 @@
-"""A narrow Wan2.1 VAE for tests, with weights in which every term shows."""
+"""Narrow Wan VAEs for tests, with weights in which every term shows."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from torch import nn
 
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
+from lightx2v.vae.wan22 import Wan22VAE, Wan22VAEConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def tiny_vae(base_channels: int = 8, *, seed: int = 0) -> WanVAE:
-    """Random weights: gains far from 1, biases far from 0 and attention far from flat; 0.9 M parameters at width 8."""
-    vae = WanVAE(WanVAEConfig(base_channels)).eval().requires_grad_(False)
+    """A Wan2.1 VAE; 0.9 M parameters at width 8."""
+    return randomised(WanVAE(WanVAEConfig(base_channels)), seed)
+
+
+def tiny_vae22(encoder_channels: int = 8, decoder_channels: int = 12, *, seed: int = 0) -> Wan22VAE:
+    """A Wan2.2 VAE; 1.8 M parameters at these widths."""
+    return randomised(Wan22VAE(Wan22VAEConfig(encoder_channels, decoder_channels)), seed)
+
+
+def randomised(vae: Network, seed: int) -> Network:
+    """Random weights: gains far from 1, biases far from 0 and attention far from flat."""
+    vae.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in vae.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

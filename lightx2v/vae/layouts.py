@@ -1,4 +1,4 @@
-"""Telling a Wan2.1 VAE from what people pick by mistake, by tensor names; and its names in diffusers' layout."""
+"""Telling Wan's VAEs from what people pick by mistake, by tensor names; and their names in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import re
 from collections.abc import Callable
 
 from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.latents import WAN21, WAN22, LatentFormat
 
 Rename = Callable[[str], str]
 
 PREFIXES = ("vae.", "first_stage_model.")  # of a VAE cut out of a larger checkpoint
 
 NEEDED = "choose a Wan2.1 VAE (Wan2.1_VAE.pth, wan_2.1_vae.safetensors) or its LightVAE (lightvaew2_1)"
+NEEDED22 = "choose a Wan2.2 VAE (Wan2.2_VAE.pth, wan2.2_vae.safetensors)"
 
 # What else is picked: a pattern that some tensor name of the file matches, and what to call it. First match wins.
 OTHERS: tuple[tuple[str, str], ...] = (
     (r"lora_|\.diff(_b|_m)?$", "a LoRA"),
     (r"^encoder\.downsamples\.\d+\.downsamples\.", "the Wan2.2 VAE of TI2V-5B, with 48 latent channels"),
     (r"^encoder\.down_blocks\.\d+\.downsampler\.", "the Wan2.2 VAE of TI2V-5B, with 48 latent channels"),
+    (r"^encoder\.(downsamples|down_blocks)\.\d+\.residual\.", "a Wan2.1 VAE, with 16 latent channels"),
+    (r"^encoder\.down_blocks\.\d+\.norm1\.gamma$", "a Wan2.1 VAE, with 16 latent channels"),
     (r"^decoder\.\d+\.conv\.\d+\.weight$", "a tiny autoencoder (TAE)"),
     (r"^decoder\.(mid|mid_block|up|up_blocks)\.", "the autoencoder of another model"),
     (r"(^|\.)vision_model\.|^visual\.(patch_embedding|transformer)\.", "an image encoder"),
@@ -32,17 +36,47 @@ def require_wan_layout(header: Header) -> tuple[int, int, Rename]:
 
     Raises CheckpointError, which says what the file is and what is needed, when it is something else.
     """
-    for names, rename in ((ORIGINAL, str), (DIFFUSERS, from_diffusers)):
-        gamma, first, pixels = (header.shape(name) for name in names)
-        if gamma and first and pixels and len(first) == 5 and pixels[1] == 3:
-            return gamma[0], first[1], rename
+    found = _find(header, 3, from_diffusers)
+    if found is None or found[2] != WAN21.channels:
+        raise CheckpointError(f"{header.path}: this is {describe(header)}, not a Wan2.1 VAE; {NEEDED}")
+    _, base, latent, rename = found
+    return base, latent, rename
+
+
+def require_wan22_layout(header: Header) -> tuple[int, int, int, Rename]:
+    """Base channels of encoder and decoder, latent channels, and the rename, of a Wan2.2 VAE's header; or as above."""
+    found = _find(header, 12, from_diffusers22)
+    if found is None or found[2] != WAN22.channels:
+        raise CheckpointError(f"{header.path}: this is {describe(header)}, not a Wan2.2 VAE; {NEEDED22}")
+    return found
+
+
+def require_any_layout(header: Header) -> LatentFormat:
+    """The latent space of a VAE's header; raises CheckpointError, which says what the file is, for anything else."""
+    for pixels, rename, space in ((3, from_diffusers, WAN21), (12, from_diffusers22, WAN22)):
+        found = _find(header, pixels, rename)
+        if found is not None and found[2] == space.channels:
+            return space
+    raise CheckpointError(f"{header.path}: this is {describe(header)}, not a Wan VAE; {NEEDED}, or {NEEDED22}")
+
+
+def describe(header: Header) -> str:
+    """What a file is that is not the VAE asked for, in words."""
     what = next((what for pattern, what in OTHERS if any(re.search(pattern, name) for name in header.tensors)), None)
-    what = what or f"unknown ({len(header.tensors)} tensors, first '{next(iter(header.tensors), None)}')"
-    raise CheckpointError(f"{header.path}: this is {what}, not a Wan2.1 VAE; {NEEDED}")
+    return what or f"unknown ({len(header.tensors)} tensors, first '{next(iter(header.tensors), None)}')"
 
 
-# The decoder's last norm and first convolution, and the encoder's first, in both layouts. Wan2.2's network has the same
-# names, but its encoder reads 12 channels (2x2 patches of pixels).
+def _find(header: Header, pixels: int, diffusers: Rename) -> tuple[int, int, int, Rename] | None:
+    """Base channels of encoder and decoder, latent channels and the rename, if the encoder reads `pixels` channels."""
+    for names, rename in ((ORIGINAL, str), (DIFFUSERS, diffusers)):
+        gamma, first, reads = (header.shape(name) for name in names)
+        if gamma and first and reads and len(first) == len(reads) == 5 and reads[1] == pixels:
+            return reads[0], gamma[0], first[1], rename
+    return None
+
+
+# The decoder's last norm and first convolution, and the encoder's first, in both layouts. Both networks have them, but
+# Wan2.2's encoder reads 12 channels (2x2 patches of pixels).
 ORIGINAL = ("decoder.head.0.gamma", "decoder.conv1.weight", "encoder.conv1.weight")
 DIFFUSERS = ("decoder.norm_out.gamma", "decoder.conv_in.weight", "encoder.conv_in.weight")
 
@@ -65,8 +99,17 @@ _BLOCK = {
 }
 
 
+def from_diffusers22(name: str) -> str:
+    """The original name of a tensor of diffusers' AutoencoderKLWan, as Wan2.2; other names are returned as they are."""
+    name = re.sub(r"(?<=^encoder\.)down_blocks\.(\d+)\.resnets\.(\d+)", r"downsamples.\1.downsamples.\2", name)
+    name = re.sub(r"(?<=^encoder\.)down_blocks\.(\d+)\.downsampler\b", r"downsamples.\1.downsamples.2", name)
+    name = re.sub(r"(?<=^decoder\.)up_blocks\.(\d+)\.resnets\.(\d+)", r"upsamples.\1.upsamples.\2", name)
+    name = re.sub(r"(?<=^decoder\.)up_blocks\.(\d+)\.upsampler\b", r"upsamples.\1.upsamples.3", name)
+    return from_diffusers(name)
+
+
 def from_diffusers(name: str) -> str:
-    """The original name of a tensor of diffusers' AutoencoderKLWan; any other name is returned as it is."""
+    """The same for Wan2.1, whose levels of the encoder are one list of blocks and whose layers are named otherwise."""
 
     def level(match: re.Match[str]) -> str:
         """A level of the decoder is three blocks and what doubles: four places in the original's one list."""
