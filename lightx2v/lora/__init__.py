@@ -4,7 +4,7 @@ from lightx2v.lora.apply import Applied, apply_loras, change_loras, remove_loras
 from lightx2v.lora.branch import attach, detach, set_strength, share
 from lightx2v.lora.dialects import LoraFile, is_lora, read_lora
 from lightx2v.lora.matching import Coverage, match
-from lightx2v.lora.merge import merge, restore
+from lightx2v.lora.merging import merge, restore
 from lightx2v.lora.stack import EXPERTS, Lora, for_expert
 
 __all__ = [

@@ -11,7 +11,7 @@ from lightx2v.config import one_of
 from lightx2v.identify import CheckpointInfo
 from lightx2v.lora.branch import attach, detach, set_strength
 from lightx2v.lora.matching import Coverage
-from lightx2v.lora.merge import Matched, Source, match_all, merge, mergeable, restore
+from lightx2v.lora.merging import Matched, Source, match_all, merge, mergeable, restore
 from lightx2v.lora.stack import Lora
 
 log = logging.getLogger(__name__)

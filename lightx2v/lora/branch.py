@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightx2v.lora.matching import Patch
-from lightx2v.lora.merge import Matched, mergeable
+from lightx2v.lora.merging import Matched, mergeable
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,8 @@ def _index(shapes: Mapping[str, Shape]) -> tuple[dict[str, list[str]], dict[str,
         fused = {re.sub(pattern, new, owner) for pattern, new in COMFY_HUNYUAN if pattern.fullmatch(owner)}
         for alias in {owner, to_diffusers(owner)} | fused:
             named.setdefault(alias, []).append(owner)
-    for owners in named.values():
-        owners.sort(key=lambda owner: "qkv".find(owner[-1]) if len(owners) > 1 else 0)
+    for alias in [alias for alias, owners in named.items() if len(owners) > 1]:
+        named[alias] = sorted(named[alias], key=lambda owner: "qkv".find(owner[-1]))
     return named, {alias.replace(".", "_"): owners for alias, owners in named.items()}
 
 

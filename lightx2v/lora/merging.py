@@ -30,10 +30,14 @@ class Source:
         return cls(header, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
     def gives(self, name: str, parameter: Tensor) -> bool:
-        """Whether the file has this very parameter, so that a cast is all that stands between the two."""
+        """Whether the file has this parameter, as floats or packed, so that reading it again gives the same bits.
+
+        Unpacking is exact here: products and sums of single elements round alike on every device.
+        """
         info = self.header.tensors.get(name)
-        plain = info is not None and info.dtype.is_floating_point and info.dtype.itemsize >= 2
-        return plain and info is not None and info.shape == tuple(parameter.shape)
+        if info is None or info.shape != tuple(parameter.shape):
+            return False
+        return info.packed is not None or (info.dtype.is_floating_point and info.dtype.itemsize >= 2)
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor as stored); raises CheckpointError where a file is not the one that was loaded."""
