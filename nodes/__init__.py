@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .condition import LightX2VEmptyLatent, LightX2VTextEncode
 from .decode import LightX2VDecode
+from .image import LightX2VImageEncode, LightX2VImageToVideo, LightX2VLoadImageEncoder
 from .load import LightX2VLoadModel, LightX2VLoadTextEncoder, LightX2VLoadVAE
 from .sample import LightX2VSampler
 
@@ -14,6 +15,9 @@ class LightX2VExtension(ComfyExtension):
             LightX2VLoadModel,
             LightX2VLoadTextEncoder,
             LightX2VTextEncode,
+            LightX2VLoadImageEncoder,
+            LightX2VImageEncode,
+            LightX2VImageToVideo,
             LightX2VEmptyLatent,
             LightX2VSampler,
             LightX2VLoadVAE,

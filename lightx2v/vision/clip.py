@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightx2v.checkpoint import CheckpointError, Header, read_header, read_tensors
+from lightx2v.config import one_of
 from lightx2v.vision.layout import QUANTISED, Sizes, convert, shapes, sizes, weights
 
 log = logging.getLogger(__name__)
@@ -22,10 +22,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 EPS = 1e-5  # of every layer norm
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Crop = Literal["none", "center"]
-Resize = Literal["wan", "comfyui"]
-CROPS: tuple[Crop, ...] = ("none", "center")
-RESIZES: tuple[Resize, ...] = ("wan", "comfyui")
+CROPS = ("none", "center")
+RESIZES = ("wan", "comfyui")
 
 # Called before each block with (index, number of blocks); raise from it to cancel.
 OnBlock = Callable[[int, int], None]
@@ -152,7 +150,7 @@ class ImageEncoder:
     model: VisionTransformer
 
     def encode(
-        self, image: Tensor, *, crop: Crop = "none", resize: Resize = "wan", on_block: OnBlock | None = None
+        self, image: Tensor, *, crop: str = "none", resize: str = "wan", on_block: OnBlock | None = None
     ) -> Tensor:
         """Images (B, H, W, 3), RGB in [0, 1] -> what Wan2.1 reads: hidden states (B, 257, 1280), float32.
 
@@ -162,7 +160,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def features(
-        self, image: Tensor, *, crop: Crop = "none", resize: Resize = "wan", on_block: OnBlock | None = None
+        self, image: Tensor, *, crop: str = "none", resize: str = "wan", on_block: OnBlock | None = None
     ) -> ImageFeatures:
         """As `encode`, with all that ComfyUI's CLIP_VISION_OUTPUT holds.
 
@@ -180,7 +178,7 @@ class ImageEncoder:
         return found
 
 
-def preprocess(image: Tensor, size: int, *, crop: Crop = "none", resize: Resize = "wan") -> Tensor:
+def preprocess(image: Tensor, size: int, *, crop: str = "none", resize: str = "wan") -> Tensor:
     """Images (B, H, W, 3) or with alpha, which is dropped, in [0, 1] -> pixels (B, 3, size, size), normalised, float32.
 
     crop: "none" squeezes the whole picture into the square, as Wan does (Wan-Video/Wan2.1, wan/modules/clip.py), so
@@ -190,8 +188,8 @@ def preprocess(image: Tensor, size: int, *, crop: Crop = "none", resize: Resize 
         fine detail. The defaults are what Wan's own programme shows the model.
     Raises ValueError for another shape, and for names that are none of these.
     """
-    if crop not in CROPS or resize not in RESIZES:
-        raise ValueError(f"crop '{crop}', resize '{resize}': crop is one of {CROPS}, resize one of {RESIZES}")
+    one_of("crop", crop, CROPS)
+    one_of("resize", resize, RESIZES)
     if image.ndim != 4 or image.shape[-1] not in (3, 4) or 0 in image.shape:
         raise ValueError(f"the image is {tuple(image.shape)}; expected (B, H, W, 3), RGB in [0, 1]")
     x = image[..., :3].movedim(-1, 1).float()

@@ -11,8 +11,8 @@ from lightx2v.models.wan.conditioning import (
     given_mask,
     image_condition,
     image_latent,
-    padded_clip,
     to_model_input,
+    whole_clips,
 )
 from lightx2v.shapes import LatentShape, VideoShape
 
@@ -46,14 +46,39 @@ def test_masks(start: int, end: int, expected: list[str]) -> None:
 
 
 def test_given_frames_stand_at_their_places_and_the_rest_is_grey() -> None:
+    seen: list[Tensor] = []
+
+    def encode(clip: Tensor) -> Tensor:
+        seen.append(clip)
+        return torch.zeros(1, 16, 5, 4, 6)
+
     first, last = torch.rand(2, 32, 48, 3), torch.rand(3, 32, 48, 4)
-    clip = padded_clip(VIDEO, first, last)
+    image_condition(whole_clips(encode), VIDEO, WAN21, start=first, end=last)
+    (clip,) = seen
     assert clip.shape == (1, 3, 17, 32, 48)
     torch.testing.assert_close(clip[0, :, :2], first.movedim(-1, 0) * 2 - 1)
     torch.testing.assert_close(clip[0, :, -3:], last[..., :3].movedim(-1, 0) * 2 - 1)
     assert not clip[:, :, 2:-3].any()
-    assert padded_clip(VIDEO, torch.rand(40, 8, 8, 3)).shape == clip.shape
-    assert not padded_clip(VIDEO).any()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"), [(40, 0, (17, 0)), (0, 40, (0, 17)), (16, 3, (14, 3)), (2, 17, (0, 17))]
+)
+def test_frames_beyond_the_video_are_left_out(start: int, end: int, expected: tuple[int, int]) -> None:
+    seen = {}
+
+    def encode(num_frames: int, **given: Tensor | None) -> Tensor:
+        seen.update({name: 0 if frames is None else frames.shape[2] for name, frames in given.items()})
+        return torch.zeros(1, 16, 5, 4, 6)
+
+    frames = [torch.rand(count, 8, 8, 3) if count else None for count in (start, end)]
+    image_condition(encode, VIDEO, WAN21, start=frames[0], end=frames[1])
+    assert (seen["start"], seen["end"]) == expected
+
+
+def test_no_image_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="neither a start nor an end image"):
+        image_condition(fake_vae(16, 8), VIDEO, WAN21)
 
 
 def fake_vae(channels: int, stride: int):
@@ -65,7 +90,7 @@ def fake_vae(channels: int, stride: int):
         small = torch.nn.functional.avg_pool3d(means.mean(1, keepdim=True), (1, stride, stride))
         return small.expand(-1, channels, -1, -1, -1) + 2
 
-    return encode
+    return whole_clips(encode)
 
 
 def test_condition_of_a_start_image() -> None:

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 
 from lightx2v.latents import WAN21, WAN22
-from lightx2v.models.wan.conditioning import cover, fit_frames, image_condition, image_latent, to_model_input
+from lightx2v.models.wan.conditioning import (
+    cover,
+    fit_frames,
+    image_condition,
+    image_latent,
+    to_model_input,
+    whole_clips,
+)
 from lightx2v.shapes import VideoShape
 from lightx2v.vae.layouts import from_diffusers
-from lightx2v.vae.wan import WanVAE, encode
+from lightx2v.vae.stream import encode
+from lightx2v.vae.wan import WanVAE
 from tiny_clip import picture
 from tiny_vae import tiny_vae
 
@@ -70,7 +78,7 @@ def test_equals_diffusers(vae, pipeline, with_end: bool, batch: int) -> None:
         dtype=torch.float32,
         last_image=None if end is None else for_diffusers(end),
     )
-    found = image_condition(lambda clip: encode(vae, clip), VIDEO, WAN21, start=start, end=end)
+    found = image_condition(whole_clips(lambda clip: encode(vae, clip)), VIDEO, WAN21, start=start, end=end)
     assert found.mask.shape == (1, 4, *SHAPE[2:]) and found.latents.shape == SHAPE
     ours = to_model_input(found.latents, found.concat_mask, WAN21, (batch, *SHAPE[1:]))
     assert torch.equal(ours[:, :4], expected[:, :4])
@@ -88,7 +96,7 @@ def test_ti2v_equals_diffusers(vae, pipeline) -> None:
         )
     finally:
         pipeline.register_to_config(expand_timesteps=False)
-    samples, noise_mask = image_latent(lambda clip: encode(vae, clip), VIDEO, WAN21, frame(1))
+    samples, noise_mask = image_latent(whole_clips(lambda clip: encode(vae, clip)), VIDEO, WAN21, frame(1))
     assert noise_mask is not None and torch.equal(noise_mask, mask)
     assert relative(WAN21.normalize(samples)[:, :, :1], latents) < SAME
     torch.testing.assert_close(WAN21.normalize(samples)[:, :, 1:], torch.zeros(1, 16, 3, 4, 6))

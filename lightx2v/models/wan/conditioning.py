@@ -15,6 +15,7 @@ TI2V-5B has no further channels: its latent starts with the image's own latents,
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,30 @@ from torch import Tensor
 from lightx2v.latents import LatentFormat
 from lightx2v.shapes import LatentShape, VideoShape, to_latent, to_video
 
-# frames (1, 3, F, H, W) in [-1, 1], F = 4n + 1 -> raw latents (1, C, T, h, w)
-Encode = Callable[[Tensor], Tensor]
+
+class Encode(Protocol):
+    """How a VAE encodes a clip of which only the ends are given: raw latents (1, C, T, h, w) of `num_frames` = 4n + 1
+    frames, (1, 3, S, H, W) `start`, grey (0), (1, 3, E, H, W) `end`, in [-1, 1]; at least one of the two is given.
+
+    `partial(encode_padded, vae)` of lightx2v/vae/padded.py is one; `whole_clips` makes one of any VAE.
+    """
+
+    def __call__(self, num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor: ...
+
+
+def whole_clips(encode: Callable[[Tensor], Tensor]) -> Encode:
+    """Of a VAE that encodes clips (1, 3, F, H, W) as they are: the grey frames are made, and encoded like the rest."""
+
+    def padded(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
+        given = [frames for frames in (start, end) if frames is not None]
+        clip = given[0].new_zeros(1, 3, num_frames, *given[0].shape[3:])
+        if start is not None:
+            clip[:, :, : start.shape[2]] = start
+        if end is not None:
+            clip[:, :, num_frames - end.shape[2] :] = end
+        return encode(clip)
+
+    return padded
 
 
 @dataclass(frozen=True)
@@ -52,13 +75,21 @@ def image_condition(
     """Encode the frames that a video starts and ends with.
 
     video: its size; F = 4n + 1.
-    start, end: (F', H', W', 3), RGB in [0, 1], of any size and usually one frame; cut to the length of the video.
-    Raises ValueError for frames that are no images, and for a VAE of another latent space.
+    start, end: (F', H', W', 3), RGB in [0, 1], of any size and usually one frame; at least one of the two. Frames
+        beyond the length of the video are left out, and of `start` those that `end` stands on.
+    Raises ValueError for frames that are no images, for none at all, and for a VAE of another latent space.
     """
-    latent = to_latent(video, space.stride)
-    latents = _encoded(encode, padded_clip(video, start, end), space, latent)
-    counts = [0 if frames is None else min(len(frames), video.num_frames) for frames in (start, end)]
-    return ImageCondition(latents, given_mask(latent, *counts, stride=space.stride[0]).to(latents.device))
+    last = None if end is None else _require_image(end)[-video.num_frames :]
+    room = video.num_frames - (0 if last is None else len(last))
+    first = None if start is None else _require_image(start)[:room]
+    latents = _encoded(encode, video, space, first, last)
+    mask = given_mask(
+        to_latent(video, space.stride),
+        0 if first is None else len(first),
+        0 if last is None else len(last),
+        stride=space.stride[0],
+    )
+    return ImageCondition(latents, mask.to(latents.device))
 
 
 def image_latent(
@@ -67,7 +98,8 @@ def image_latent(
     """What TI2V-5B starts from: raw latents (batch, 48, T, h, w), and what to keep (batch, 1, T, h, w), 0 = keep.
 
     Without an image the latent is empty (zeros) and nothing is kept (None). With one, its latents stand first and the
-    rest is the space's mean, which is zero to the model (comfy_extras/nodes_wan.py, Wan22ImageToVideoLatent).
+    rest is the space's mean, which is zero to the model (comfy_extras/nodes_wan.py, Wan22ImageToVideoLatent). Of
+    several frames the first 4n + 1 are used.
     Raises as `image_condition` does.
     """
     latent = to_latent(video, space.stride)
@@ -76,8 +108,7 @@ def image_latent(
         return empty.repeat(batch, 1, 1, 1, 1), None
     stride = space.stride[0]
     count = (min(len(_require_image(start)), video.num_frames) - 1) // stride * stride + 1
-    known = VideoShape(count, video.height, video.width)
-    given = _encoded(encode, padded_clip(known, start), space, to_latent(known, space.stride)).cpu()
+    given = _encoded(encode, VideoShape(count, video.height, video.width), space, start[:count], None).cpu()
     raw = space.denormalize(empty)
     raw[:, :, : given.shape[2]] = given
     mask = torch.ones(1, 1, *latent)
@@ -85,27 +116,23 @@ def image_latent(
     return raw.repeat(batch, 1, 1, 1, 1), mask.repeat(batch, 1, 1, 1, 1)
 
 
-def _encoded(encode: Encode, clip: Tensor, space: LatentFormat, latent: LatentShape) -> Tensor:
-    latents = encode(clip).float()
-    expected = (1, space.channels, *latent)
+def _encoded(
+    encode: Encode, video: VideoShape, space: LatentFormat, first: Tensor | None, last: Tensor | None
+) -> Tensor:
+    start, end = (
+        fit_frames(frames, video.height, video.width) if frames is not None and len(frames) else None
+        for frames in (first, last)
+    )
+    if start is None and end is None:
+        raise ValueError("neither a start nor an end image is given; give one of them")
+    latents = encode(video.num_frames, start=start, end=end).float()
+    expected = (1, space.channels, *to_latent(video, space.stride))
     if tuple(latents.shape) != expected:
         raise ValueError(
-            f"the VAE made latents {tuple(latents.shape)} of {clip.shape[2]} frames of {clip.shape[4]}x{clip.shape[3]} "
+            f"the VAE made latents {tuple(latents.shape)} of {video.num_frames} frames of {video.width}x{video.height} "
             f"pixels; expected {expected}: connect the VAE that belongs to the model"
         )
     return latents
-
-
-def padded_clip(video: VideoShape, start: Tensor | None = None, end: Tensor | None = None) -> Tensor:
-    """The clip (1, 3, F, H, W) in [-1, 1] whose latents a model reads: `start` first, `end` last, grey (0) between."""
-    clip = torch.zeros(1, 3, *video)
-    if start is not None:
-        frames = fit_frames(_require_image(start)[: video.num_frames], video.height, video.width)
-        clip[:, :, : frames.shape[2]] = frames
-    if end is not None:
-        frames = fit_frames(_require_image(end)[-video.num_frames :], video.height, video.width)
-        clip[:, :, -frames.shape[2] :] = frames
-    return clip
 
 
 def _require_image(image: Tensor) -> Tensor:

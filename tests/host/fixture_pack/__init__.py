@@ -7,16 +7,20 @@ from comfy_api.latest import ComfyExtension
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .memory import FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
+from .vision import FixtureClipVision, FixturePicture, FixtureVae48
 
 
 class FixtureExtension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         return [
+            FixtureClipVision,
             FixtureHoldMemory,
             FixtureKeep,
             FixtureLoadedModels,
+            FixturePicture,
             FixtureRandomLatent,
             FixtureUmt5Clip,
+            FixtureVae48,
             FixtureWanConditioning,
         ]
 

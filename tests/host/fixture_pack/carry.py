@@ -38,6 +38,8 @@ def _plain(value: object) -> object:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if hasattr(value, "penultimate_hidden_states"):
+        return _plain(vars(value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return repr(value)
