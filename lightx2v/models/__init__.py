@@ -29,6 +29,10 @@ class ModelSpec:
     head_dim: int
     latents: LatentFormat
     patch_size: tuple[int, int, int]  # latent cells per token along (T, H, W)
+    image_channels: int = 0  # input channels beside the latents: mask and image latents of image-to-video models
+    reads_clip: bool = False  # has a place for CLIP image tokens
+    keeps_frames: bool = False  # a given frame is kept clean among the latents, at timestep 0 (Wan2.2 TI2V)
+    boundary: float | None = None  # sigma from which on down the low-noise expert takes over, where there are two
 
 
 @cache

@@ -18,6 +18,8 @@ class WanConfig:
     freq_dim: int  # of the sinusoidal timestep embedding
     patch_size: tuple[int, int, int]  # (T, H, W)
     eps: float = 1e-6
+    image_dim: int = 0  # width of the CLIP image tokens that cross-attention reads too; 0: none
+    image_positions: int = 0  # learnt positions of the image tokens (first-last-frame models); 0: none
 
     def __post_init__(self) -> None:
         if self.hidden_size % HEAD_DIM:

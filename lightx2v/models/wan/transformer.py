@@ -20,9 +20,10 @@ from lightx2v_kernels import Kernels
 class BlockArgs:
     """What every block of one forward pass reads."""
 
-    modulation: Tensor  # (B, 1, 6, D) float32: shift, scale, gate of attention, then of the feed-forward
+    modulation: Tensor  # (B, G, 6, D) float32: shift, scale, gate of attention, then of the feed-forward
     context: Tensor  # (B, S, D) text tokens
     rope: tuple[Tensor, Tensor]  # cos and sin, each (L, head_dim / 2) float32
+    image: Tensor | None = None  # (B, I, D) image tokens
 
 
 @lru_cache(maxsize=8)
@@ -46,10 +47,10 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
 
 
 def sinusoidal(timestep: Tensor, channels: int) -> Tensor:
-    """timestep (B,) in [0, 1000] -> (B, channels) float32: cosines, then sines, of geometric frequencies."""
+    """timestep (B, G) in [0, 1000] -> (B, G, channels) float32: cosines, then sines, of geometric frequencies."""
     half = channels // 2
     frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angle = timestep.double()[:, None] * frequency
+    angle = timestep.double()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
@@ -77,9 +78,12 @@ class AffineNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normed q and k; self-attention when given no context."""
+    """Multi-head attention with RMS-normed q and k; self-attention when given no context.
 
-    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
+    reads_image: the same queries attend to image tokens apart from the text, and both results are added.
+    """
+
+    def __init__(self, config: WanConfig, kernels: Kernels, reads_image: bool = False) -> None:
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.num_heads
@@ -89,21 +93,35 @@ class Attention(nn.Module):
         self.o = nn.Linear(size, size)
         self.norm_q = RMSNorm(size, config.eps, kernels)
         self.norm_k = RMSNorm(size, config.eps, kernels)
+        if reads_image:
+            self.k_img = nn.Linear(size, size)
+            self.v_img = nn.Linear(size, size)
+            self.norm_k_img = RMSNorm(size, config.eps, kernels)
         self._attention = kernels.attention
         self._rope = kernels.rope
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, L, D), context (B, S, D) or None, rope for self-attention -> (B, L, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        image: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, L, D), context (B, S, D) or None, rope for self-attention, image (B, I, D) or None -> (B, L, D)."""
         source = x if context is None else context
         q = self._heads(self.norm_q(self.q(x)))
         k = self._heads(self.norm_k(self.k(source)))
         v = self._heads(self.v(source))
         if rope is not None:
             q, k = self._rope(q, *rope), self._rope(k, *rope)
-        return self.o(rearrange(self._attention(q, k, v), "b l h d -> b l (h d)"))
+        y = self._attention(q, k, v)
+        if image is not None:
+            k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
+            y = y + self._attention(q, k, v)
+        return self.o(rearrange(y, "b l h d -> b l (h d)"))
 
 
 class WanBlock(nn.Module):
@@ -112,23 +130,37 @@ class WanBlock(nn.Module):
         size = config.hidden_size
         self.self_attn = Attention(config, kernels)
         self.norm3 = AffineNorm(size, config.eps, kernels)
-        self.cross_attn = Attention(config, kernels)
+        self.cross_attn = Attention(config, kernels, reads_image=config.image_dim > 0)
         self.ffn = nn.Sequential(
             nn.Linear(size, config.ffn_size), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_size, size)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, size) / size**0.5)
         self.eps = config.eps
-        self._modulate = kernels.modulate
-        self._gated_residual = kernels.gated_residual
+        self._kernels = kernels
+
+    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x (B, L, D), shift and scale (B, G, D), one for each of G runs of tokens -> (B, L, D)."""
+        return self._kernels.modulate(_runs(x, shift), _samples(shift), _samples(scale), self.eps).view_as(x)
+
+    def _add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
 
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D) -> (B, L, D)"""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + args.modulation).unbind(2)
-        y = self.self_attn(self._modulate(x, shift, scale, self.eps), rope=args.rope)
-        x = self._gated_residual(x, y, gate)
-        x = x + self.cross_attn(self.norm3(x), args.context)
-        y = self.ffn(self._modulate(x, ffn_shift, ffn_scale, self.eps))
-        return self._gated_residual(x, y, ffn_gate)
+        x = self._add(x, self.self_attn(self._modulate(x, shift, scale), rope=args.rope), gate)
+        x = x + self.cross_attn(self.norm3(x), args.context, image=args.image)
+        return self._add(x, self.ffn(self._modulate(x, ffn_shift, ffn_scale)), ffn_gate)
+
+
+def _runs(x: Tensor, per_run: Tensor) -> Tensor:
+    """x (B, L, D), per_run (B, G, D) -> (B * G, L / G, D)"""
+    return x.reshape(-1, x.shape[1] // per_run.shape[1], x.shape[2])
+
+
+def _samples(per_run: Tensor) -> Tensor:
+    """(B, G, D) -> (B * G, 1, D)"""
+    return per_run.reshape(-1, 1, per_run.shape[2])
 
 
 class Head(nn.Module):
@@ -141,13 +173,40 @@ class Head(nn.Module):
         self._modulate = kernels.modulate
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, L, D), time (B, 1, D) float32 -> (B, L, patch volume * out_channels)"""
+        """x (B, L, D), time (B, G, D) float32 -> (B, L, patch volume * out_channels)"""
         shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
-        return self.head(self._modulate(x, shift, scale, self.eps))
+        return self.head(self._modulate(_runs(x, shift), _samples(shift), _samples(scale), self.eps).view_as(x))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP image tokens (B, I, image_dim) -> (B, I, D)."""
+
+    def __init__(self, config: WanConfig, kernels: Kernels) -> None:
+        super().__init__()
+        inner, size = config.image_dim, config.hidden_size
+        self.proj = nn.Sequential(
+            AffineNorm(inner, 1e-5, kernels),
+            nn.Linear(inner, inner),
+            nn.GELU(),
+            nn.Linear(inner, size),
+            AffineNorm(size, 1e-5, kernels),
+        )
+        if config.image_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, inner))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if hasattr(self, "emb_pos"):
+            if tokens.shape[1] > self.emb_pos.shape[1]:
+                raise ValueError(
+                    f"{tokens.shape[1]} image tokens, the model has {self.emb_pos.shape[1]} positions: "
+                    "give one start and one end image"
+                )
+            tokens = tokens + self.emb_pos[:, : tokens.shape[1]]
+        return self.proj(tokens)
 
 
 class WanTransformer(nn.Module):
-    """Velocity of the flow, from noisy latents, a timestep and text."""
+    """Velocity of the flow, from noisy latents, a timestep, text and, where the model was trained on them, images."""
 
     def __init__(self, config: WanConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -162,28 +221,55 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList([WanBlock(config, kernels) for _ in range(config.num_layers)])
         self.head = Head(config, kernels)
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, run: RunBlocks = run_blocks) -> Tensor:
-        """latents (B, C, T, H, W) model space, timestep (B,) in [0, 1000], context (B, S, text_dim) -> velocity.
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config, kernels)
 
-        The result is (B, out_channels, T, H, W) in the weights' dtype. T, H, W must be multiples of the patch.
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        run: RunBlocks = run_blocks,
+        *,
+        image: Tensor | None = None,
+        clip: Tensor | None = None,
+    ) -> Tensor:
+        """latents (B, C, T, H, W) model space, context (B, S, text_dim) -> velocity (B, out_channels, T, H, W).
+
+        timestep: (B,) in [0, 1000], or (B, T), one a latent frame.
+        image: (B, C', T, H, W) further input channels, C + C' = in_channels (image-to-video: mask and image latents).
+        clip: (B, I, image_dim) tokens of the start (and end) image, for models that read them.
+        The result is in the weights' dtype. T, H, W must be multiples of the patch.
         """
-        config = self.config
-        if any(size % patch for size, patch in zip(latents.shape[2:], config.patch_size, strict=True)):
-            raise ValueError(f"latents {tuple(latents.shape[2:])} are not multiples of the patch {config.patch_size}")
-        dtype = self.patch_embedding.weight.dtype
+        config, dtype = self.config, self.patch_embedding.weight.dtype
+        if image is not None:
+            latents = torch.cat([latents, image.to(latents)], dim=1)
+        self._check(latents, timestep)
         tokens = self.patch_embedding(latents.to(dtype))
         grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
         time = self.time_embedding(
-            sinusoidal(timestep, config.freq_dim).to(self.time_embedding.get_parameter("0.weight").dtype)
+            sinusoidal(timestep.reshape(len(timestep), -1), config.freq_dim).to(
+                self.time_embedding.get_parameter("0.weight").dtype
+            )
         )
         args = BlockArgs(
-            modulation=rearrange(self.time_projection(time).float(), "b (six d) -> b 1 six d", six=6),
+            modulation=rearrange(self.time_projection(time).float(), "b g (six d) -> b g six d", six=6),
             context=self.text_embedding(context.to(dtype)),
             rope=rope_table(grid, config.hidden_size // config.num_heads, latents.device),
+            image=None if clip is None else self.img_emb(clip.to(dtype)),
         )
         tokens = run(list(self.blocks), rearrange(tokens, "b d t h w -> b (t h w) d"), args)
-        patches = self.head(tokens, time.float()[:, None])
+        patches = self.head(tokens, time.float())
         (t, h, w), (pt, ph, pw) = grid, config.patch_size
         return rearrange(
             patches, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
         )
+
+    def _check(self, latents: Tensor, timestep: Tensor) -> None:
+        config, (channels, *sizes) = self.config, latents.shape[1:]
+        if any(size % patch for size, patch in zip(sizes, config.patch_size, strict=True)):
+            raise ValueError(f"latents {tuple(sizes)} are not multiples of the patch {config.patch_size}")
+        if channels != config.in_channels:
+            raise ValueError(f"{channels} input channels given, the model reads {config.in_channels}")
+        if timestep.ndim == 2 and timestep.shape[1] * config.patch_size[0] != sizes[0]:
+            raise ValueError(f"{timestep.shape[1]} timesteps given for {sizes[0]} latent frames")
