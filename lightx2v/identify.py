@@ -1,98 +1,166 @@
-"""What a checkpoint is, decided from its header alone."""
+"""What a file is, decided from its header alone."""
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightx2v.checkpoint import CheckpointError, Header, read_header
+from lightx2v.hints import distilled_hint, expert_hint, task_hint
+from lightx2v.kinds import Kind, kind_of
+from lightx2v.layout import PREFIXES, Layout, plain_dtype, plain_name, read_layout
 from lightx2v.models import ModelSpec, specs
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+DISTILLED = {"steps": "distilled to few steps", "cfg": "needs no guidance"}
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A diffusion model's checkpoint: file, variant, network shape, storage dtype of its linear layers."""
+    """A diffusion model's checkpoint: file, variant, network shape, how it is stored.
+
+    header: under the model's own parameter names; packed weights know how they are restored.
+    dtype: that most plain values are stored in; of a quantised file, of what is not quantised.
+    format, scheme, detail, unused: see `Layout`.
+    expert_hint: "high" or "low" noise, by the file's name; Wan2.2's experts are one layout.
+    distilled: "steps" or "cfg", by the file's name or metadata.
+    """
 
     path: Path
     header: Header
     spec: ModelSpec
     config: Any
     dtype: torch.dtype
+    format: str = "original"
+    scheme: str = ""
+    detail: str = ""
+    unused: Mapping[str, str] = field(default_factory=dict)
+    expert_hint: str | None = None
+    distilled: str | None = None
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self.detail)
 
     def describe(self) -> str:
         """One line for logs and `inspect`."""
-        size = sum(info.dtype.itemsize * torch.Size(info.shape).numel() for info in self.header.tensors.values())
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.spec.title} ({len(self.header.tensors)} tensors, {dtype}, {size / 1e6:,.1f} MB)"
+        stored = Layout(self.header, self.format, self.scheme, self.detail, self.unused).describe()
+        words = [f"{len(self.header.tensors)} tensors", stored, f"{self.header.nbytes / 1e6:,.1f} MB"]
+        if self.expert_hint:
+            words.append(f"{self.expert_hint}-noise expert by its name")
+        if self.distilled:
+            words.append(
+                {"steps": "distilled to few steps", "cfg": "needs no guidance"}[self.distilled] + " by its name"
+            )
+        return f"{self.spec.title} ({', '.join(words)})"
 
 
-def _has(*names: str) -> Callable[[Header], bool]:
-    return lambda header: all(name in header.tensors for name in names)
+@dataclass(frozen=True)
+class FileInfo:
+    """Any checkpoint file: a diffusion model that can be run, or something else in words.
+
+    kind, family: see `Kind`. task: "t2v", "i2v", "flf2v", "ti2v", "sr" or None where nothing tells.
+    model: the checkpoint, where this version can run it.
+    """
+
+    path: Path
+    kind: str
+    family: str
+    title: str
+    task: str | None
+    layout: Layout
+    expert_hint: str | None
+    distilled: str | None
+    model: CheckpointInfo | None
+
+    def describe(self) -> str:
+        if self.model is not None:
+            return self.model.describe()
+        size, count = f"{self.layout.header.nbytes / 1e6:,.1f} MB", len(self.layout.header.tensors)
+        return f"{self.title} ({count} tensors, {self.layout.scheme}, {size})"
 
 
-def _patch_channels(count: int) -> Callable[[Header], bool]:
-    return lambda header: (header.shape("patch_embedding.weight") or (0, 0))[1] == count
-
-
-# First match wins: files that are something, but not a model this version can sample with. Words, then how to tell.
-OTHERS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
-    ("a diffusers-layout transformer, which is not supported yet; use the original or ComfyUI file",
-     _has("condition_embedder.text_embedder.linear_1.weight")),
-    ("a Wan image-to-video model, which is not supported yet; use a text-to-video model", _patch_channels(36)),
-    ("Wan2.2 TI2V-5B, which is not supported yet; use a Wan2.1 text-to-video model", _patch_channels(48)),
-    ("HunyuanVideo-1.5, which is not supported yet", _has("vision_in.proj.1.weight")),
-    ("HunyuanVideo, which is not supported yet", _has("double_blocks.0.img_attn_q.weight")),
-    ("HunyuanVideo, which is not supported yet", _has("double_blocks.0.img_attn_qkv.weight")),
-    ("a Wan VAE; load it with LightX2VLoadVAE (models/vae)", _has("decoder.head.0.gamma", "conv2.weight")),
-    ("a tiny autoencoder; put it into models/vae_approx", _has("decoder.1.weight", "decoder.3.conv.0.weight")),
-    ("a umT5 text encoder; load it with LightX2VLoadTextEncoder (models/text_encoders)",
-     _has("token_embedding.weight", "blocks.0.attn.q.weight")),
-    ("a T5 text encoder; load it with LightX2VLoadTextEncoder (models/text_encoders)",
-     _has("encoder.block.0.layer.0.SelfAttention.q.weight")),
-    ("a LoRA, not a whole model; put it into models/loras",
-     lambda header: any(re.search(r"lora_(up|down|A|B)\b", name) for name in header.tensors)),
-)  # fmt: skip
-
-
-def other_kind(header: Header) -> str | None:
-    """What a foreign file is, in words, or None for a file nobody here knows."""
-    return next((words for words, matches in OTHERS if matches(header)), None)
+def recognise(path: str | Path) -> FileInfo:
+    """What any file is. Raises CheckpointError for damaged ones, unknown schemes, and files that nobody here knows."""
+    header = read_header(path)
+    kind = kind_of(header)
+    if kind is not None and kind.name == "lora":
+        plain = Layout(header, "original", plain_name(header), "", {})
+        return _foreign(header, kind, plain, task_hint(header.path, header.metadata))
+    layout = read_layout(header)
+    if spec := _spec(layout.header):
+        info = _model(layout, spec)
+        title = spec.title
+        return FileInfo(
+            info.path, "transformer", spec.family, title, spec.task, layout, info.expert_hint, info.distilled, info
+        )
+    kind = kind_of(layout.header) or kind
+    if kind is None:
+        raise _unknown(header)
+    return _foreign(header, kind, layout, _task(header, kind, layout))
 
 
 def identify(path: str | Path) -> CheckpointInfo:
-    """Which model a checkpoint holds. Reads headers only; raises CheckpointError saying what it is instead."""
-    header = read_header(path).without_prefix(*PREFIXES)
-    _refuse_quantised(header)
+    """Which diffusion model a checkpoint holds, from headers only; raises CheckpointError saying what it is instead."""
+    found = recognise(path)
+    if found.model is None:
+        raise CheckpointError(f"{found.path}: this file is {found.title}. Supported here: {_supported()}")
+    return found.model
+
+
+def other_kind(header: Header) -> str | None:
+    """What a file that a loader cannot use is, in words and with what to do; None for one that nobody here knows."""
+    kind = kind_of(header) or kind_of(header.without_prefix(*PREFIXES))
+    return kind.describe() if kind else None
+
+
+def _spec(header: Header) -> ModelSpec | None:
     found = [spec for spec in specs() if spec.matches(header)]
-    if len(found) == 1:
-        spec = found[0]
-        return CheckpointInfo(header.path, header, spec, spec.config(header), _main_dtype(header))
-    if found:
+    if len(found) > 1:
         names = ", ".join(spec.name for spec in found)
         raise CheckpointError(f"{header.path}: matches several models ({names}); this is a bug, please report it")
-    known = ", ".join(spec.title for spec in specs())
-    kind = other_kind(header) or f"of a model that is not known ({len(header.tensors)} tensors)"
-    raise CheckpointError(f"{header.path}: this file is {kind}. Supported here: {known}")
+    return found[0] if found else None
 
 
-def _refuse_quantised(header: Header) -> None:
-    name = next((n for n, info in header.tensors.items() if info.dtype in FP8 or info.dtype == torch.int8), None)
-    if name is not None:
-        raise CheckpointError(
-            f"{header.path}: quantised weights ('{name}' is {header.tensors[name].dtype}) are not supported yet; "
-            "use the bf16 or fp16 file"
-        )
+def _model(layout: Layout, spec: ModelSpec) -> CheckpointInfo:
+    header = layout.header
+    return CheckpointInfo(
+        header.path,
+        header,
+        spec,
+        spec.config(header),
+        plain_dtype(header),
+        format=layout.format,
+        scheme=layout.scheme,
+        detail=layout.detail,
+        unused=layout.unused,
+        expert_hint=expert_hint(header.path),
+        distilled=distilled_hint(header.path, header.metadata),
+    )
 
 
-def _main_dtype(header: Header) -> torch.dtype:
-    """The dtype that most bytes are stored in."""
-    total: dict[torch.dtype, int] = {}
-    for info in header.tensors.values():
-        total[info.dtype] = total.get(info.dtype, 0) + info.dtype.itemsize * torch.Size(info.shape).numel()
-    return max(total, key=lambda dtype: total[dtype])
+def _foreign(header: Header, kind: Kind, layout: Layout, task: str | None) -> FileInfo:
+    path = header.path
+    # Tencent calls its few-step models "step_distilled", and "distilled" those that need no guidance.
+    distilled = distilled_hint(path, header.metadata, bare="cfg" if kind.family == "hunyuan1.5" else "steps")
+    if "time_r_in.mlp.0.weight" in layout.header.tensors:  # only few-step models take the step's end as well
+        distilled = "steps"
+    return FileInfo(path, kind.name, kind.family, kind.describe(), task, layout, expert_hint(path), distilled, None)
+
+
+def _task(header: Header, kind: Kind, layout: Layout) -> str | None:
+    if kind.name != "transformer":
+        return None
+    if layout.header.shape("img_in.proj.weight") and layout.header.tensors["img_in.proj.weight"].shape[1] == 98:
+        return "sr"
+    return task_hint(header.path, header.metadata)
+
+
+def _unknown(header: Header) -> CheckpointError:
+    kind = f"of a model that is not known ({len(header.tensors)} tensors)"
+    return CheckpointError(f"{header.path}: this file is {kind}. Supported here: {_supported()}")
+
+
+def _supported() -> str:
+    return ", ".join(spec.title for spec in specs())

@@ -41,6 +41,7 @@ def load_transformer(
 ) -> nn.Module:
     """Build the network for `device` on the meta device, then stream its weights to `weights_on` (default: device).
 
+    Quantised weights are restored one at a time, on `weights_on`, so that no more than one is in memory in float32.
     Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend that cannot run here.
     """
     spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)

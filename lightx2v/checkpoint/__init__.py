@@ -6,7 +6,7 @@ milliseconds and before any weight is read.
 """
 
 from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Packed, TensorInfo
-from lightx2v.checkpoint.reader import read_header, read_tensors
+from lightx2v.checkpoint.reader import read_bytes, read_header, read_tensors
 from lightx2v.checkpoint.weights import DtypeRule, assign
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Packed",
     "TensorInfo",
     "assign",
+    "read_bytes",
     "read_header",
     "read_tensors",
 ]

@@ -36,7 +36,7 @@ class TensorInfo:
     dtype: as it is stored; uint8 where `encoding` names one of GGML's block types.
     shape: of the values, however they are packed.
     stored: its name in the file; empty where it goes by that name.
-    span: first byte and number of bytes in a GGUF file.
+    span: first byte and number of bytes in the file; None in a .pth.
     packed: how the values are restored, where the tensor alone is not they.
     """
 
@@ -57,12 +57,13 @@ class TensorInfo:
 class Packed:
     """A weight that is stored in fewer bits.
 
-    scheme: in words, for messages, e.g. "fp8 (e4m3), one scale a tensor".
+    scheme: "fp8", "int8" or "gguf"; detail: what it says beside, e.g. "e4m3, a scale a tensor".
     parts: role -> tensor of the file; "weight" always, "scale" where the scheme has one.
     unpack: the parts as they are stored -> the values, float32, in the shape of the weight.
     """
 
     scheme: str
+    detail: str
     parts: Mapping[str, TensorInfo]
     unpack: Callable[[Mapping[str, Tensor]], Tensor]
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -67,6 +67,25 @@ def read_tensors(
                 else:
                     parts = {role: files.tensor(name, part).to(device) for role, part in info.packed.parts.items()}
                     yield name, info.packed.unpack(parts)
+
+
+def read_bytes(header: Header, names: Iterable[str]) -> dict[str, bytes]:
+    """Small tensors as bytes, in the order of their places in the file, so that the disk need not seek for each."""
+    infos = [(header.tensors[name], name) for name in names]
+    infos.sort(key=lambda pair: (pair[0].file, pair[0].span or (0, 0)))
+    found: dict[str, bytes] = {}
+    with ExitStack() as stack:
+        opened: dict[Path, BinaryIO] = {}
+        for info, name in infos:
+            if info.span is None:
+                ((_, tensor),) = read_tensors(header, [name])
+                found[name] = bytes(tensor.flatten().view(torch.uint8).tolist())
+                continue
+            if info.file not in opened:
+                opened[info.file] = stack.enter_context(info.file.open("rb"))
+            opened[info.file].seek(info.span[0])
+            found[name] = opened[info.file].read(info.span[1])
+    return found
 
 
 class _Files:

@@ -26,22 +26,22 @@ def safetensors_header(path: Path) -> Header:
         metadata = entries.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("its __metadata__ is not a table of texts")
-        tensors, end = {}, 0
+        tensors, end = {}, 8 + length
         for name, entry in entries.items():
-            tensors[name], stop = _tensor_info(path, name, entry)
-            end = max(end, stop)
+            tensors[name] = _tensor_info(path, name, entry, 8 + length)
+            end = max(end, sum(tensors[name].span or ()))
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is damaged ({error}); {again}") from error
-    expected = 8 + length + end
-    if size != expected:
-        word = "truncated" if size < expected else "damaged"
-        raise CheckpointError(f"{path}: {word}: the header describes {expected} bytes, the file has {size}; {again}")
+    if size != end:
+        word = "truncated" if size < end else "damaged"
+        raise CheckpointError(f"{path}: {word}: the header describes {end} bytes, the file has {size}; {again}")
     return Header(path, tensors, metadata)
 
 
-def _tensor_info(path: Path, name: str, entry: dict) -> tuple[TensorInfo, int]:
+def _tensor_info(path: Path, name: str, entry: dict, data: int) -> TensorInfo:
+    """data: the byte of the file from which the entry's offsets count."""
     kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if kind not in DTYPES:
         known = ", ".join(DTYPES)
@@ -51,4 +51,4 @@ def _tensor_info(path: Path, name: str, entry: dict) -> tuple[TensorInfo, int]:
     needed = prod(shape) * DTYPES[kind].itemsize
     if stop - start != needed:
         raise CheckpointError(f"{path}: tensor '{name}' {kind}{list(shape)} needs {needed} bytes, has {stop - start}")
-    return TensorInfo(DTYPES[kind], shape, path), stop
+    return TensorInfo(DTYPES[kind], shape, path, span=(data + start, needed))

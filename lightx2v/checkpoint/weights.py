@@ -22,7 +22,7 @@ def assign(
     """Give every parameter and persistent buffer of a meta-device module its weights.
 
     rename: checkpoint name -> module name, or None to leave a tensor of the file unused.
-    dtype: of floating-point weights; None keeps the file's, float32 for packed ones; a function decides per module name.
+    dtype: of floating-point weights; a function decides per module name. None keeps the file's, float32 for packed.
     Raises CheckpointError for tensors that are missing, unexpected or of another shape, before any weight is read.
     """
     targets: dict[str, str] = {}

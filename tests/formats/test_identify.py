@@ -1,84 +1,162 @@
-"""Published checkpoints, laid out as sparse files of their real size: what is recognised, and what is refused how."""
+"""Published checkpoints, laid out as sparse files of their real size: what each is said to be, and how fast."""
 
+import logging
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from sparse import lay_out, manifest, write
+from published import PUBLISHED
+from sparse import lay_out, lay_out_split, manifest, names, write
 
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.identify import identify
+from lightx2v.identify import FileInfo, identify, recognise
+from lightx2v.layout import Layout
 from lightx2v_kernels import select
 
 KERNELS = select(device=torch.device("cpu"), dtype=torch.float32, head_dim=128)
-
-SUPPORTED = [
-    ("wan2.1_t2v_1.3B", "wan2.1_t2v_1.3b", torch.float32),
-    ("comfyui_wan2.1_t2v_1.3B_fp16", "wan2.1_t2v_1.3b", torch.float16),
-    ("wan2.1_t2v_14B", "wan2.1_t2v_14b", torch.float32),
-    ("wan2.2_t2v_A14B", "wan2.1_t2v_14b", torch.float32),  # one layout, see models/wan/spec.py
-    ("lightx2v_wan2.1_t2v_14B_distill_bf16", "wan2.1_t2v_14b", torch.bfloat16),
-]
+WAN = [name for name, words in PUBLISHED.items() if words.startswith("transformer wan ")]
+FOREIGN = [name for name in PUBLISHED if name not in WAN]
+BLOCK_SPLIT = [name for name in WAN if "block_split" in manifest(name)]
+MARKS = ("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale")
 
 
-@pytest.mark.parametrize(("name", "variant", "dtype"), SUPPORTED)
-def test_recognised_and_every_key_has_a_place(name: str, variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    info = identify(lay_out(name, tmp_path))
-    assert info.spec.name == variant
-    assert info.dtype == dtype
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder whose name gives no hint, as the test's own might."""
+    return tmp_path / "models"
+
+
+def words(found: FileInfo) -> str:
+    stated = (found.task, found.layout.format, found.layout.scheme, found.expert_hint, found.distilled)
+    return " ".join([found.kind.replace(" ", "_"), found.family, *(value or "-" for value in stated)])
+
+
+def files_tensors(layout: Layout) -> list[str]:
+    """Every name of the file that a weight is made of or that is listed as not needed."""
+    made = []
+    for name, info in layout.header.tensors.items():
+        made += [part.stored for part in info.packed.parts.values()] if info.packed else [info.stored or name]
+    return made + list(layout.unused)
+
+
+def test_the_table_names_every_manifest() -> None:
+    assert sorted(PUBLISHED) == names()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recognised(name: str, models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = lay_out(name, models)
+    start = time.perf_counter()
+    found = recognise(path)
+    with caplog.at_level(logging.INFO):
+        logging.info("%s recognised in %.0f ms", name, 1000 * (time.perf_counter() - start))
+    assert words(found) == PUBLISHED[name]
+    assert sorted(files_tensors(found.layout)) == sorted(manifest(name)["tensors"])
+    assert all(name.endswith(MARKS) and reason for name, reason in found.layout.unused.items())
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_every_weight_of_the_model_is_in_the_file(name: str, models: Path) -> None:
+    info = identify(lay_out(name, models))
     with torch.device("meta"):
         network = info.spec.build(info.config, KERNELS)
-    expected = {key: tuple(tensor["shape"]) for key, tensor in manifest(name)["tensors"].items()}
-    assert {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} == expected
+    found = {key: tensor.shape for key, tensor in info.header.tensors.items()}
+    assert found == {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", BLOCK_SPLIT)
+def test_one_file_a_block(name: str, models: Path) -> None:
+    content = manifest(name)
+    whole = identify(lay_out(name, models / "whole"))
+    split = identify(lay_out_split(content["tensors"], content["block_split"], models / "split"))
+    assert (split.format, split.spec, split.config, split.scheme) == (
+        "block-split",
+        whole.spec,
+        whole.config,
+        whole.scheme,
+    )
+    assert split.header.tensors.keys() == whole.header.tensors.keys()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_model_to_run_is_named(name: str, models: Path) -> None:
+    path = lay_out(name, models)
+    with pytest.raises(CheckpointError, match=r"this file is an? |this file is the |this file is ") as caught:
+        identify(path)
+    assert str(path) in str(caught.value) and "Supported here: Wan2.1 T2V 1.3B" in str(caught.value)
+    assert "of a model that is not known" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wan2.1_t2v_1.3B", "Wan2.1 T2V 1.3B (825 tensors, fp32, 5,676.0 MB)"),
+        ("lightx2v_wan2.1_t2v_1.3B_fp8", "fp8 weights (e4m3, a scale a row), dequantised on load, 1,448.7 MB)"),
+        ("lightx2v_wan2.1_t2v_1.3B_fp8_comfyui", "fp8 weights (e4m3, a scale a tensor), dequantised on load"),
+        ("lightx2v_wan2.1_t2v_14B_int8", "int8 weights (a scale a row), dequantised on load"),
+        ("gguf_wan2.2_i2v_A14B_Q4_K_M", "gguf weights (Q4_K), dequantised on load"),
+        ("lightx2v_wan2.2_t2v_A14B_fp8", "high-noise expert by its name, distilled to few steps by its name)"),
+        ("comfyui_wan_2.1_vae", "a Wan VAE; load it with LightX2VLoadVAE (models/vae) (194 tensors, fp16, 253.8 MB)"),
+    ],
+)
+def test_described_in_words(name: str, said: str, models: Path) -> None:
+    assert said in recognise(lay_out(name, models)).describe()
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
 def test_prefixed_as_in_whole_checkpoints(prefix: str, tmp_path: Path) -> None:
     tensors = {prefix + key: tensor for key, tensor in manifest("wan2.1_t2v_1.3B")["tensors"].items()}
-    assert identify(write(tensors, tmp_path / "m.safetensors")).spec.name == "wan2.1_t2v_1.3b"
+    info = identify(write(tensors, tmp_path / "m.safetensors"))
+    assert (info.spec.name, info.format) == ("wan2.1_t2v_1.3b", "comfyui")
 
 
-def test_sizes_of_the_published_models(tmp_path: Path) -> None:
-    config = identify(lay_out("wan2.1_t2v_14B", tmp_path)).config
+def test_everything_in_one_file(tmp_path: Path) -> None:
+    tensors = {f"model.diffusion_model.{k}": t for k, t in manifest("wan2.1_t2v_1.3B")["tensors"].items()}
+    vae = {f"vae.{key}": tensor for key, tensor in manifest("wan2.1_vae")["tensors"].items()}
+    info = identify(write(tensors | vae, tmp_path / "m.safetensors"))
+    assert info.spec.name == "wan2.1_t2v_1.3b"
+    assert set(info.unused) == set(vae) and set(info.unused.values()) == {
+        "belongs to the VAE, which the file carries too"
+    }
+
+
+def test_sizes_of_the_published_models(models: Path) -> None:
+    config = identify(lay_out("wan2.1_t2v_14B", models)).config
     assert (config.hidden_size, config.ffn_size, config.num_heads, config.num_layers) == (5120, 13824, 40, 40)
 
 
-REFUSED = [
-    ("wan2.1_i2v_14B", "image-to-video model, which is not supported yet"),
-    ("wan2.2_i2v_A14B", "image-to-video model, which is not supported yet"),
-    ("wan2.1_flf2v_14B", "image-to-video model, which is not supported yet"),
-    ("wan2.2_ti2v_5B", "Wan2.2 TI2V-5B, which is not supported yet"),
-    ("lightx2v_wan2.1_t2v_1.3B_fp8", "quantised weights"),
-    ("lightx2v_wan2.1_t2v_14B_int8", "quantised weights"),
-    ("comfyui_wan2.2_i2v_A14B_fp8_scaled", "quantised weights"),
-    ("diffusers_wan2.1_t2v_1.3B", "a diffusers-layout transformer"),
-    ("hunyuan15_dit", "HunyuanVideo-1.5, which is not supported yet"),
-    ("comfyui_hunyuan15_fp16", "HunyuanVideo"),
-    ("comfyui_wan_2.1_vae", "a Wan VAE; load it with LightX2VLoadVAE"),
-    ("comfyui_umt5_xxl_fp16", "a T5 text encoder; load it with LightX2VLoadTextEncoder"),
-    ("umt5_xxl_transformers_bf16", "a T5 text encoder"),
-    ("taew2_1", "a tiny autoencoder"),
-    ("lora_kijai_lightx2v_i2v_14B_rank64_bf16", "a LoRA, not a whole model"),
+NAMES = [
+    ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "high", None),
+    ("Wan2_2-I2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors", "low", None),
+    ("wan2.2_i2v_A14b_low_noise_lightx2v_4step.safetensors", "low", "steps"),
+    ("Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf", "high", None),
+    ("high_noise_model/diffusion_pytorch_model.safetensors", "high", None),
+    ("high_noise_model/low_noise.safetensors", "low", None),
+    ("high_low_noise.safetensors", "low", None),
+    ("high_noise_low_noise.safetensors", None, None),
+    ("wan2.1_low_vram.safetensors", None, None),
+    ("highway_noise.safetensors", None, None),
+    ("transformer_2/diffusion_pytorch_model.safetensors", "low", None),
+    ("wan2.1_t2v_14B_StepDistill-CfgDistill.safetensors", None, "steps"),
+    ("hunyuan_cfg_distilled.safetensors", None, "cfg"),
+    ("Wan2.2-Lightning_T2V.safetensors", None, "steps"),
+    ("footsteps.safetensors", None, None),
 ]
 
 
-@pytest.mark.parametrize(("name", "words"), REFUSED)
-def test_refused_in_words(name: str, words: str, tmp_path: Path) -> None:
-    path = write(manifest(name)["tensors"], tmp_path / "picked.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        identify(path)
-    assert words in str(caught.value)
-    assert str(path) in str(caught.value)
+@pytest.mark.parametrize(("name", "expert", "distilled"), NAMES)
+def test_hints_of_names(name: str, expert: str | None, distilled: str | None, models: Path) -> None:
+    path = write(manifest("wan2.1_t2v_1.3B")["tensors"], (models / name).with_suffix(".safetensors"))
+    found = identify(path)
+    assert (found.expert_hint, found.distilled) == (expert, distilled)
 
 
-def test_nothing_known(tmp_path: Path) -> None:
-    path = write({"a": {"dtype": "F32", "shape": [2]}}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"not known \(1 tensors\). Supported here: Wan2.1 T2V 1.3B"):
-        identify(path)
-
-
-def test_half_a_model(tmp_path: Path) -> None:
-    tensors = manifest("wan2.1_t2v_1.3B")["tensors"]
-    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith("blocks.0.")}
-    with pytest.raises(CheckpointError, match="not known"):
-        identify(write(kept, tmp_path / "m.safetensors"))
+def test_first_of_two_transformers_of_diffusers_is_the_high_noise_one(models: Path) -> None:
+    tensors = manifest("diffusers_wan2.1_t2v_1.3B")["tensors"]
+    for folder in ("transformer", "transformer_2"):
+        write(tensors, models / folder / "diffusion_pytorch_model.safetensors")
+    assert identify(models / "transformer").expert_hint == "high"
+    assert identify(models / "transformer_2").expert_hint == "low"
+    with pytest.raises(CheckpointError, match=r"several models \(transformer, transformer_2\)"):
+        identify(models)

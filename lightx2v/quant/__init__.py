@@ -1,0 +1,164 @@
+"""Weights stored in fewer bits: which scheme a file uses, tensor by tensor, and how the values come back.
+
+A scheme is a file here with `recognise(weight, scale) -> Packed | None`; what it packs says itself how to unpack.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lightx2v.checkpoint import CheckpointError, Header, TensorInfo, read_bytes
+from lightx2v.quant import fp8, gguf, int8
+
+SCHEMES = (fp8, int8, gguf)
+WEIGHT = ".weight"
+# One scale, two names: ComfyUI's older scaled files and Kijai's; LightX2V's and ComfyUI's newer files.
+SCALES = (".scale_weight", ".weight_scale")
+INPUT_SCALES = (".scale_input", ".input_scale")
+FILE_MARK = "scaled_fp8"
+LAYER_MARK = ".comfy_quant"
+METADATA_MARK = "_quantization_metadata"
+FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of both marks that are read here (ComfyUI, comfy/quant_ops.py)
+USE_ANOTHER = "use a bf16, fp16, fp8, int8 or GGUF version of the file"
+
+# Names that only another scheme has. First match wins.
+FOREIGN: tuple[tuple[str, str], ...] = (
+    (r"\.(weight_scale_2|weight_global_scale|input_global_scale|input_absmax)$", "NVFP4 (4 bits, for Blackwell GPUs)"),
+    (r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.", "bitsandbytes' 4 or 8 bits"),
+    (r"\.(qweight|wscales|wtscale|smooth_factor)$", "Nunchaku's SVDQuant"),
+    (r"\.(qzeros|g_idx|scales)$", "GPTQ or AWQ"),
+    (r"\.weight_scale_inv$", "fp8 with a scale for each 128 x 128 block"),
+)
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A header whose packed weights know how to be restored, and what of the file is not needed for that.
+
+    unused: name in the file -> the reason, in words.
+    marks: which conventions the file follows: any of SCALES, FILE_MARK, LAYER_MARK, METADATA_MARK.
+    """
+
+    header: Header
+    unused: Mapping[str, str]
+    marks: frozenset[str]
+
+
+def find_packed(header: Header) -> Unpacked:
+    """Give every weight that a scheme packs its `packed`, and leave out the tensors that only serve it.
+
+    Raises CheckpointError for schemes that are not known here, scales without their weights and weights without theirs.
+    """
+    header = header.renamed({name: name for name in header.tensors})  # parts are read by their names in the file
+    _refuse_foreign(header)
+    marks = _check_marks(header)
+    unused = {name: reason for name in header.tensors if (reason := _reason(name))}
+    scales = _scales(header)
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in header.tensors.items():
+        if name in unused or name in scales.values():
+            continue
+        scale = header.tensors[scales[name]] if name in scales else None
+        tensors[name] = _packed(header, name, info, scale, expected=bool(scales) or FILE_MARK in marks)
+    found = {suffix for name in scales.values() for suffix in SCALES if name.endswith(suffix)}
+    return Unpacked(replace(header, tensors=tensors), unused, frozenset(marks | found))
+
+
+def _packed(header: Header, name: str, info: TensorInfo, scale: TensorInfo | None, *, expected: bool) -> TensorInfo:
+    """expected: other weights of the file have scales, so that one without must have lost its own."""
+    packed = next((packed for scheme in SCHEMES if (packed := scheme.recognise(info, scale))), None)
+    if packed is None:
+        if scale is not None:
+            raise CheckpointError(
+                f"{header.path}: '{name}' has a scale {list(scale.shape)} {_word(scale)} that does not belong to "
+                f"{list(info.shape)} {_word(info)}; known are one scale a tensor or one a row; {USE_ANOTHER}"
+            )
+        return info
+    if scale is None and expected and not info.encoding and name.endswith(WEIGHT):
+        raise CheckpointError(
+            f"{header.path}: '{name}' has lost its scale, which other weights have; download the file again"
+        )
+    return replace(info, packed=packed)
+
+
+def _word(info: TensorInfo) -> str:
+    return str(info.dtype).removeprefix("torch.")
+
+
+def _refuse_foreign(header: Header) -> None:
+    for pattern, words in FOREIGN:
+        if name := next((name for name in header.tensors if re.search(pattern, name)), None):
+            raise CheckpointError(f"{header.path}: quantised as {words} ('{name}'), which is not known; {USE_ANOTHER}")
+    for name, info in header.tensors.items():
+        if name.endswith(WEIGHT) and not info.encoding and _word(info) in ("uint8", "int16", "int32"):
+            raise CheckpointError(
+                f"{header.path}: '{name}' holds weights packed into {_word(info)} in a scheme that is not known; "
+                f"{USE_ANOTHER}"
+            )
+
+
+def _reason(name: str) -> str | None:
+    if name.rpartition(".")[2] == FILE_MARK:
+        return "says that the fp8 weights have scales"
+    if name.endswith(LAYER_MARK):
+        return "says how the layer is quantised"
+    if name.endswith(INPUT_SCALES):
+        return "scales activations for fp8 arithmetic; dequantised weights do without"
+    return None
+
+
+def _scales(header: Header) -> dict[str, str]:
+    """Name of a weight -> name of its scale."""
+    found: dict[str, str] = {}
+    for name in header.tensors:
+        suffix = next((suffix for suffix in SCALES if name.endswith(suffix)), None)
+        if suffix is None:
+            continue
+        weight = name.removesuffix(suffix) + WEIGHT
+        if weight not in header.tensors:
+            raise CheckpointError(f"{header.path}: '{name}' scales a weight that the file lacks; download it again")
+        if weight in found:
+            raise CheckpointError(
+                f"{header.path}: mixes two layouts: '{weight}' has two scales, '{found[weight]}' and '{name}'; "
+                "download the file again"
+            )
+        found[weight] = name
+    return found
+
+
+def _check_marks(header: Header) -> set[str]:
+    """Which marks the file carries; what they say is read and must be known."""
+    marks = {FILE_MARK} if any(name.rpartition(".")[2] == FILE_MARK for name in header.tensors) else set()
+    said: dict[bytes | str, str] = {}  # JSON -> where it is said
+    if layers := [name for name in header.tensors if name.endswith(LAYER_MARK)]:
+        marks.add(LAYER_MARK)
+        said |= {text: name for name, text in read_bytes(header, layers).items()}
+    for text, where in said.items():
+        _check_format(header, where, _json(header, where, text))
+    if METADATA_MARK in header.metadata:
+        marks.add(METADATA_MARK)
+        stated = _json(header, METADATA_MARK, header.metadata[METADATA_MARK]).get("layers")
+        if not isinstance(stated, dict):
+            raise CheckpointError(f"{header.path}: {METADATA_MARK} lists no layers; download the file again")
+        for layer, entry in stated.items():
+            _check_format(header, f"{METADATA_MARK}, {layer}", entry)
+    return marks
+
+
+def _json(header: Header, where: str, text: bytes | str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{header.path}: '{where}' is not JSON ({error}); download the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{header.path}: '{where}' is no JSON object; download the file again")
+    return value
+
+
+def _check_format(header: Header, where: str, entry: object) -> None:
+    stated = entry.get("format") if isinstance(entry, dict) else None
+    if stated not in FORMATS:
+        raise CheckpointError(
+            f"{header.path}: '{where}' states the format {stated!r}, known are {', '.join(FORMATS)}; {USE_ANOTHER}"
+        )
