@@ -61,11 +61,14 @@ def expected(model: nn.Module, pairs: Factors, scale: float) -> dict[str, Tensor
     return state
 
 
-def diffusers_module(name: str) -> str:
-    """diffusers' name of a module, from the map that came with the published checkpoint."""
+def diffusers_name(parameter: str) -> str:
+    """diffusers' name of a parameter, from the map that came with the published checkpoint."""
     path = Path(__file__).parent / "formats" / "manifests" / "diffusers_wan2.1_t2v_1.3B.json.gz"
-    names = json.loads(gzip.decompress(path.read_bytes()))["original_to_diffusers"]
-    return names[f"{name}.weight"].removesuffix(".weight")
+    return json.loads(gzip.decompress(path.read_bytes()))["original_to_diffusers"][parameter]
+
+
+def diffusers_module(name: str) -> str:
+    return diffusers_name(f"{name}.weight").removesuffix(".weight")
 
 
 # Dialect -> (layer -> what stands before and after "down" or "up" or "A" or "B"), and whether it stores an alpha.
@@ -101,5 +104,7 @@ def tensors(pairs: Factors, dialect: str, alpha: Tensor | None = None) -> dict[s
 
 
 def write(path: Path, content: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in content.items()}, path, metadata)
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}, path, metadata
+    )
     return path
