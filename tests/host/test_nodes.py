@@ -17,6 +17,13 @@ NODES = {
     "LightX2VLoadTextEncoder": (["text_encoder"], [], ["LIGHTX2V_TEXT_ENCODER"]),
     "LightX2VTextEncode": (["encoder", "text"], [], ["CONDITIONING"]),
     "LightX2VEmptyLatent": (["width", "height", "length", "family", "batch_size"], [], ["LATENT"]),
+    "LightX2VLoadImageEncoder": (["image_encoder"], [], ["LIGHTX2V_IMAGE_ENCODER"]),
+    "LightX2VImageEncode": (["encoder", "image", "crop"], ["resize"], ["CLIP_VISION_OUTPUT"]),
+    "LightX2VImageToVideo": (
+        ["positive", "negative", "vae", "width", "height", "length", "batch_size"],
+        ["start_image", "end_image", "clip_vision_start_image", "clip_vision_end_image"],
+        ["CONDITIONING", "CONDITIONING", "LATENT"],
+    ),
     "LightX2VSampler": (
         ["model", "positive", "latent", "seed", "steps", "cfg", "shift", "scheduler", "attention", "offload", "cache"],
         ["negative", "start_at_step", "end_at_step", "add_noise", "denoising_step_list"],
