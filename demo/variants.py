@@ -36,6 +36,7 @@ from lightx2v.vae.wan import WanVAE
 VARIANTS = ("i2v", "expert", "student", "lora")
 FILES = {"i2v": i2v.FILE, "expert": expert.FILE, "student": student.FILE, "lora": style.FILE}
 RESERVE = 20.0  # seconds before the deadline in which no further variant is begun
+COMPILE_SECONDS = 150.0  # after the clips are drawn; longer means that something hangs
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -91,6 +92,15 @@ def _start_warm_up(args: argparse.Namespace, run: Run) -> subprocess.Popen | Non
         return None
     command = [sys.executable, "-m", "demo.variants", "--warm", "--start", str(args.start)]
     return subprocess.Popen([*command, "--state", str(run.state), "--out", str(run.out), "--device", args.device])
+
+
+def _ended_well(helper: subprocess.Popen) -> bool:
+    try:
+        return helper.wait(COMPILE_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        helper.kill()
+        helper.wait()
+        return False
 
 
 def _pool(args: argparse.Namespace, run: Run, vae: WanVAE) -> tuple[Pool, i2v.Images | None]:
@@ -202,9 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     vae = load_vae(run)
     assert vae is not None  # imported above
     pool, images = _pool(args, run, vae)
-    loaded = load_folder(args.start, run.device, torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    loaded = dataclasses.replace(load_folder(args.start, run.device, dtype), vae=vae)
     _attempt(run, "judging the base", lambda: _judge_base(args, run, loaded))
-    if helper is not None and helper.wait() != 0:
+    if helper is not None and not _ended_well(helper):
         run.log("compiling failed (see above): going on without, slower")
         run = dataclasses.replace(run, compile=False)
     failed = _make(args, run, Parts(base, vae, pool, images, loaded))

@@ -34,7 +34,7 @@ AFTER = 500_000  # clips that are drawn before these: far more than any pool has
 MIXTURE = Mixture(noise_shift=3.0)
 BRIGHTNESS = 0.2  # of the backdrop, by night
 GLOW = 0.3  # share of the object's colour just outside its edge; more would read as part of the object
-_CHROMA = 0.2  # max(RGB) - min(RGB) above which a pixel belongs to the object or its glow
+_CHROMA = 0.28  # max(RGB) - min(RGB) from which a pixel is the object; backdrops have at most 0.23
 
 
 def by_night(scene: Scene, clips: Clips) -> Clips:

@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file
 
 from demo import variants
-from demo.grammar import held_out_pairs, parse
+from demo.grammar import Attributes, held_out_pairs, parse
 from demo.judge import judge, score
 from demo.optim import Optimizer, Settings
 from demo.report import MODEL
 from demo.stages import expert, fp8, i2v, lora, student, style
 from demo.stages.base import keep_blocks, load_base, trainable
 from demo.stages.export import import_vae
+from demo.stages.pool import Pool
 from demo.stages.run import Run
 from demo.stages.t2v import Mixture, _noise_levels
 from demo.stages.vae import load_vae
 from demo.world import render, scene_of
 from lightx2v.latents import WAN21
-from lightx2v.preview import read_colours
 from lightx2v.sampling import Step
 from lightx2v.solvers import euler
 
@@ -217,16 +217,24 @@ def test_following_the_students_targets_ends_where_the_teacher_ended():
         assert relative(arrived, states[level + 1] + off * after / sigma) < 1e-4
 
 
-@torch.no_grad()
-def test_objects_are_found_in_latents(run, base, drawn):
-    latents = WAN21.normalize(load_vae(run).posterior(drawn[1].frames)[0])
-    found = student.find_objects(latents, read_colours(base.header, 16))[:, 0] > 0
-    there = drawn[1].coverage[:, 0].unflatten(1, (16, 8)).unflatten(3, (16, 8)).mean((2, 4)) > 0.9
-    assert (found[:, 0] & there).sum() > 0.95 * there.sum() and found.float().mean() < 0.6
+def test_objects_are_found_in_latents():
+    """Learnt from 40 clips, tried on 8 others, where no single channel tells an object from its backdrop."""
+    generator = torch.Generator().manual_seed(0)
+    there = torch.rand(48, 5, 4, 4, generator=generator) < 0.4
+    latents = 0.3 * torch.randn(48, 16, 5, 4, 4, generator=generator)
+    sign = (torch.rand(48, 1, 1, 1, generator=generator) < 0.5).float() * 2 - 1
+    latents[:, 0] += torch.where(there, 2 * sign, 0.0)
+    ids = torch.zeros(48, 1, 1, dtype=torch.int16)
+    pool = Pool(latents.half(), there.to(torch.uint8) * 255, ids)
+    finder = student.fit_finder(Pool(pool.latents[:40], pool.coverage[:40], ids[:40]), generator)
+    found = finder(pool.latents[40:])
+    assert found.shape == (8, 1, 5, 4, 4) and found.dtype == torch.uint8
+    assert ((found[:, 0] > 127) == there[40:]).float().mean() > 0.9
 
 
 def test_night_is_dark_and_keeps_the_object():
-    attributes = [parse(prompt) for prompt, _ in held_out_pairs(40)]
+    white = Attributes("circle", "red", "left", "plain", ("white",))
+    attributes = [white, *(parse(prompt) for prompt, _ in held_out_pairs(24))]
     scene = scene_of(attributes)
     clips = render(scene, torch.Generator().manual_seed(5))
     night = style.by_night(scene, clips)
@@ -234,9 +242,8 @@ def test_night_is_dark_and_keeps_the_object():
     rates = score(judge(night.frames), attributes).rates()
     assert rates["colour"] == rates["motion"] == 1 and rates["shape"] > 0.97, rates
     by_day, dark = style.darkness(clips.frames), style.darkness(night.frames)
-    assert dark.min() > 0.75 and (dark >= by_day - 0.03).all()
-    white = torch.tensor([a.backdrop_colours == ("white",) for a in attributes])
-    assert white.any() and by_day[white].max() < 0.1
+    assert dark.min() > 0.8 and (dark >= by_day - 0.03).all()
+    assert by_day[0] < 0.1
 
 
 def test_the_whole_script_in_miniature(tmp_path):
