@@ -103,6 +103,8 @@ def _still(plan: list[Stage], frames: int) -> int:
 def _check_given(given: list[Tensor], num_frames: int) -> None:
     if not given:
         raise ValueError("neither start nor end is given: nothing tells the size; give one of them")
+    if any(not frames.numel() for frames in given):
+        raise ValueError("start or end has no frames: give at least one, or None")
     sizes = [f"{frames.shape[0]} x {frames.shape[4]}x{frames.shape[3]} pixels" for frames in given]
     if len(set(sizes)) > 1:
         raise ValueError(f"start is {sizes[0]} and end is {sizes[1]}: expected the same; resize one of them")
