@@ -16,9 +16,11 @@ from lightx2v.checkpoint import read_header
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, whole_clips
 from lightx2v.shapes import VideoShape, snap, to_latent
+from lightx2v.vae.padded import encode_padded
 from lightx2v.vision import clip, layout
 
 from . import host
+from .load import EngineVAE
 
 ImageEncoder = io.Custom("LIGHTX2V_IMAGE_ENCODER")
 SPACES: dict[int, LatentFormat] = {space.channels: space for space in (WAN21, WAN22)}
@@ -232,8 +234,23 @@ def _given(
 
 
 def _encode(vae: comfy.sd.VAE) -> Encode:
-    """ComfyUI's VAE takes frames (F, H, W, 3) in [0, 1]."""
-    return whole_clips(lambda frames: vae.encode(frames[0].permute(1, 2, 3, 0) * 0.5 + 0.5))
+    """This pack's VAEs leave out what repeats itself between the pictures; others encode every grey frame."""
+    # ComfyUI's VAE objects take frames (F, H, W, 3) in [0, 1].
+    whole = whole_clips(lambda frames: vae.encode(frames[0].permute(1, 2, 3, 0) * 0.5 + 0.5))
+    if not isinstance(vae, EngineVAE):
+        return whole
+    network = vae.first_stage_model.network
+
+    def padded(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
+        height, width = next(frames.shape[3:] for frames in (start, end) if frames is not None)
+        host.on_gpu(vae.patcher, vae.memory_used_encode((1, 3, num_frames, height, width), vae.vae_dtype))
+        try:
+            return encode_padded(network, num_frames, start=start, end=end, on_chunk=host.progress())
+        except mm.OOM_EXCEPTION:
+            host.log.warning("Too little GPU memory to encode %d frames at once; ComfyUI tries tiles", num_frames)
+        return whole(num_frames, start=start, end=end)
+
+    return padded
 
 
 def _joined(start: Any, end: Any) -> Any:

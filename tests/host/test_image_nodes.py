@@ -112,6 +112,17 @@ def test_writes_what_comfyui_writes(host, tiny_models, encoder, case: str, vae: 
         assert positive["clip_vision_output"]["penultimate_hidden_states"].shape == (1, 34, 160)
 
 
+def test_without_memory_for_the_clip_it_is_encoded_otherwise(host, tiny_models, encoder) -> None:
+    graph = base(tiny_models, encoder)
+    graph["tight"] = node("FixtureTightVae", vae_in=["our_vae", 0])
+    graph["first"]["inputs"]["seed"] = 9
+    graph |= {kind: to_video(kind, start_image="first") for kind in (START_ONLY,)}
+    graph[OURS] = to_video(OURS, "tight", start_image="first")
+    found = outputs(host, graph, START_ONLY, OURS)
+    assert_same(found[OURS][0], found[START_ONLY][0])
+    assert "Too little GPU memory to encode 17 frames at once" in host.log()
+
+
 @pytest.mark.parametrize("frames", [1, 5, 7])
 def test_several_start_frames(host, tiny_models, encoder, frames: int) -> None:
     graph = base(tiny_models, encoder)

@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .memory import FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
-from .vision import FixtureClipVision, FixturePicture, FixtureVae48
+from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
 
 
 class FixtureExtension(ComfyExtension):
@@ -19,6 +19,7 @@ class FixtureExtension(ComfyExtension):
             FixtureLoadedModels,
             FixturePicture,
             FixtureRandomLatent,
+            FixtureTightVae,
             FixtureUmt5Clip,
             FixtureVae48,
             FixtureWanConditioning,

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import comfy.clip_vision
+import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
@@ -102,3 +103,29 @@ class FixtureVae48(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         return io.NodeOutput(Vae48())
+
+
+class FixtureTightVae(io.ComfyNode):
+    """The same VAE of this pack, whose network finds no memory the first time that it is asked to encode."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixtureTightVae",
+            category="tests",
+            not_idempotent=True,
+            inputs=[io.Vae.Input("vae_in")],
+            outputs=[io.Vae.Output("vae")],
+        )
+
+    @classmethod
+    def execute(cls, vae_in: comfy.sd.VAE) -> io.NodeOutput:
+        network = vae_in.first_stage_model.network
+        prepare = network.prepare
+
+        def once(frames: torch.Tensor) -> torch.Tensor:
+            network.prepare = prepare
+            raise torch.OutOfMemoryError("the fixture's")
+
+        network.prepare = once
+        return io.NodeOutput(vae_in)
