@@ -14,6 +14,7 @@ pytestmark = pytest.mark.host
 # id -> required inputs, optional inputs, outputs. Released ids and inputs stay for ever; new inputs are optional.
 NODES = {
     "LightX2VLoadModel": (["original_ckpt", "dtype"], [], ["LIGHTX2V_MODEL"]),
+    "LightX2VLoRA": (["lora_name", "strength", "expert"], ["lora"], ["LIGHTX2V_LORA"]),
     "LightX2VLoadTextEncoder": (["text_encoder"], [], ["LIGHTX2V_TEXT_ENCODER"]),
     "LightX2VTextEncode": (["encoder", "text"], [], ["CONDITIONING"]),
     "LightX2VEmptyLatent": (["width", "height", "length", "family", "batch_size"], [], ["LATENT"]),
