@@ -62,6 +62,7 @@ def _some_width(width: int) -> Test:
 NOT_YET = "not supported yet"
 AS_LORA = "not a whole model: put it into models/loras and use a LoRA loader"
 AS_TEXT = "load it with LightX2VLoadTextEncoder (models/text_encoders)"
+NEEDS_UMT5 = "Wan needs umT5: umt5_xxl_fp16.safetensors"
 AS_VAE = "load it with LightX2VLoadVAE (models/vae)"
 AS_VISION = "put it into models/clip_vision"
 AS_TAE = "put it into models/vae_approx"
@@ -190,13 +191,8 @@ KINDS: tuple[Kind, ...] = (
         AS_TEXT,
         _has("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"),
     ),
-    Kind(
-        "text encoder",
-        "wan",
-        "a umT5 or T5 text encoder with llama.cpp's names",
-        "use umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors",
-        _has("enc.blk.0.attn_q.weight"),
-    ),
+    Kind("text encoder", "wan", "a umT5 text encoder", AS_TEXT, _has("enc.blk.1.attn_rel_b.weight")),
+    Kind("text encoder", "", "a T5 text encoder", NEEDS_UMT5, _has("enc.blk.0.attn_q.weight")),
     Kind(
         "text encoder",
         "hunyuan1.5",
@@ -204,7 +200,7 @@ KINDS: tuple[Kind, ...] = (
         NOT_YET,
         _both(_like(T5_QUERY), _some_width(BYT5_WIDTH)),
     ),
-    Kind("text encoder", "", "a T5 text encoder", "Wan needs umT5: umt5_xxl_fp16.safetensors", _like(T5_QUERY)),
+    Kind("text encoder", "", "a T5 text encoder", NEEDS_UMT5, _like(T5_QUERY)),
     Kind(
         "text encoder",
         "hunyuan1.5",

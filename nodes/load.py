@@ -6,17 +6,17 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.sd
-import comfy.utils
+import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
-from lightx2v.checkpoint import read_header
 from lightx2v.config import DTYPES, Engine
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import compute_dtype, load_transformer, with_attention
 from lightx2v.memory import transformer_activation_bytes
-from lightx2v.text import layout, umt5
-from lightx2v.vae import wan as wan_vae
+from lightx2v.text import umt5
+from lightx2v.vae import stream
+from lightx2v.vae.loading import VAE, VAEInfo, identify_vae, load_vae
 
 from . import host
 
@@ -124,12 +124,14 @@ class LightX2VLoadVAE(io.ComfyNode):
             node_id="LightX2VLoadVAE",
             display_name="Load VAE (LightX2V)",
             category="LightX2V/loaders",
-            description="Loads the Wan2.1 VAE, full (127 M parameters) or LightVAE (8 M). Fits ComfyUI's own nodes.",
+            description="Loads the VAE of Wan2.1 and Wan2.2 A14B, full (127 M parameters) or LightVAE (8 M), or of TI2V-5B "
+            "(705 M). Fits ComfyUI's own nodes.",
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=host.files("vae", _is_vae),
-                    tooltip="Wan2.1 VAE files of models/vae, e.g. wan_2.1_vae.safetensors (254 MB).",
+                    tooltip="Files of models/vae: wan_2.1_vae.safetensors (254 MB) for Wan2.1 and Wan2.2 A14B, "
+                    "wan2.2_vae.safetensors (1.4 GB) for TI2V-5B.",
                 ),
             ],
             outputs=[io.Vae.Output("vae", display_name="VAE")],
@@ -147,29 +149,33 @@ class LightX2VLoadVAE(io.ComfyNode):
 class EngineVAE(comfy.sd.VAE):
     """ComfyUI's VAE object with our network inside, so that every native node takes it.
 
-    The host's constructor runs on the same file first: it sets the sizes, dtypes and memory estimates that this
-    version of the host expects.
+    The host's constructor runs first, on the tensor names and shapes of the family's published VAE and without weights:
+    it sets the sizes, dtypes and memory estimates that this version of the host expects. It knows the Wan2.2 VAE in its
+    published width only, and original key names only.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(sd=comfy.utils.load_torch_file(str(path)))
-        network = wan_vae.load(path, dtype=self.vae_dtype, device=mm.vae_offload_device())
+        info = identify_vae(path)
+        with torch.device("meta"):
+            super().__init__(sd=VAEInfo(path, type(info.config)()).network().state_dict())
+        network = load_vae(info, dtype=self.vae_dtype, device=mm.vae_offload_device())
         self.first_stage_model = VAEStage(network)
+        self.size = mm.module_size(self.first_stage_model)
         self.patcher = host.EngineHandle(self.first_stage_model, self.device, mm.vae_offload_device())
 
 
 class VAEStage(host.Housed):
     """What the host calls on the network inside a VAE object; both directions report progress and can be cancelled."""
 
-    network: wan_vae.WanVAE
+    network: VAE
 
     def decode(self, raw: Tensor) -> Tensor:
-        """raw latents (B, 16, T, h, w) -> (B, 3, F, H, W) float32; the host clamps once tiles are blended"""
-        return wan_vae.decode(self.network, raw, on_chunk=host.progress(), clamp=False)
+        """raw latents (B, C, T, h, w) -> (B, 3, F, H, W) float32; the host clamps once tiles are blended"""
+        return stream.decode(self.network, raw, on_chunk=host.progress(), clamp=False)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """frames (B, 3, F, H, W) in [-1, 1] -> raw latent mean (B, 16, T, h, w) float32"""
-        return wan_vae.encode(self.network, frames, on_chunk=host.progress())
+        """frames (B, 3, F, H, W) in [-1, 1] -> raw latent mean (B, C, T, h, w) float32"""
+        return stream.encode(self.network, frames, on_chunk=host.progress())
 
 
 def _is_model(path: Path) -> bool:
@@ -178,11 +184,10 @@ def _is_model(path: Path) -> bool:
 
 
 def _is_text_encoder(path: Path) -> bool:
-    header = read_header(path)
-    layout.sizes(header, layout.renames(header))
+    umt5.open_encoder(path)
     return True
 
 
 def _is_vae(path: Path) -> bool:
-    wan_vae.config_from_header(read_header(path))
+    identify_vae(path)
     return True

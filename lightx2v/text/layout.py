@@ -1,18 +1,20 @@
 """Names and sizes of umT5 encoder checkpoints.
 
 Three layouts hold the same tensors. Wan's own release names them `blocks.0.attn.q.weight` (Wan-Video/Wan2.1,
-wan/modules/t5.py); transformers names them `encoder.block.0.layer.0.SelfAttention.q.weight`; ComfyUI's repackaged files
-use transformers' names and add the sentencepiece model as a uint8 tensor. Inside, transformers' names are used.
+wan/modules/t5.py); transformers names them `encoder.block.0.layer.0.SelfAttention.q.weight`; GGUF files name them
+`enc.blk.0.attn_q.weight` (ggml-org/llama.cpp, gguf-py/gguf/constants.py). ComfyUI's repackaged files use transformers'
+names and add the sentencepiece model as a uint8 tensor. Inside, transformers' names are used.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.kinds import kind_of
+from lightx2v.layout import PREFIXES
 
 EMBEDDED_TOKENIZER = "spiece_model"
 EMBEDDING = "shared.weight"
@@ -31,11 +33,24 @@ _BLOCK = {
     "ffn.fc1.weight": "layer.1.DenseReluDense.wi_1.weight",
     "ffn.fc2.weight": "layer.1.DenseReluDense.wo.weight",
 }
+_GGUF_TOP = {"token_embd.weight": EMBEDDING, "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
+_GGUF_BLOCK = {
+    "attn_norm": "norm1",
+    "attn_q": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_o": "attn.o",
+    "attn_rel_b": "pos_embedding.embedding",
+    "ffn_norm": "norm2",
+    "ffn_gate": "ffn.gate.0",
+    "ffn_up": "ffn.fc1",
+    "ffn_down": "ffn.fc2",
+}
+_GGUF = re.compile(r"^enc\.blk\.(\d+)\.(\w+)\.weight$")
 _BLOCK_TO_ORIGINAL = {ours: original for original, ours in _BLOCK.items()}
 _TOP_TO_ORIGINAL = {ours: original for original, ours in _TOP.items()}
 _ORIGINAL_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 _OUR_BLOCK = re.compile(r"^encoder\.block\.(\d+)\.(.+)$")
-_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -79,27 +94,33 @@ def to_original_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return original
 
 
+def from_gguf(name: str) -> str:
+    """The name in a GGUF file -> transformers'; any other name comes back unchanged."""
+    block = _GGUF.match(name)
+    if block and block[2] in _GGUF_BLOCK:
+        return from_original(f"blocks.{block[1]}.{_GGUF_BLOCK[block[2]]}.weight")
+    return _GGUF_TOP.get(name, name)
+
+
 def renames(header: Header) -> Callable[[str], str | None]:
     """How this checkpoint's names become transformers'; None for tensors that are no weights.
 
-    Raises CheckpointError for files that are no umT5 encoder and for quantised ones.
+    header: with packed weights found (`lightx2v.quant.find_packed`).
+    Raises CheckpointError for files that are no umT5 encoder.
     """
     names = header.tensors.keys()
     if "token_embedding.weight" in names and "blocks.0.attn.q.weight" in names:
         rename: Callable[[str], str | None] = from_original
+    elif "token_embd.weight" in names and "enc.blk.0.attn_q.weight" in names:
+        rename = from_gguf
     elif EMBEDDING in names or TIED_EMBEDDING in names:
         rename = _from_transformers(duplicate=EMBEDDING in names)
     else:
         raise CheckpointError(
-            f"{header.path}: not a umT5 text encoder{_guess(header)}; expected token_embedding.weight (Wan's own file) "
-            "or shared.weight (transformers, ComfyUI); use models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp16.safetensors"
+            f"{header.path}: this is {_guess(header)}, not a umT5 text encoder; expected token_embedding.weight "
+            "(Wan's own file), shared.weight (transformers, ComfyUI) or token_embd.weight (GGUF); use "
+            "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp16.safetensors"
         )
-    for name, info in header.tensors.items():
-        if name != EMBEDDED_TOKENIZER and info.dtype not in _PLAIN:
-            raise CheckpointError(
-                f"{header.path}: quantised text encoders are not supported yet ('{name}' is {info.dtype}); "
-                "use umt5_xxl_fp16.safetensors"
-            )
     return lambda name: None if name == EMBEDDED_TOKENIZER else rename(name)
 
 
@@ -113,12 +134,10 @@ def _from_transformers(*, duplicate: bool) -> Callable[[str], str | None]:
 
 
 def _guess(header: Header) -> str:
-    names = header.tensors.keys()
-    if any(name.endswith("patch_embedding.weight") for name in names):
-        return " (it looks like a Wan diffusion model)"
-    if any(name.startswith(("decoder.conv", "decoder.middle", "decoder.up_blocks")) for name in names):
-        return " (it looks like a VAE)"
-    return f" (its first tensor is '{next(iter(names))}')" if names else " (it holds no tensors)"
+    if not header.tensors:
+        return "a file without tensors"
+    kind = kind_of(header) or kind_of(header.without_prefix(*PREFIXES))
+    return kind.words if kind else f"of a model that is not known (its first tensor is '{next(iter(header.tensors))}')"
 
 
 def sizes(header: Header, rename: Callable[[str], str | None]) -> Sizes:

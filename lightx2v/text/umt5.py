@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightx2v.checkpoint import CheckpointError, assign, read_header
+from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
+from lightx2v.layout import plain_dtype
+from lightx2v.quant import find_packed
 from lightx2v.text.layout import Sizes, renames, sizes
 from lightx2v.text.tokenizer import Tokenizer, clean, find_tokenizer
 
@@ -110,23 +112,33 @@ def _before(on_block: OnBlock, index: int, total: int) -> Callable[[nn.Module, o
     return hook
 
 
+def open_encoder(path: Path) -> tuple[Header, Sizes]:
+    """The header of a umT5 encoder and its sizes; raises CheckpointError for any other file."""
+    header = find_packed(read_header(path)).header
+    return header, sizes(header, renames(header))
+
+
 def load(
     path: Path, *, tokenizer: Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> UMT5:
     """Load a umT5 encoder and the tokenizer that belongs to it.
 
-    path: Wan's models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_fp16.safetensors, or transformers' file or folder.
+    path: Wan's models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_fp16.safetensors, transformers' file or folder, or
+    one of these in fp8, int8 or GGUF, whose weights are restored while loading.
     tokenizer: a tokenizer.json or sentencepiece model, or its folder; None looks inside and beside the checkpoint.
-    dtype: how the weights are held (float32, bfloat16, float16; None as in the file). Arithmetic is always float32.
-    Raises CheckpointError, before any weight is read, for files that are no umT5 encoder, quantised ones, and a missing
-    or foreign tokenizer.
+    dtype: how the weights are held (float32, bfloat16, float16; None as in the file, restored ones as the file's plain
+    ones). Arithmetic is always float32.
+    Raises CheckpointError, before any weight is read, for files that are no umT5 encoder, for quantisation that is not
+    known, and for a missing or foreign tokenizer.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype}: expected one of {', '.join(map(str, DTYPES))}, or None for the file's own")
-    header = read_header(path)
+    header, found = open_encoder(path)
     rename = renames(header)
-    found = sizes(header, rename)
     words = find_tokenizer(header, tokenizer, found.vocab_size)
+    if dtype is None and (schemes := sorted({info.packed.scheme for info in header.tensors.values() if info.packed})):
+        dtype = plain_dtype(header)
+        log.info("%s: %s weights, dequantised on load to %s", header.path.name, ", ".join(schemes), dtype)
     model = _empty(found)
     assign(
         model,

@@ -13,11 +13,12 @@ from torch import Tensor
 
 import tiny_umt5
 from lightx2v.checkpoint import DTYPES, CheckpointError, Header, TensorInfo
+from lightx2v.quant import find_packed
 from lightx2v.text.layout import Sizes, from_original, renames, sizes, to_original_layout
 from lightx2v.text.tokenizer import clean
 from lightx2v.text.umt5 import UMT5, load
 
-MANIFESTS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "manifests"
+MANIFESTS = Path(__file__).resolve().parents[1] / "formats" / "manifests"
 PROMPT = "a small red cat runs"
 
 
@@ -227,16 +228,18 @@ def wrong_states(state: dict[str, Tensor], proto: bytes) -> dict[str, tuple[dict
     wo = "encoder.block.2.layer.1.DenseReluDense.wo.weight"
     q = "encoder.block.0.layer.0.SelfAttention.q"
     gate = "blocks.0.ffn.gate.0.weight"
-    fp8 = {f"{q}.weight": state[f"{q}.weight"].to(torch.float8_e4m3fn), f"{q}.scale_weight": torch.tensor(1.0)}
-    int8 = {gate: original[gate].to(torch.int8), f"{gate}_scale": torch.ones(80, 1)}
-    unsupported = "quantised text encoders are not supported yet.*use umt5_xxl_fp16.safetensors"
+    fp8 = {f"{q}.weight": state[f"{q}.weight"].to(torch.float8_e4m3fn)}
+    int8 = {gate: original[gate].to(torch.int8)}
+    patch = {"patch_embedding.weight": torch.zeros(2), "blocks.0.self_attn.q.weight": torch.zeros(2)}
+    vae = {"decoder.head.0.gamma": torch.zeros(2), "encoder.conv1.weight": torch.zeros(2)}
     return {
-        "vae": ({"decoder.conv1.weight": torch.zeros(2), "conv1.weight": torch.zeros(2)}, "looks like a VAE"),
-        "dit": ({"patch_embedding.weight": torch.zeros(2), "blocks.0.q": torch.zeros(2)}, "looks like a Wan diffusion"),
+        "vae": (vae, "this is a LightVAE of Wan2.1, not a umT5 text encoder"),
+        "dit": (patch, "this is a Wan model of a variant"),
         "clip": ({"text_model.x": torch.zeros(2)}, "first tensor is 'text_model.x'"),
-        "empty": ({}, "holds no tensors"),
-        "fp8": (state | fp8 | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}, unsupported),
-        "int8": (original | int8, unsupported),
+        "empty": ({}, "a file without tensors"),
+        "fp8": (state | fp8 | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}, f"'{q}.weight' has lost its"),
+        "int8": (original | int8 | {f"{gate}_scale": torch.ones(79, 1)}, "has a scale .* that does not belong to"),
+        "nvfp4": (state | {f"{q}.weight_scale_2": torch.zeros(1)}, "quantised as NVFP4"),
         "gap": (small, "without a gap"),
         "t5": (t5, "T5 encoder"),
         "no_blocks": ({"shared.weight": state["shared.weight"]}, "without a gap"),
@@ -279,26 +282,97 @@ def test_broken_weights_and_wrong_dtypes_are_refused(state, proto, tmp_path):
         load(tmp_path / "umt5.safetensors", dtype=torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("name", ["wan_umt5_xxl_enc_bf16", "umt5_xxl_transformers_bf16", "comfyui_umt5_xxl_fp16"])
+PUBLISHED = {
+    "wan_umt5_xxl_enc_bf16": 0,
+    "umt5_xxl_transformers_bf16": 0,
+    "comfyui_umt5_xxl_fp16": 0,
+    "comfyui_umt5_xxl_fp8_e4m3fn_scaled": 168,
+    "lightx2v_umt5_xxl_enc_fp8": 168,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_checkpoints_are_recognised(name):
-    header = published(name)
-    rename = renames(header)
-    assert sizes(header, rename) == Sizes(256384, 4096, 64, 64, 10240, 24, 32)
-    mapped = {target for key in header.tensors if (target := rename(key))}
-    expected = tiny_umt5.state_dict({**tiny_umt5.SIZES, "num_layers": 24})
-    assert mapped == set(expected)
-
-
-@pytest.mark.parametrize("name", ["comfyui_umt5_xxl_fp8_e4m3fn_scaled", "lightx2v_umt5_xxl_enc_fp8"])
-def test_published_quantised_checkpoints_are_refused(name):
-    with pytest.raises(CheckpointError, match="quantised text encoders are not supported yet"):
-        renames(published(name))
+    found = find_packed(published(name))
+    rename = renames(found.header)
+    assert sizes(found.header, rename) == Sizes(256384, 4096, 64, 64, 10240, 24, 32)
+    mapped = {target for key in found.header.tensors if (target := rename(key))}
+    assert mapped == set(tiny_umt5.state_dict({**tiny_umt5.SIZES, "num_layers": 24}))
+    assert sum(info.packed is not None for info in found.header.tensors.values()) == PUBLISHED[name]
+    assert set(found.unused) <= {"scaled_fp8"}
 
 
 def published(name: str) -> Header:
-    file = MANIFESTS / f"{name}.json.gz"
-    if not file.is_file():
-        pytest.skip(f"{file} is not here: it lists the tensors of a published checkpoint")
-    tensors = json.loads(gzip.decompress(file.read_bytes()))["tensors"]
+    tensors = json.loads(gzip.decompress((MANIFESTS / f"{name}.json.gz").read_bytes()))["tensors"]
     path = Path(name)
     return Header(path, {k: TensorInfo(DTYPES[t["dtype"]], tuple(t["shape"]), path) for k, t in tensors.items()}, {})
+
+
+def in_8_bits(state: dict[str, Tensor], dtype: torch.dtype, *, rows: bool) -> tuple[dict[str, Tensor], dict, dict]:
+    """The linear layers rounded; their scales by weight; what both stand for."""
+    stored, scales, expected = dict(state), {}, dict(state)
+    largest = 127 if dtype == torch.int8 else 448
+    for name, tensor in state.items():
+        if any(part in name for part in ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "wi_", "wo")):
+            scales[name] = (tensor.abs().amax(1, keepdim=True) if rows else tensor.abs().max()) / largest
+            scaled = tensor / scales[name]
+            stored[name] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+            expected[name] = stored[name].float() * scales[name]
+    return stored, scales, expected
+
+
+def quantised_encoders(state: dict[str, Tensor], proto: bytes, folder: Path) -> dict[str, tuple[Path, dict]]:
+    """Every published way to store the encoder in 8 bits: the path, and the weights that must come out."""
+    found = {}
+    stored, scales, expected = in_8_bits(state, torch.float8_e4m3fn, rows=False)
+    extra = {name.removesuffix("weight") + "scale_weight": scale for name, scale in scales.items()}
+    extra["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    found["comfyui"] = (tiny_umt5.save_single(folder / "comfyui", stored | extra, proto), expected)
+    for name, dtype in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
+        stored, scales, expected = in_8_bits(state, dtype, rows=True)
+        whole = to_original_layout(stored)
+        whole |= {key + "_scale": scale for key, scale in to_original_layout(scales).items()}
+        folder.joinpath(name).mkdir()
+        torch.save(whole, folder / name / f"models_t5_{name}.pth")
+        (folder / name / "spiece.model").write_bytes(proto)
+        found[name] = (folder / name / f"models_t5_{name}.pth", expected)
+    return found
+
+
+def test_quantised_encoders_load_as_what_they_stand_for(state, proto, tmp_path, caplog):
+    for name, (path, expected) in quantised_encoders(state, proto, tmp_path).items():
+        plain = load(tiny_umt5.save_single(tmp_path / f"plain_{name}", expected, proto))
+        with caplog.at_level("INFO"):
+            encoder = load(path)
+        assert "weights, dequantised on load to torch.float32" in caplog.text
+        found = dict(encoder.model.named_parameters())
+        assert all(torch.equal(found[key], value) for key, value in plain.model.named_parameters())
+        assert torch.equal(encoder.encode(PROMPT), plain.encode(PROMPT))
+        assert not torch.equal(
+            encoder.encode(PROMPT), load(tiny_umt5.save_single(tmp_path, state, proto)).encode(PROMPT)
+        )
+
+
+def test_gguf_encoder(state, proto, tmp_path):
+    from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
+    from gguf.quants import dequantize, quantize
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH.T5ENCODER, tiny_umt5.SIZES["num_layers"])
+    writer, expected = GGUFWriter(tmp_path / "umt5-encoder-Q8_0.gguf", "t5encoder"), {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            packed = quantize(tensor.numpy(), GGMLQuantizationType.Q8_0)
+            writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=GGMLQuantizationType.Q8_0)
+            expected[name] = torch.from_numpy(dequantize(packed, GGMLQuantizationType.Q8_0))
+        else:
+            writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+            expected[name] = tensor
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "spiece.model").write_bytes(proto)
+    encoder = load(tmp_path / "umt5-encoder-Q8_0.gguf")
+    plain = load(tiny_umt5.save_single(tmp_path / "plain", expected, proto))
+    assert torch.equal(encoder.encode(PROMPT), plain.encode(PROMPT))
