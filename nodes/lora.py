@@ -23,8 +23,9 @@ class LightX2VLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=host.files("loras", is_lora),
-                    tooltip="LoRA files of models/loras, e.g. wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors "
-                    "(1.2 GB, rank 64). Whether one fits the model is told, with both sizes, when the model is loaded.",
+                    tooltip="LoRA files of models/loras, e.g. "
+                    "wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors (1.2 GB, rank 64). Whether "
+                    "one fits the model is told, with both sizes, when the model is loaded.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -32,8 +33,8 @@ class LightX2VLoRA(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Times what the file adds, after the file's own scale (alpha / rank). 1: as it was trained; "
-                    "0: off; most styles look right between 0.6 and 1.2; 4-step LoRAs are made for 1.",
+                    tooltip="Times what the file adds, after the file's own scale (alpha / rank). 1: as it was "
+                    "trained; 0: off; most styles look right between 0.6 and 1.2; 4-step LoRAs are made for 1.",
                 ),
                 io.Combo.Input(
                     "expert",
