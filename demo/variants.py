@@ -1,4 +1,4 @@
-"""Fine-tune variants of an exported text-to-video folder: image-to-video, high-noise expert, four-step student, style.
+"""Fine-tune variants of an exported text-to-video folder: image-to-video, four-step student, high-noise expert, style.
 
     python -m demo.variants --start demo/models/wan2.1_t2v --state /tmp/variants --out out/variants
     python -m demo.variants --only student,style --state /tmp/variants --out out/variants
@@ -33,7 +33,7 @@ from demo.stages.run import Run
 from demo.stages.vae import load_vae
 from lightx2v.vae.wan import WanVAE
 
-VARIANTS = ("i2v", "expert", "student", "lora")
+VARIANTS = ("i2v", "student", "expert", "lora")  # the most useful first, should time run out
 FILES = {"i2v": i2v.FILE, "expert": expert.FILE, "student": student.FILE, "lora": style.FILE}
 RESERVE = 20.0  # seconds before the deadline in which no further variant is begun
 COMPILE_SECONDS = 150.0  # after the clips are drawn; longer means that something hangs

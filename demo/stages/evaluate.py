@@ -19,7 +19,7 @@ from demo.judge import judge, score
 from demo.stages.export import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
 from demo.stages.run import Run
 from lightx2v.checkpoint import assign, read_header
-from lightx2v.guidance import CFG, Conditioning, Velocity, velocity_of
+from lightx2v.guidance import CFG, Conditioning, Velocity
 from lightx2v.latents import WAN21
 from lightx2v.models.wan.spec import HEAD_DIM, keep_float32, read_config
 from lightx2v.models.wan.transformer import WanTransformer
@@ -66,6 +66,17 @@ class Recipe:
     cfg_scale: float = 4.0
 
 
+def plain_velocity(transformer: nn.Module) -> Velocity:
+    """A transformer that is on its device already, as a function of values."""
+
+    def velocity(latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
+        batch = len(latents)
+        t = torch.full((batch,), timestep, device=latents.device)
+        return transformer(latents, t, cond.context.expand(batch, -1, -1)).float()
+
+    return velocity
+
+
 @torch.no_grad()
 def make_clips(loaded: Loaded, velocity: Velocity, pairs: Sequence[tuple[str, int]], recipe: Recipe) -> Tensor:
     """Clips (B, 3, 17, 128, 128) in [-1, 1] of (prompt, seed) pairs, on the models' device.
@@ -87,7 +98,7 @@ def make_clips(loaded: Loaded, velocity: Velocity, pairs: Sequence[tuple[str, in
 def generate(loaded: Loaded, pairs: list[tuple[str, int]], steps: int, cfg_scale: float, shift: float) -> Tensor:
     """Clips (B, 3, 17, 128, 128) in [-1, 1] of (prompt, seed) pairs, on the models' device."""
     recipe = Recipe(schedule=wan(steps, shift), cfg_scale=cfg_scale)
-    return make_clips(loaded, velocity_of(loaded.transformer), pairs, recipe)
+    return make_clips(loaded, plain_velocity(loaded.transformer), pairs, recipe)
 
 
 def evaluate(

@@ -14,13 +14,13 @@ from torch import Tensor
 from demo.grammar import held_out_pairs
 from demo.optim import Optimizer
 from demo.stages.base import DRY_CLIPS, SETTINGS, Base, choose_blocks, keep_blocks, named, runnable, trainable, unnamed
-from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, report_clips
+from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, plain_velocity, report_clips
 from demo.stages.fp8 import read_fp8, to_lightx2v, write
 from demo.stages.loop import clock_since, fit
 from demo.stages.pool import Pool
 from demo.stages.run import Run
 from demo.stages.t2v import CLIPS, Mixture, is_matrix, training_loss
-from lightx2v.guidance import Conditioning, Velocity, velocity_of
+from lightx2v.guidance import Conditioning, Velocity
 from lightx2v.schedules import wan
 
 FILE = "wan_t2v_high_noise_fp8_e4m3.safetensors"
@@ -65,7 +65,7 @@ def evaluate_expert(run: Run, base: Base, loaded: Loaded, count: int, steps: int
     start, pairs = time.monotonic(), held_out_pairs(count)
     weights = read_fp8(run.out / FILE)
     config = replace(base.config, num_layers=sum(name.endswith(".norm3.weight") for name in weights))
-    velocity = pair(velocity_of(runnable(config, weights, run.device)), velocity_of(loaded.transformer))
+    velocity = pair(plain_velocity(runnable(config, weights, run.device)), plain_velocity(loaded.transformer))
     recipe = Recipe(wan(steps, 5.0))
     clips = [make_clips(loaded, velocity, pairs[i : i + PAIRS], recipe) for i in range(0, count, PAIRS)]
     extra = {"count": count, "steps": steps, "boundary": BOUNDARY, "seconds": round(time.monotonic() - start, 1)}

@@ -14,21 +14,20 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from demo.grammar import held_out_pairs, parse
 from demo.optim import Optimizer
 from demo.stages.base import DRY_CLIPS, SETTINGS, Base, choose_blocks, keep_blocks, named, runnable, trainable, unnamed
-from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, report_clips
+from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, plain_velocity, report_clips
 from demo.stages.fp8 import read_fp8, to_comfy, write
 from demo.stages.loop import Work, clock_since, fit
 from demo.stages.pool import Pool
 from demo.stages.run import Run, save_state
 from demo.stages.t2v import CLIPS, Mixture, Networks, draw_batch, is_matrix
 from demo.world import Clips, Scene, render, scene_of
-from lightx2v.guidance import Conditioning, Velocity, velocity_of
+from lightx2v.guidance import Conditioning, Velocity
 from lightx2v.latents import WAN21
-from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.schedules import wan
 from lightx2v.vae.wan import WanVAE
 
@@ -148,9 +147,9 @@ def train_i2v(run: Run, base: Base, pool: Pool, images: Images, seconds: float) 
     run.report("i2v_train", {"steps": optimizer.steps, "seconds": round(spent, 1), "bytes": size})
 
 
-def with_images(transformer: WanTransformer, images: Images) -> Velocity:
+def with_images(transformer: nn.Module, images: Images) -> Velocity:
     """Velocity of latents (B, 16, T, h, w), one image each."""
-    condition, plain = images.condition(), velocity_of(transformer)
+    condition, plain = images.condition(), plain_velocity(transformer)
 
     def velocity(latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
         return plain(torch.cat([latents, condition], 1), timestep, cond)

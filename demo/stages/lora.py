@@ -55,7 +55,8 @@ class Factors:
     def pull(self) -> None:
         """Turn the gradients of the merged weights into those of the factors."""
         for group in self.groups:
-            grads = torch.stack([linear.weight.grad for linear in group.linears]).float()
+            found = [linear.weight.grad for linear in group.linears]
+            grads = torch.stack([grad for grad in found if grad is not None]).float()
             group.down.grad = group.up.transpose(1, 2) @ grads
             group.up.grad = grads @ group.down.transpose(1, 2)
 

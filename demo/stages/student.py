@@ -19,7 +19,7 @@ from torch import Tensor
 from demo.grammar import held_out_pairs
 from demo.optim import Optimizer
 from demo.stages.base import BATCH, Base, runnable, trainable
-from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, report_clips
+from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, plain_velocity, report_clips
 from demo.stages.fp8 import write
 from demo.stages.loop import clock_since, fit
 from demo.stages.lora import SETTINGS, Factors, lora_step, merged, new_factors, to_comfy
@@ -27,7 +27,6 @@ from demo.stages.pool import Pool
 from demo.stages.run import Run
 from demo.stages.t2v import Mixture, encode_text
 from demo.tokenizer import EOS, PAD
-from lightx2v.guidance import velocity_of
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.sampling import Denoiser, Step, sample
 from lightx2v.schedules import listed
@@ -124,7 +123,9 @@ def make_bank(run: Run, base: Base, teacher: WanTransformer, pool: Pool, seconds
     empty = torch.full_like(pool.ids[:1, 0].long(), PAD)
     empty[:, 0] = EOS
     empty = encode_text(base.encoder, empty, dtype)
-    contexts, states, covers = [], [], []
+    contexts: list[Tensor] = []
+    states: list[Tensor] = []
+    covers: list[Tensor] = []
     while not states or (time.monotonic() - start < seconds and len(states) * batch < MOST):
         row = torch.randint(len(pool), (batch,), device=device, generator=generator)
         column = torch.randint(pool.ids.shape[1], (batch,), device=device, generator=generator)
@@ -221,7 +222,7 @@ def evaluate_student(run: Run, base: Base, loaded: Loaded, count: int) -> None:
     student = runnable(base.config, merged(base.weights, run.out / FILE), run.device)
     pairs, recipe = held_out_pairs(count), Recipe(LEVELS, lambda: euler, cfg_scale=1.0)
     for name, transformer in (("student_4steps", student), ("base_4steps_cfg1", loaded.transformer)):
-        start, velocity = time.monotonic(), velocity_of(transformer)
+        start, velocity = time.monotonic(), plain_velocity(transformer)
         clips = [make_clips(loaded, velocity, pairs[i : i + PAIRS], recipe) for i in range(0, count, PAIRS)]
         extra = {"count": count, "steps": len(LEVELS.timesteps), "seconds": round(time.monotonic() - start, 1)}
         report_clips(run, name, torch.cat(clips), pairs, extra)

@@ -14,7 +14,7 @@ from torch import Tensor
 from demo.grammar import held_out_pairs
 from demo.optim import Optimizer
 from demo.stages.base import DRY_CLIPS, Base, runnable, trainable
-from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, report_clips
+from demo.stages.evaluate import PAIRS, Loaded, Recipe, make_clips, plain_velocity, report_clips
 from demo.stages.fp8 import write
 from demo.stages.loop import clock_since, fit
 from demo.stages.lora import SETTINGS, lora_step, merged, new_factors, to_kohya
@@ -22,7 +22,6 @@ from demo.stages.pool import Pool, draw_pool
 from demo.stages.run import Run
 from demo.stages.t2v import CLIPS, Mixture, training_loss
 from demo.world import Clips, Scene, object_palette
-from lightx2v.guidance import velocity_of
 from lightx2v.schedules import wan
 from lightx2v.vae.wan import WanVAE
 
@@ -84,7 +83,7 @@ def evaluate_style(run: Run, base: Base, loaded: Loaded, count: int, steps: int)
     styled = runnable(base.config, merged(base.weights, run.out / FILE), run.device)
     pairs, recipe = held_out_pairs(count), Recipe(wan(steps, 5.0))
     for name, transformer in (("style_on", styled), ("style_off", loaded.transformer)):
-        start, velocity = time.monotonic(), velocity_of(transformer)
+        start, velocity = time.monotonic(), plain_velocity(transformer)
         clips = torch.cat([make_clips(loaded, velocity, pairs[i : i + PAIRS], recipe) for i in range(0, count, PAIRS)])
         dark = darkness(clips)
         extra = {

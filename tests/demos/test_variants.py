@@ -278,4 +278,4 @@ def test_a_failing_variant_does_not_stop_the_next(tmp_path, monkeypatch):
 def test_unknown_variants_are_refused(capsys):
     with pytest.raises(SystemExit):
         variants.main(["--only", "i2v,vace"])
-    assert "is not a list of: i2v, expert, student, lora" in capsys.readouterr().err
+    assert "is not a list of: i2v, student, expert, lora" in capsys.readouterr().err
