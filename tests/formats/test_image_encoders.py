@@ -80,6 +80,7 @@ DAMAGED = [
         f"needs '{FP8}{SCALE}', [3840, 1] in floating point; found none",
     ),
     ("lightx2v_clip_vit_h14_fp8", {FP8 + SCALE: {"dtype": "F32", "shape": [30, 128]}}, "found torch.float32 [30, 128]"),
+    ("lightx2v_clip_vit_h14_fp8", {FP8 + SCALE: {"dtype": "U8", "shape": [3840, 1]}}, "found torch.uint8 [3840, 1]"),
     ("wan_clip_xlm_roberta_vit_h14", {FP8: {"dtype": "F32", "shape": [2, 1280]}}, "impossible shape [2, 1280]"),
 ]
 
