@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .condition import LightX2VEmptyLatent, LightX2VTextEncode
 from .decode import LightX2VDecode
 from .image import LightX2VImageEncode, LightX2VImageToVideo, LightX2VLoadImageEncoder
-from .load import LightX2VLoadModel, LightX2VLoadTextEncoder, LightX2VLoadVAE
+from .load import LightX2VLoadModel, LightX2VLoadModelMoE, LightX2VLoadTextEncoder, LightX2VLoadVAE
 from .lora import LightX2VLoRA
 from .sample import LightX2VSampler
 
@@ -14,6 +14,7 @@ class LightX2VExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LightX2VLoadModel,
+            LightX2VLoadModelMoE,
             LightX2VLoRA,
             LightX2VLoadTextEncoder,
             LightX2VTextEncode,

@@ -1,6 +1,7 @@
 """The seam to ComfyUI: files, memory, progress, cancel. Facts about the host live here and nowhere else."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import lru_cache
@@ -17,6 +18,8 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError
+from lightx2v.checkpoint.folder import BLOCK, INDEX, NON_BLOCK, SHARD, indexed_files
+from lightx2v.latents import WAN22, LatentFormat
 from lightx2v.preview import Colours, LoopingPicture, latent_to_rgb
 from lightx2v.sampling import Step
 
@@ -43,37 +46,95 @@ def advanced(given: io.Input) -> io.Input:
 def files(category: str, fits: Callable[[Path], bool]) -> list[str]:
     """The names in a model folder (and its extra_model_paths) that `fits` accepts; each file is asked once.
 
-    The small models that the pack carries come last, as "lightx2v-demo/...".
+    The small models that the pack carries come last, as "lightx2v-demo/...". A folder that is one checkpoint (a file a
+    block, or parts with an index) is listed as "name/"; of shards only the first is.
     """
-    found = {name: folder_paths.get_full_path(category, name) for name in folder_paths.get_filename_list(category)}
-    found |= {
-        DEMO_PREFIX + path.relative_to(DEMO).as_posix(): str(path) for path in sorted(DEMO.rglob("*.safetensors"))
-    }
-    return [name for name, path in found.items() if path is not None and _fits(fits, path, *_version(path))]
+    return [name for name, answer in asked(category, fits).items() if answer]
+
+
+def asked(category: str, question: Callable[[Path], Any]) -> dict[str, Any]:
+    """What `question` says of each checkpoint in a model folder, less those that it raises for.
+
+    Answers are kept by path, size and time of change, so they should be small.
+    """
+    answers = {name: _answer(question, path, *_version(path)) for name, path in _checkpoints(category).items()}
+    return {name: answer for name, answer in answers.items() if answer is not None}
+
+
+def _checkpoints(category: str) -> dict[str, str]:
+    """Name -> path of everything in a model folder that may be one checkpoint."""
+    found: dict[str, str] = {}
+    listed = set(folder_paths.get_filename_list(category))
+    for root in folder_paths.get_folder_paths(category):
+        below = folder_paths.recursive_search(root, excluded_dir_names=[".git"])[0]
+        folders, parts = _split_checkpoints(root, below)
+        for name in sorted(below):
+            if name not in parts and is_first_of_set(os.path.basename(name)):
+                if name in listed or name.endswith(".gguf"):
+                    found.setdefault(name, os.path.join(root, name))
+        for name in sorted(folders):
+            found.setdefault(name + "/", os.path.join(root, name))
+    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in sorted(DEMO.rglob("*.safetensors"))}
+    return found | {DEMO_PREFIX + name: path for name, path in demo.items()}
+
+
+def _split_checkpoints(root: str, below: list[str]) -> tuple[set[str], set[str]]:
+    """Folders that are one checkpoint of one file a block or part, and the files that are its parts."""
+    folders: set[str] = set()
+    parts: set[str] = set()
+    for name in below:
+        folder, file = os.path.split(name)
+        if file == NON_BLOCK:
+            here = [other for other in below if os.path.dirname(other) == folder]
+            members = [os.path.basename(other) for other in here if BLOCK.match(os.path.basename(other))] + [file]
+        elif file.endswith(INDEX):
+            path = os.path.join(root, name)
+            members = [part for part in _answer(indexed_files, path, *_version(path)) or () if not SHARD.match(part)]
+        else:
+            continue
+        if len(members) > 1 and folder:
+            folders.add(folder)
+            parts |= {os.path.join(folder, member) for member in members}
+    return folders, parts
+
+
+def is_first_of_set(name: str) -> bool:
+    """Whether a file stands for its checkpoint in a list: the first of its shards, or one that is no shard."""
+    shard = SHARD.match(name)
+    return shard is None or int(shard["index"]) == 1
 
 
 @lru_cache(maxsize=4096)
-def _fits(fits: Callable[[Path], bool], path: str, size: int, modified: int) -> bool:
+def _answer(question: Callable[[Path], Any], path: str, size: int, modified: int) -> Any:
     try:
-        return fits(Path(path))
+        return question(Path(path))
     except (CheckpointError, OSError) as error:
         log.debug("not offered: %s", error)
-        return False
+        return None
 
 
 def _version(path: str) -> tuple[int, int]:
+    """Bytes and time of change, of a folder's files together."""
     try:
-        stat = Path(path).stat()
+        members = os.scandir(path) if os.path.isdir(path) else (Path(path),)
+        stats = [member.stat() for member in members]
     except OSError:
         return 0, 0
-    return stat.st_size, stat.st_mtime_ns
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def locate(category: str, name: str) -> Path:
-    """Full path of a picked file; raises FileNotFoundError naming it where it is gone."""
+    """Full path of a picked file or folder; raises FileNotFoundError naming it where it is gone."""
     if name.startswith(DEMO_PREFIX):
         return demo_file(name.removeprefix(DEMO_PREFIX))
-    return Path(folder_paths.get_full_path_or_raise(category, name))
+    if not name.endswith("/"):
+        return Path(folder_paths.get_full_path_or_raise(category, name))
+    for root in map(Path, folder_paths.get_folder_paths(category)):
+        folder = root / name
+        # A picked name may climb no higher than its root, wherever a link inside that may lead.
+        if ".." not in folder.parts and not Path(name).is_absolute() and folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{name}: no such folder in models/{category}; pick one from the list")
 
 
 def demo_file(name: str) -> Path:
@@ -159,10 +220,10 @@ def progress() -> Callable[[int, int], None]:
     return update
 
 
-def wan_colours() -> Colours:
-    """How latents of Wan's own VAE look, as the host's previews have it."""
-    space = comfy.latent_formats.Wan21()
-    return Colours(space.latent_rgb_factors, space.latent_rgb_factors_bias)
+def colours(space: LatentFormat) -> Colours:
+    """How latents of Wan's own VAEs look, as the host's previews have it."""
+    known = comfy.latent_formats.Wan22() if space == WAN22 else comfy.latent_formats.Wan21()
+    return Colours(known.latent_rgb_factors, known.latent_rgb_factors_bias)
 
 
 def step_progress(steps: int, colours: Colours) -> Callable[[Step, Tensor], None]:

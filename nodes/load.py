@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from lightx2v.config import DTYPES, Engine
+from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import compute_dtype, load_transformer, with_attention
 from lightx2v.memory import transformer_activation_bytes
@@ -19,6 +20,10 @@ from lightx2v.vae import stream
 from lightx2v.vae.loading import VAE, VAEInfo, identify_vae, load_vae
 
 from . import host
+
+MODELS = "diffusion_models"
+NONE = "none"
+EXPERTS = tuple((f"{role}_original_ckpt", f"{role}_quantized_ckpt") for role in ("high_noise", "low_noise"))
 
 
 class LoadedTransformer(host.EngineHandle):
@@ -42,9 +47,18 @@ class LoadedTransformer(host.EngineHandle):
         )
 
 
+@dataclass(frozen=True)
+class LoadedExperts:
+    """The two transformers of one model: `high` lays out the video at high noise, `low` draws the rest."""
+
+    high: LoadedTransformer
+    low: LoadedTransformer
+
+
 class LightX2VLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        original, quantised = _model_files()
         return host.schema(
             node_id="LightX2VLoadModel",
             display_name="Load Model (LightX2V)",
@@ -53,32 +67,128 @@ class LightX2VLoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "original_ckpt",
-                    options=host.files("diffusion_models", _is_model),
-                    tooltip="Files of models/diffusion_models (and extra_model_paths) that this pack can run: "
-                    "Wan2.1 text-to-video, 1.3B or 14B, bf16, fp16 or fp32. Of a sharded model pick any shard.",
+                    options=[*original, NONE],
+                    optional=True,
+                    tooltip="Models in bf16, fp16 or fp32 of models/diffusion_models (and extra_model_paths) that this "
+                    "pack can run: Wan2.1 T2V 14B is 28.6 GB in bf16. A sharded model is listed once. none: use "
+                    "quantized_ckpt.",
                 ),
+                _dtype_input(),
                 io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="auto",
-                    tooltip="Compute type. auto: the file's half precision on a GPU, fp32 on the CPU. "
-                    "Wan 14B is 28.6 GB in bf16 or fp16 and 57.2 GB in fp32.",
+                    "quantized_ckpt",
+                    options=[NONE, *quantised],
+                    default=NONE,
+                    optional=True,
+                    tooltip="The same models in fp8, int8 or GGUF (Wan 14B: 14.5 GB in fp8), restored to the compute "
+                    "type while loading. Set original_ckpt to none to use it.",
                 ),
             ],
             outputs=[host.Model.Output("model", display_name="model")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, original_ckpt: str, **_: Any) -> tuple[str, int, int]:
-        return host.fingerprint("diffusion_models", original_ckpt)
+    def fingerprint_inputs(cls, original_ckpt: str = NONE, quantized_ckpt: str = NONE, **_: Any) -> tuple:
+        return _fingerprint(original_ckpt, quantized_ckpt)
 
     @classmethod
-    def execute(cls, original_ckpt: str, dtype: str) -> io.NodeOutput:
-        info, engine = identify(host.locate("diffusion_models", original_ckpt)), Engine(dtype=dtype)
-        device, resting = mm.get_torch_device(), mm.unet_offload_device()
-        handle = LoadedTransformer(host.Housed(load_transformer(info, engine, device, resting)), device, resting)
-        handle.info, handle.engine = info, engine
-        return io.NodeOutput(handle)
+    def execute(cls, original_ckpt: str = NONE, dtype: str = "auto", quantized_ckpt: str = NONE) -> io.NodeOutput:
+        info = identify(_chosen("original_ckpt", original_ckpt, "quantized_ckpt", quantized_ckpt))
+        return io.NodeOutput(_loaded(info, Engine(dtype=dtype)))
+
+
+class LightX2VLoadModelMoE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        original, quantised = _model_files(experts=True)
+        return host.schema(
+            node_id="LightX2VLoadModelMoE",
+            display_name="Load Model MoE (LightX2V)",
+            category="LightX2V/loaders",
+            description="Loads Wan2.2 A14B: one model for noisy steps, one for the rest. For each, pick an original "
+            "or a quantised file.",
+            inputs=[
+                *cls._pickers("high_noise", "composition and motion, the first steps", original, quantised),
+                *cls._pickers("low_noise", "detail, the remaining steps", original, quantised),
+                _dtype_input(),
+            ],
+            outputs=[host.Model.Output("model", display_name="model")],
+        )
+
+    @staticmethod
+    def _pickers(role: str, makes: str, original: list[str], quantised: list[str]) -> list[io.Input]:
+        return [
+            io.Combo.Input(
+                f"{role}_original_ckpt",
+                options=[NONE, *original],
+                default=NONE,
+                optional=True,
+                tooltip=f"The expert for {makes}, in bf16, fp16 or fp32 (28.6 GB in bf16). none: use a quantised one.",
+            ),
+            io.Combo.Input(
+                f"{role}_quantized_ckpt",
+                options=[NONE, *quantised],
+                default=NONE,
+                optional=True,
+                tooltip=f"The expert for {makes}, in fp8, int8 or GGUF (14.5 GB in fp8), restored while loading.",
+            ),
+        ]
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> tuple:
+        return _fingerprint(*(inputs.get(name, NONE) for role in EXPERTS for name in role))
+
+    @classmethod
+    def execute(cls, dtype: str = "auto", **picked: str) -> io.NodeOutput:
+        first, second = (
+            identify(_chosen(original, picked.get(original, NONE), quantised, picked.get(quantised, NONE)))
+            for original, quantised in EXPERTS
+        )
+        require_pair(first, second)
+        engine = Engine(dtype=dtype)
+        return io.NodeOutput(LoadedExperts(_loaded(first, engine), _loaded(second, engine)))
+
+
+def _dtype_input() -> io.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=list(DTYPES),
+        default="auto",
+        optional=True,
+        tooltip="Compute type. auto: the file's half precision on a GPU, fp32 on the CPU. "
+        "Wan 14B is 28.6 GB in bf16 or fp16 and 57.2 GB in fp32.",
+    )
+
+
+def _model_files(*, experts: bool = False) -> tuple[list[str], list[str]]:
+    """Names of the models in models/diffusion_models that can be run, or only of those that may be one of two experts:
+    plain ones, quantised ones."""
+    stored = host.asked(MODELS, _traits)
+    names = [name for name, (_, expert) in stored.items() if expert or not experts]
+    return [name for name in names if not stored[name][0]], [name for name in names if stored[name][0]]
+
+
+def _fingerprint(*names: str) -> tuple:
+    return tuple(host.fingerprint(MODELS, name) for name in names if name != NONE)
+
+
+def _chosen(original: str, original_name: str, quantised: str, quantised_name: str) -> Path:
+    """The one file of two pickers; `original` and `quantised` are their names, for messages."""
+    names = [name for name in (original_name, quantised_name) if name != NONE]
+    if not names:
+        raise ValueError(f"{original} and {quantised} are both {NONE}; pick a file in one of them")
+    if len(names) > 1:
+        raise ValueError(
+            f"{original} is {original_name} and {quantised} is {quantised_name}; set one of them to {NONE}: "
+            "they are two ways to give the same model"
+        )
+    return host.locate(MODELS, names[0])
+
+
+def _loaded(info: CheckpointInfo, engine: Engine) -> LoadedTransformer:
+    device, resting = mm.get_torch_device(), mm.unet_offload_device()
+    handle = LoadedTransformer(host.Housed(load_transformer(info, engine, device, resting)), device, resting)
+    handle.info, handle.engine = info, engine
+    return handle
 
 
 @dataclass(frozen=True)
@@ -124,8 +234,8 @@ class LightX2VLoadVAE(io.ComfyNode):
             node_id="LightX2VLoadVAE",
             display_name="Load VAE (LightX2V)",
             category="LightX2V/loaders",
-            description="Loads the VAE of Wan2.1 and Wan2.2 A14B, full (127 M parameters) or LightVAE (8 M), or of TI2V-5B "
-            "(705 M). Fits ComfyUI's own nodes.",
+            description="Loads the VAE of Wan2.1 and Wan2.2 A14B, full (127 M parameters) or LightVAE (8 M), or "
+            "that of TI2V-5B (705 M). Fits ComfyUI's own nodes.",
             inputs=[
                 io.Combo.Input(
                     "vae_name",
@@ -178,9 +288,10 @@ class VAEStage(host.Housed):
         return stream.encode(self.network, frames, on_chunk=host.progress())
 
 
-def _is_model(path: Path) -> bool:
-    identify(path)
-    return True
+def _traits(path: Path) -> tuple[bool, bool]:
+    """Whether a model is quantised, and whether it may be one of two experts."""
+    info = identify(path)
+    return info.quantised, info.spec.boundary is not None
 
 
 def _is_text_encoder(path: Path) -> bool:

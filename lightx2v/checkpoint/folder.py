@@ -44,15 +44,34 @@ def _below(folder: Path) -> Header:
     raise CheckpointError(f"{folder}: holds no .safetensors file; give the checkpoint's file or its folder")
 
 
-def indexed_header(index: Path) -> Header:
-    """The files that a *.safetensors.index.json names."""
+def indexed_files(index: Path) -> tuple[str, ...]:
+    """Names of the files in which a *.safetensors.index.json finds its tensors, all in its own folder."""
+    return tuple(sorted(set(_weight_map(index).values())))
+
+
+def index_of(file: Path) -> Path | None:
+    """The index beside a file that says the file is one of several."""
+    for index in sorted(file.parent.glob(f"*{INDEX}")):
+        names = indexed_files(index)
+        if len(names) > 1 and file.name in names:
+            return index
+    return None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = [Path(name).name == name for name in weight_map.values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a safetensors index ({error!r}); download the file again") from error
-    if any(Path(name).name != name for name in names):
+    if not all(names):
         raise CheckpointError(f"{index}: names a file outside its own folder; download the index again")
+    return weight_map
+
+
+def indexed_header(index: Path) -> Header:
+    """The files that a *.safetensors.index.json names."""
+    weight_map, names = _weight_map(index), indexed_files(index)
     _require_files(index, [index.parent / name for name in names])
     container = "block-split" if NON_BLOCK in names else "sharded"
     header = merged(index, (safetensors_header(index.parent / name) for name in names), container)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightx2v.checkpoint import gguf, pickled
-from lightx2v.checkpoint.folder import INDEX, SHARD, folder_header, indexed_header, shards_header
+from lightx2v.checkpoint.folder import INDEX, SHARD, folder_header, index_of, indexed_header, shards_header
 from lightx2v.checkpoint.header import CheckpointError, Header, TensorInfo
 from lightx2v.checkpoint.single import safetensors_header
 
@@ -33,8 +33,10 @@ def read_header(path: str | Path) -> Header:
     if path.name.endswith(INDEX):
         return indexed_header(path)
     if path.suffix == ".safetensors":
-        shard = SHARD.match(path.name)
-        return shards_header(path, shard) if shard else safetensors_header(path)
+        if shard := SHARD.match(path.name):
+            return shards_header(path, shard)
+        index = index_of(path)
+        return indexed_header(index) if index else safetensors_header(path)
     if path.suffix in pickled.SUFFIXES:
         return pickled.pickle_header(path)
     if path.suffix == GGUF:

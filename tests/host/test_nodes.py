@@ -13,7 +13,18 @@ pytestmark = pytest.mark.host
 
 # id -> required inputs, optional inputs, outputs. Released ids and inputs stay for ever; new inputs are optional.
 NODES = {
-    "LightX2VLoadModel": (["original_ckpt", "dtype"], [], ["LIGHTX2V_MODEL"]),
+    "LightX2VLoadModel": ([], ["original_ckpt", "dtype", "quantized_ckpt"], ["LIGHTX2V_MODEL"]),
+    "LightX2VLoadModelMoE": (
+        [],
+        [
+            "high_noise_original_ckpt",
+            "high_noise_quantized_ckpt",
+            "low_noise_original_ckpt",
+            "low_noise_quantized_ckpt",
+            "dtype",
+        ],
+        ["LIGHTX2V_MODEL"],
+    ),
     "LightX2VLoRA": (["lora_name", "strength", "expert"], ["lora"], ["LIGHTX2V_LORA"]),
     "LightX2VLoadTextEncoder": (["text_encoder"], [], ["LIGHTX2V_TEXT_ENCODER"]),
     "LightX2VTextEncode": (["encoder", "text"], [], ["CONDITIONING"]),
@@ -59,7 +70,8 @@ def test_every_input_has_a_tooltip(described) -> None:
 
 def test_pickers_list_only_what_fits(described, tiny_models, host) -> None:
     def options(name: str, widget: str) -> list[str]:
-        kind, extra = described[name]["input"]["required"][widget]
+        inputs = described[name]["input"]
+        kind, extra = {**inputs.get("required", {}), **inputs.get("optional", {})}[widget]
         return extra["options"] if kind == "COMBO" else kind
 
     stray = host.base / "models" / "diffusion_models" / "stray_vae.safetensors"
