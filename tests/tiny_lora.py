@@ -108,3 +108,30 @@ def write(path: Path, content: dict[str, Tensor], metadata: dict[str, str] | Non
         {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}, path, metadata
     )
     return path
+
+
+def run(model: nn.Module) -> Tensor:
+    """The velocity for one small input, the same at every call; float32."""
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, 16, 2, 4, 6, generator=generator)
+    context = torch.randn(1, 5, 64, generator=generator)
+    with torch.no_grad():
+        return model(latents, torch.tensor([500.0]), context).float()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every weight."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """The model has these weights bit for bit, and no others."""
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert not [name for name in before if not torch.equal(after[name], before[name])]
+
+
+def pair(rank: int, prefix: str = "diffusion_model.") -> dict[str, Tensor]:
+    """One layer's factors, without alpha."""
+    layer = f"{prefix}blocks.0.self_attn.q"
+    return {f"{layer}.lora_A.weight": torch.randn(rank, 256), f"{layer}.lora_B.weight": torch.randn(256, rank)}
