@@ -4,7 +4,7 @@ import argparse
 import logging
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from lightx2v import __version__
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import DTYPES, SCHEDULERS
-from lightx2v.identify import identify
+from lightx2v.identify import recognise
 from lightx2v_kernels import UnsupportedBackendError, registry
 
 
@@ -41,16 +41,30 @@ def generate(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     """What a checkpoint is, from its header."""
     for path in args.path:
-        info = identify(path)
-        print(f"{path}: {info.describe()}")
-        print(f"  variant {info.spec.name}, family {info.spec.family}, task {info.spec.task}")
-        print(f"  {info.config}")
+        found = recognise(path)
+        print(f"{path}: {found.describe()}")
+        told = {"kind": found.kind, "family": found.family, "task": found.task, "format": found.layout.format}
+        if found.model is not None:
+            told["variant"] = found.model.spec.name
+        print("  " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
+        if found.model is not None:
+            print(f"  {found.model.config}")
+        for reason, names in _grouped(found.layout.unused).items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            print(f"  not needed: {names[0]}{more} ({reason})")
+
+
+def _grouped(unused: Mapping[str, str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for name, reason in unused.items():
+        grouped.setdefault(reason, []).append(name)
+    return grouped
 
 
 def doctor(args: argparse.Namespace) -> None:
     """What this machine has and which kernels can run on it."""
     print(f"lightx2v {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "triton", "transformers", "safetensors", "einops", "av"):
+    for package in ("torch", "triton", "transformers", "safetensors", "gguf", "einops", "av"):
         try:
             print(f"  {package:<13} {version(package)}")
         except PackageNotFoundError:

@@ -204,13 +204,14 @@ class LightX2VLoadTextEncoder(io.ComfyNode):
             node_id="LightX2VLoadTextEncoder",
             display_name="Load Text Encoder (LightX2V)",
             category="LightX2V/loaders",
-            description="Loads umT5-xxl, the text encoder of Wan, in Wan's own, transformers' or ComfyUI's layout.",
+            description="Loads umT5-xxl, the text encoder of Wan, in any published layout, plain or quantised.",
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
                     options=host.files("text_encoders", _is_text_encoder),
-                    tooltip="umT5 files of models/text_encoders, e.g. umt5_xxl_fp16.safetensors (11.4 GB). Without a "
-                    "tokenizer inside the file, Wan's google/umt5-xxl folder must lie next to it.",
+                    tooltip="umT5 files of models/text_encoders: umt5_xxl_fp16.safetensors (11.4 GB), or fp8, int8 and "
+                    "GGUF (6.7 GB in fp8), restored while loading. Without a tokenizer inside the file, Wan's "
+                    "google/umt5-xxl folder must lie next to it.",
                 ),
             ],
             outputs=[host.TextEncoder.Output("encoder", display_name="text encoder")],
