@@ -34,6 +34,9 @@ class Sampling:
     seed: int = 0
     steps: int = 50
     cfg_scale: float = 5.0  # 1 turns guidance off and halves the work
+    cfg_low: float | None = None  # of the low-noise expert, where there are two; None: cfg_scale
+    boundary: float | None = None  # noise level of the change of experts; None: what the model was trained with
+    boundary_step: int | None = None  # or the number of steps that the high-noise expert has
     shift: float = 5.0
     scheduler: str = "unipc"
     denoising_step_list: tuple[int, ...] = (1000, 750, 500, 250)  # of "distilled", which ignores steps
@@ -45,6 +48,11 @@ class Sampling:
         one_of("scheduler", self.scheduler, SCHEDULERS)
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs the unconditional pass."""
+        return self.cfg_scale != 1 or self.cfg_low not in (None, 1)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ raw VAE space outside, all-zero means empty, noise drawn on the CPU, half-denois
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, interruptible, run_blocks
 from lightx2v.config import Sampling
-from lightx2v.guidance import CFG, Conditioning, KeepMasked, velocity_of
-from lightx2v.latents import LatentFormat
-from lightx2v.sampling import Denoiser, OnStep, Step, sample
+from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, velocity_of
+from lightx2v.latents import WAN21, WAN22, LatentFormat
+from lightx2v.models import ModelSpec
+from lightx2v.sampling import Denoiser, OnStep, sample
 from lightx2v.schedules import Schedule, listed, simple, wan
 from lightx2v.solvers import SOLVERS
 
@@ -54,86 +55,132 @@ def noise_like(latents: Tensor, seed: int, batch_index: Sequence[int] | None = N
     return torch.cat([drawn[index] for index in batch_index])
 
 
-def _fit_empty(latents: Tensor, channels: int) -> Tensor:
-    """Zeros mean "empty" whatever their channel count or missing T axis; anything else must fit."""
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. A network is a function that brings the transformer to `device` and returns it."""
+
+    spec: ModelSpec
+    device: torch.device
+    network: Callable[[], nn.Module]  # of two experts the one for high noise
+    low: Callable[[], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What sampling begins with.
+
+    latents: (B, C, T, H, W) raw VAE space; all zeros starts from noise alone; with add_noise=False they carry the noise
+        of start_step.
+    mask: 1 where to denoise, 0 where to keep, (H, W) or (B|1, [1,] [T,] H, W) of any size; None denoises everything.
+    batch_index: see noise_like.
+    """
+
+    latents: Tensor
+    mask: Tensor | None = None
+    batch_index: Sequence[int] | None = None
+
+
+SPACES = {space.channels: space for space in (WAN21, WAN22)}
+
+
+def fit_empty(latents: Tensor, space: LatentFormat) -> Tensor:
+    """Zeros mean "empty": they are refitted to the space, for the same pixels. Anything else must fit."""
     if latents.any():
+        if latents.shape[1] != space.channels:
+            raise ValueError(
+                f"the latents have {latents.shape[1]} channels, the model's have {space.channels}: encode with the VAE "
+                "that belongs to the model (Wan2.2 TI2V-5B: Wan2.2 VAE; all other Wan: Wan2.1 VAE)"
+            )
         return latents
     if latents.ndim == 4:
         latents = latents.unsqueeze(2)
-    return latents.new_zeros(latents.shape[0], channels, *latents.shape[2:])
+    batch, channels, t, h, w = latents.shape
+    if channels in SPACES:
+        _, down_h, down_w = SPACES[channels].stride
+        h, w = h * down_h // space.stride[1], w * down_w // space.stride[2]
+    return latents.new_zeros(batch, space.channels, t, h, w)
 
 
 def diffuse(
-    transformer: nn.Module,
-    latents: Tensor,
+    model: Model,
+    start: Start,
     sampling: Sampling,
     cond: Conditioning,
     uncond: Conditioning | None,
     *,
-    space: LatentFormat,
-    mask: Tensor | None = None,
-    batch_index: Sequence[int] | None = None,
     hooks: Hooks = Hooks(),
     run: RunBlocks = run_blocks,
 ) -> Tensor:
     """Denoise raw latents (B, C, T, H, W) -> raw latents, float32, on the CPU.
 
-    latents: raw VAE space; all zeros starts from noise alone; with add_noise=False they carry the noise of start_step.
-    mask: 1 where to denoise, 0 where to keep, (H, W) or (B|1, [1,] [T,] H, W) of any size; None denoises everything.
-    batch_index: see noise_like.
-    Runs on the device that holds the transformer.
+    Raises ValueError for latents of another space, and for a guided request without `uncond`.
     """
-    full = schedule_of(sampling)
-    end = len(full.timesteps) if sampling.end_step is None else min(sampling.end_step, len(full.timesteps))
-    schedule = full.between(sampling.start_step, end)
-    device = next(transformer.parameters()).device
-    latents = _fit_empty(latents.float().cpu(), space.channels)
+    full, space = schedule_of(sampling), model.spec.latents
+    steps = len(full.timesteps)
+    schedule = full.between(sampling.start_step, steps if sampling.end_step is None else min(sampling.end_step, steps))
+    latents = fit_empty(start.latents.float().cpu(), space)
     clean = space.normalize(latents) if latents.any() else latents
-    noise = noise_like(latents, sampling.seed, batch_index) if sampling.add_noise else torch.zeros_like(clean)
+    noise = noise_like(latents, sampling.seed, start.batch_index) if sampling.add_noise else torch.zeros_like(clean)
     first = schedule.sigmas[0]
-    x = (first * noise + (1 - first) * clean).to(device)
-    denoise: Denoiser = CFG(
-        velocity_of(transformer, interruptible(run, hooks.on_block) if hooks.on_block else run),
-        _to(cond, device),
-        _to(uncond, device) if uncond is not None and sampling.cfg_scale != 1 else None,
-        sampling.cfg_scale,
-    )
+    x = (first * noise + (1 - first) * clean).to(model.device)
+    mask = None if start.mask is None else fit_mask(start.mask, latents.shape).to(model.device)
+    share = None
+    if mask is not None and model.spec.keeps_frames:
+        share = mask.mean((1, 3, 4)).expand(len(latents), -1)
+    denoise = _guided(model, sampling, cond, uncond, _walk(run, hooks), share)
     if mask is not None:
-        denoise = KeepMasked(denoise, clean.to(device), noise.to(device), _fit_mask(mask, latents).to(device))
-    _warn(sampling, len(full.timesteps))
+        kept_noise = None if model.spec.keeps_frames else noise.to(model.device)
+        denoise = KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
+    _warn(sampling, steps)
     solver = SOLVERS["unipc" if sampling.scheduler == "unipc" else "euler"]()
-    out = sample(denoise, x, schedule, solver, _renumbered(hooks.on_step, sampling.start_step, len(full.timesteps)))
+    out = sample(denoise, x, schedule, solver, hooks.on_step)
     return space.denormalize(out.cpu() / (1 - schedule.sigmas[-1]))
 
 
-def _fit_mask(mask: Tensor, latents: Tensor) -> Tensor:
-    """A mask of any size -> (B|1, 1, T, H, W) of the latents, float32, resized (tri)linearly."""
+def _walk(run: RunBlocks, hooks: Hooks) -> RunBlocks:
+    return interruptible(run, hooks.on_block) if hooks.on_block else run
+
+
+def _guided(
+    model: Model,
+    sampling: Sampling,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    run: RunBlocks,
+    share: Tensor | None,
+) -> Denoiser:
+    """Guidance around the model, or around each of its two experts."""
+    here = model.device
+    cond, uncond = cond.to(here), uncond.to(here) if uncond is not None and sampling.guided else None
+
+    def guided(network: Callable[[], nn.Module], scale: float) -> Denoiser:
+        return CFG(velocity_of(network, run, share), cond, uncond, scale)
+
+    high = guided(model.network, sampling.cfg_scale)
+    if model.low is None:
+        return high
+    low = guided(model.low, sampling.cfg_scale if sampling.cfg_low is None else sampling.cfg_low)
+    boundary = sampling.boundary if sampling.boundary is not None else model.spec.boundary
+    if boundary is None:
+        raise ValueError(f"{model.spec.title} is not one of two experts; load it alone")
+    return Experts(high, low, boundary, sampling.boundary_step)
+
+
+def fit_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mask of any size -> (B|1, 1, T, H, W) of latents of that shape, float32, resized (tri)linearly."""
     mask = mask.float().cpu()
     if mask.ndim < 5:
         mask = mask.reshape(-1, 1, 1, *mask.shape[-2:])
-    t, h, w = latents.shape[2:]
-    if mask.shape[0] not in (1, latents.shape[0]):
-        raise ValueError(f"noise_mask has a batch of {mask.shape[0]}, the latents of {latents.shape[0]}")
+    t, h, w = shape[2:]
+    if mask.shape[0] not in (1, shape[0]):
+        raise ValueError(f"noise_mask has a batch of {mask.shape[0]}, the latents of {shape[0]}")
     return torch.nn.functional.interpolate(mask, size=(t, h, w), mode="trilinear", align_corners=False)
 
 
-def _to(cond: Conditioning, device: torch.device) -> Conditioning:
-    return Conditioning(cond.context.to(device))
-
-
 def _warn(sampling: Sampling, steps: int) -> None:
-    if steps <= 8 and sampling.cfg_scale != 1:
+    if steps <= 8 and sampling.guided:
         log.warning(
             "%d steps with cfg %g: step-distilled models are made for cfg 1; an undistilled one needs 20 or more steps",
             steps,
             sampling.cfg_scale,
         )
-
-
-def _renumbered(on_step: OnStep, start: int, total: int) -> OnStep:
-    """Steps as the whole schedule counts them, also when only a part of it runs."""
-
-    def call(step: Step, x0: Tensor) -> None:
-        on_step(replace(step, index=start + step.index, total=total), x0)
-
-    return call

@@ -1,44 +1,72 @@
-"""A model folder in Wan's own layout: which file is the transformer, the text encoder, the VAE, the tokenizer."""
+"""A model folder, as its makers lay it out: which file is which part."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightx2v.checkpoint import CheckpointError
+from lightx2v.latents import WAN22, LatentFormat
 
-TRANSFORMER = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model*.safetensors")
-TEXT_ENCODER = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_*.pth", "models_t5_*.safetensors")
-VAE = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
-TOKENIZER = "google/umt5-xxl"
+# Of LightX2V's folders: forms of the same part side by side. The full-precision one comes first here.
+FORMS = ("", "original", "distill_models", "fp8", "int8", "distill_fp8", "distill_int8")
+TRANSFORMER = (
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model*.safetensors",
+    "transformer",
+    "distill_model.safetensors",
+    "distill_model.pt",
+)
+EXPERTS = {
+    "high": ("high_noise_model", "*high_noise*.safetensors", "transformer"),
+    "low": ("low_noise_model", "*low_noise*.safetensors", "transformer_2"),
+}
+TEXT_ENCODER = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_*.pth", "models_t5_*.safetensors", "text_encoder")
+IMAGE_ENCODER = ("models_clip_*.pth", "models_clip_*.safetensors", "image_encoder")
+VAE = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae")
+VAE22 = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "vae")
+TOKENIZERS = ("google/umt5-xxl", "tokenizer")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    transformer: Path
-    text_encoder: Path
-    vae: Path
-    tokenizer: Path | None  # None: the text encoder's own search decides
+    """Finds the parts of a model. Each look-up raises CheckpointError naming the part and the names it looked for."""
 
+    path: Path
 
-def open_folder(path: str | Path, transformer: str | Path | None = None) -> ModelFolder:
-    """Find the parts of a model folder.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: not a folder; model_path is the folder that holds the model's files")
 
-    transformer: a checkpoint to use instead of the folder's own.
-    Raises CheckpointError naming the part that is missing and the names that were looked for.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; model_path is the folder that holds the model's files")
-    tokenizer = folder / TOKENIZER
-    return ModelFolder(
-        transformer=Path(transformer) if transformer else _first(folder, "transformer", TRANSFORMER),
-        text_encoder=_first(folder, "text encoder", TEXT_ENCODER),
-        vae=_first(folder, "VAE", VAE),
-        tokenizer=tokenizer if tokenizer.is_dir() else None,
-    )
+    def transformer(self) -> Path:
+        """The one transformer of the model."""
+        return self._first("transformer", TRANSFORMER)
 
+    def expert(self, which: str) -> Path:
+        """which: "high" or "low"."""
+        return self._first(f"{which}-noise expert", EXPERTS[which])
 
-def _first(folder: Path, part: str, patterns: tuple[str, ...]) -> Path:
-    for pattern in patterns:
-        if found := sorted(folder.glob(pattern)):
-            return found[0]
-    raise CheckpointError(f"{folder}: no {part} here; looked for {', '.join(patterns)}")
+    def text_encoder(self) -> Path:
+        """umT5."""
+        return self._first("text encoder", TEXT_ENCODER)
+
+    def tokenizer(self) -> Path | None:
+        """None where the folder has none: then the text encoder's own search decides."""
+        return next((self.path / name for name in TOKENIZERS if (self.path / name).is_dir()), None)
+
+    def image_encoder(self) -> Path:
+        """CLIP, of Wan2.1 image-to-video."""
+        return self._first("image encoder", IMAGE_ENCODER)
+
+    def vae(self, space: LatentFormat) -> Path:
+        """The VAE whose latents these are."""
+        return self._first("VAE", VAE22 if space == WAN22 else VAE)
+
+    def _first(self, part: str, patterns: tuple[str, ...]) -> Path:
+        for form in FORMS:
+            for pattern in patterns:
+                if found := sorted((self.path / form).glob(pattern)):
+                    return found[0]
+        folders = ", ".join(form for form in FORMS if form)
+        raise CheckpointError(
+            f"{self.path}: no {part} here; looked for {', '.join(patterns)} there and in its subfolders {folders}"
+        )

@@ -8,26 +8,50 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.sampling import Denoiser, Step
+from lightx2v.schedules import TRAIN_STEPS
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a prompt became. context: (1, S, text_dim) float32; rows after the text are zero and still attended."""
+    """What a prompt, and the images given with it, became.
+
+    context: (1, S, text_dim) float32; rows after the text are zero and still attended.
+    image: (1 | B, C, T, H, W) input channels beside the latents, model space (mask and image latents), or None.
+    clip: (1 | B, I, image_dim) image tokens, or None.
+    """
 
     context: Tensor
+    image: Tensor | None = None
+    clip: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Conditioning":
+        """The same on another device."""
+        image, clip = (None if value is None else value.to(device) for value in (self.image, self.clip))
+        return Conditioning(self.context.to(device), image, clip)
 
 
 # (latents (B, C, T, H, W), timestep in [0, 1000], cond) -> velocity (B, C, T, H, W) float32
 Velocity = Callable[[Tensor, float, Conditioning], Tensor]
 
 
-def velocity_of(transformer: nn.Module, run: RunBlocks = run_blocks) -> Velocity:
-    """The transformer as a function of values; `run` walks its blocks (cache, offload and cancel wrap it)."""
+def velocity_of(network: Callable[[], nn.Module], run: RunBlocks = run_blocks, share: Tensor | None = None) -> Velocity:
+    """A transformer as a function of values; `run` walks its blocks (cache, offload and cancel wrap it).
+
+    network: returns the transformer, brought to its device if it was elsewhere.
+    share: (B, T) of the timestep that each latent frame is told, for models that keep given frames clean (0).
+    """
 
     def velocity(latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
         batch = latents.shape[0]
         t = torch.full((batch,), timestep, dtype=torch.float32, device=latents.device)
-        return transformer(latents, t, cond.context.expand(batch, -1, -1), run).float()
+        return network()(
+            latents,
+            t if share is None else t[:, None] * share,
+            cond.context.expand(batch, -1, -1),
+            run,
+            image=None if cond.image is None else cond.image.expand(batch, -1, -1, -1, -1),
+            clip=None if cond.clip is None else cond.clip.expand(batch, -1, -1),
+        ).float()
 
     return velocity
 
@@ -54,18 +78,48 @@ class CFG:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Two denoisers that share one schedule: `high` lays out the video, `low` draws its detail (Wan2.2 A14B).
+
+    boundary: sigma; `high` works while timestep >= 1000 * boundary (Wan2.2 wan/text2video.py).
+    boundary_step: if given, `high` works for that many steps instead, as step-distilled pairs were trained.
+    """
+
+    high: Denoiser
+    low: Denoiser
+    boundary: float
+    boundary_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.boundary <= 1:
+            raise ValueError(f"boundary={self.boundary} is a noise level from 0 to 1; Wan2.2 T2V: 0.875, I2V: 0.9")
+
+    def is_high(self, step: Step) -> bool:
+        """Whether the high-noise expert has this step."""
+        if self.boundary_step is not None:
+            return step.index < self.boundary_step
+        return step.timestep >= TRAIN_STEPS * self.boundary
+
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
+        return (self.high if self.is_high(step) else self.low)(latents, step)
+
+
+@dataclass(frozen=True)
 class KeepMasked:
     """Regenerate only where mask is 1; where it is 0 the clean latents stay.
 
     clean, noise: (B, C, T, H, W) model space; mask: broadcastable to them, in [0, 1].
+    noise None: kept latents enter without noise, for models that are told so by a timestep a frame (Wan2.2 TI2V).
     """
 
     denoise: Denoiser
     clean: Tensor
-    noise: Tensor
+    noise: Tensor | None
     mask: Tensor
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
-        kept = step.sigma * self.noise + (1 - step.sigma) * self.clean
+        kept = self.clean
+        if self.noise is not None:
+            kept = step.sigma * self.noise + (1 - step.sigma) * self.clean
         x0 = self.denoise(latents * self.mask + kept * (1 - self.mask), step)
         return x0 * self.mask + self.clean * (1 - self.mask)

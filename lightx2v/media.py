@@ -1,4 +1,4 @@
-"""Frames to files."""
+"""Pictures from files, frames to files."""
 
 import os
 from fractions import Fraction
@@ -13,6 +13,24 @@ def to_frames(video: Tensor) -> Tensor:
     if video.ndim != 5 or video.shape[:2] != (1, 3):
         raise ValueError(f"video is {tuple(video.shape)}; expected (1, 3, F, H, W)")
     return ((video[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).contiguous()
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A picture file (PNG, JPEG, WebP, ...) -> (1, H, W, 3) float32 RGB in [0, 1], turned as its EXIF says.
+
+    Raises FileNotFoundError, and ValueError for a file that is no picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such picture")
+    try:
+        with Image.open(path) as picture:
+            pixels = ImageOps.exif_transpose(picture).convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error}); give a PNG or JPEG file") from error
+    raw = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    return raw.view(1, pixels.height, pixels.width, 3).float() / 255
 
 
 def require_mp4(path: str | Path, width: int, height: int) -> Path:

@@ -18,7 +18,7 @@ from lightx2v.schedules import Schedule
 
 @dataclass(frozen=True)
 class Step:
-    index: int
+    index: int  # in the full schedule, also where only a part of it runs
     total: int
     sigma: float
     sigma_next: float
@@ -54,9 +54,9 @@ def sample(
     on_step: sees every x0 estimate, model space; raise from it to cancel.
     Raises FloatingPointError naming the step when an estimate is not finite.
     """
-    total = len(schedule.timesteps)
+    total = schedule.total
     levels = zip(pairwise(schedule.sigmas), schedule.timesteps, strict=True)
-    for index, ((sigma, sigma_next), timestep) in enumerate(levels):
+    for index, ((sigma, sigma_next), timestep) in enumerate(levels, start=schedule.first):
         step = Step(index, total, sigma, sigma_next, timestep)
         x0 = denoise(latents, step)
         if not x0.isfinite().all():

@@ -14,10 +14,14 @@ class Schedule:
 
     sigmas: tuple[float, ...]  # steps + 1 values, descending
     timesteps: tuple[float, ...]  # steps values: what the transformer reads, about 1000 * sigma
+    first: int = 0  # where in the full schedule this one begins
+    total: int = 0  # steps of the full schedule; 0: this is the full one
 
     def __post_init__(self) -> None:
         if len(self.sigmas) != len(self.timesteps) + 1:
             raise ValueError(f"{len(self.sigmas)} sigmas need one timestep fewer, got {len(self.timesteps)}")
+        if not self.total:
+            object.__setattr__(self, "total", len(self.timesteps))
 
     def between(self, start: int, end: int) -> "Schedule":
         """Steps start..end-1 of this schedule; the last sigma stays where the full schedule had it."""
@@ -26,7 +30,7 @@ class Schedule:
             raise ValueError(f"start_step {start} is past the last of {total} steps, which is {total - 1}")
         if not 0 <= start < end:
             raise ValueError(f"steps {start} to {end} of {total} are empty; start_step must be below end_step")
-        return Schedule(self.sigmas[start : end + 1], self.timesteps[start:end])
+        return Schedule(self.sigmas[start : end + 1], self.timesteps[start:end], self.first + start, self.total)
 
 
 def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Pixels, latents and tokens: the only place that knows how one becomes the other."""
 
+from math import sqrt
 from typing import NamedTuple
 
 from lightx2v.latents import LatentFormat
@@ -59,3 +60,17 @@ def snap(video: VideoShape, latents: LatentFormat, patch_size: tuple[int, int, i
         f"{snapped.width}x{snapped.height}, {snapped.num_frames} frames "
         f"(width multiple of {cell_w}, height of {cell_h}, frames {st}n+1)"
     )
+
+
+def size_for_image(
+    area: int, image: tuple[int, int], latents: LatentFormat, patch_size: tuple[int, int, int]
+) -> tuple[int, int]:
+    """(height, width) in pixels of about `area` with the proportions of an image (height, width).
+
+    Each side is a whole number of patches, rounded down, and at least one. Source: Wan2.1 wan/image2video.py.
+    """
+    ratio = image[0] / image[1]
+    cells = (latents.stride[1] * patch_size[1], latents.stride[2] * patch_size[2])
+    height, width = sqrt(area * ratio), sqrt(area / ratio)
+    # A hair above, so that the square root of a whole number of cells is not rounded down to one less.
+    return tuple(max(int(side / cell + 1e-6), 1) * cell for side, cell in zip((height, width), cells, strict=True))  # type: ignore[return-value]

@@ -1,26 +1,33 @@
 """The sampler node: ComfyUI's conditioning and latents in, ComfyUI's latents out."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management as mm
 from comfy_api.latest import io
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightx2v.config import SCHEDULERS, Sampling, one_of
-from lightx2v.diffuse import Hooks, diffuse
+from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
+from lightx2v.fitting import check_images
 from lightx2v.guidance import Conditioning
+from lightx2v.identify import CheckpointInfo
+from lightx2v.models.wan.conditioning import to_model_input
 from lightx2v.preview import read_colours
 from lightx2v.schedules import parse_step_list
 from lightx2v_kernels.registry import names
 
 from . import host
-from .load import LoadedTransformer
+from .load import LoadedExperts, LoadedTransformer
 
 LAST_STEP = 10000
 STEP_LIST = ", ".join(map(str, Sampling().denoising_step_list))
 OFFLOADS = ("auto", "model")
 CACHES = ("none",)
-NOT_SUPPORTED = ("area", "mask", "hooks", "control", "start_percent", "end_percent", "concat_latent_image")
+NOT_SUPPORTED = (
+    *("area", "mask", "hooks", "control", "start_percent", "end_percent"),
+    *("concat_mask_index", "reference_latents", "time_dim_concat", "vace_frames", "audio_embed", "camera_conditions"),
+)
 
 
 class LightX2VSampler(io.ComfyNode):
@@ -139,43 +146,99 @@ class LightX2VSampler(io.ComfyNode):
                     tooltip="Levels for the distilled scheduler, in thousandths before the shift; replaces steps.",
                 )
             ),
+            *LightX2VSampler._expert_inputs(),
+        ]
+
+    @staticmethod
+    def _expert_inputs() -> list[io.Input]:
+        return [
+            host.advanced(
+                io.Float.Input(
+                    "cfg_low",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="cfg of the low-noise expert, for models that have two. 0: the same as cfg. "
+                    "Wan2.2 T2V A14B: cfg 4, cfg_low 3.",
+                )
+            ),
+            host.advanced(
+                io.Float.Input(
+                    "boundary",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    optional=True,
+                    tooltip="Noise level below which the low-noise expert takes over. 0: the model's own, 0.875 for "
+                    "Wan2.2 T2V, 0.9 for I2V.",
+                )
+            ),
+            host.advanced(
+                io.Int.Input(
+                    "boundary_step",
+                    default=0,
+                    min=0,
+                    max=LAST_STEP,
+                    optional=True,
+                    tooltip="Steps of the high-noise expert, instead of the boundary: 2 for 4-step models. 0: off.",
+                )
+            ),
         ]
 
     @classmethod
     def execute(
         cls,
-        model: LoadedTransformer,
+        model: LoadedTransformer | LoadedExperts,
         positive: list,
         latent: dict[str, Any],
         negative: list | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
         sampling = _sampling(widgets)
-        if sampling.cfg_scale != 1 and negative is None:
+        if sampling.guided and negative is None:
             raise ValueError(
                 f"cfg is {sampling.cfg_scale:g}, which needs the negative input; connect it or set cfg to 1"
             )
-        samples: Tensor = latent["samples"]
-        space = model.info.spec.latents
-        colours = read_colours(model.info.header, space.channels) or host.wan_colours()
-        host.on_gpu(model, model.activation_bytes(samples))
+        experts = (model.high, model.low) if isinstance(model, LoadedExperts) else (model,)
+        info, samples = experts[0].info, latent["samples"]
+        check_images(info, start=_given(positive, "concat_latent_image"), end=False)
+        space = info.spec.latents
+        colours = read_colours(info.header, space.channels) or host.colours(space)
         try:
             out = diffuse(
-                model.network(widgets["attention"]),
-                samples,
+                _model(experts, widgets["attention"], samples),
+                Start(samples, latent.get("noise_mask"), latent.get("batch_index")),
                 sampling,
-                _conditioning(positive, "positive"),
-                None if negative is None else _conditioning(negative, "negative"),
-                space=space,
-                mask=latent.get("noise_mask"),
-                batch_index=latent.get("batch_index"),
+                _conditioning(positive, "positive", info, latent),
+                None if negative is None else _conditioning(negative, "negative", info, latent),
                 hooks=Hooks(host.step_progress(sampling.steps, colours), host.cancel_point),
             )
         finally:
             if widgets["offload"] == "model":
-                host.back_to_ram(model)
+                for expert in experts:
+                    host.back_to_ram(expert)
         passed_on = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
         return io.NodeOutput({**passed_on, "samples": out.to(mm.intermediate_device())})
+
+
+def _model(experts: Sequence[LoadedTransformer], attention: str, samples: Tensor) -> Model:
+    """The engine's view of one handle or two; each comes to its device when its turn begins."""
+    here: list[LoadedTransformer] = []
+
+    def network(expert: LoadedTransformer) -> Callable[[], nn.Module]:
+        def bring() -> nn.Module:
+            if here != [expert]:
+                host.on_gpu(expert, expert.activation_bytes(samples))
+                here[:] = [expert]
+            return expert.network(attention)
+
+        return bring
+
+    low = network(experts[1]) if len(experts) == 2 else None
+    return Model(experts[0].info.spec, experts[0].load_device, network(experts[0]), low)
 
 
 def _sampling(widgets: dict[str, Any]) -> Sampling:
@@ -186,6 +249,9 @@ def _sampling(widgets: dict[str, Any]) -> Sampling:
         seed=widgets["seed"],
         steps=widgets["steps"],
         cfg_scale=widgets["cfg"],
+        cfg_low=widgets.get("cfg_low") or None,
+        boundary=widgets.get("boundary") or None,
+        boundary_step=widgets.get("boundary_step") or None,
         shift=widgets["shift"],
         scheduler=widgets["scheduler"],
         denoising_step_list=parse_step_list(widgets.get("denoising_step_list", STEP_LIST)),
@@ -195,7 +261,11 @@ def _sampling(widgets: dict[str, Any]) -> Sampling:
     )
 
 
-def _conditioning(native: list, socket: str) -> Conditioning:
+def _given(native: list, key: str) -> bool:
+    return any(extras.get(key) is not None for _, extras in native)
+
+
+def _conditioning(native: list, socket: str, info: CheckpointInfo, latent: dict[str, Any]) -> Conditioning:
     """ComfyUI's [[tensor (1, L, D), extras]] as the engine's; refuses what would be ignored."""
     if len(native) != 1:
         raise ValueError(f"{socket} holds {len(native)} prompts; combined and scheduled prompts are not supported yet")
@@ -204,4 +274,16 @@ def _conditioning(native: list, socket: str) -> Conditioning:
         raise ValueError(
             f"{socket} carries {', '.join(found)}, which this sampler does not support yet; remove that node"
         )
-    return Conditioning(context)
+    spec, image, clip = info.spec, None, None
+    if spec.image_channels:
+        shape = fit_empty(latent["samples"], spec.latents).shape
+        mask = extras.get("concat_mask")
+        if mask is None and latent.get("noise_mask") is not None:
+            mask = fit_mask(latent["noise_mask"], shape)
+        image = to_model_input(extras.get("concat_latent_image"), mask, spec.latents, shape)
+    if spec.reads_clip:
+        if (output := extras.get("clip_vision_output")) is not None:
+            clip = output.penultimate_hidden_states.float()
+        else:
+            host.log.warning("%s: %s has no clip_vision_output, which it was trained with", info.path.name, socket)
+    return Conditioning(context, image, clip)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.config import Sampling
-from lightx2v.diffuse import Hooks, diffuse, noise_like
+from lightx2v.diffuse import Hooks, Model, Start, diffuse, noise_like
 from lightx2v.guidance import Conditioning
 from lightx2v.latents import WAN21
+from lightx2v.models import specs
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import select
@@ -28,10 +29,15 @@ def transformer() -> nn.Module:
     return WanTransformer(config, kernels).eval().requires_grad_(False)
 
 
+CPU = torch.device("cpu")
+T2V = next(spec for spec in specs() if spec.name == "wan2.1_t2v")
+
+
 def run(transformer: nn.Module, latents: Tensor = EMPTY, sampling: Sampling = EULER, **options) -> Tensor:
     options.setdefault("uncond", UNCOND)
+    start = Start(latents, options.pop("mask", None), options.pop("batch_index", None))
     uncond = options.pop("uncond")
-    return diffuse(transformer, latents, sampling, COND, uncond, space=WAN21, **options)
+    return diffuse(Model(T2V, CPU, lambda: transformer), start, sampling, COND, uncond, **options)
 
 
 def part(**changes) -> Sampling:
@@ -56,14 +62,14 @@ def test_halves_make_the_whole(transformer: nn.Module) -> None:
     torch.testing.assert_close(rest, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_empty_latents_may_have_other_channels(transformer: nn.Module) -> None:
-    for empty in (torch.zeros(1, 4, 2, 4, 6), torch.zeros(1, 48, 2, 4, 6)):
+def test_empty_latents_of_another_space_stand_for_the_same_pixels(transformer: nn.Module) -> None:
+    for empty in (torch.zeros(1, 4, 2, 4, 6), torch.zeros(1, 48, 2, 2, 3)):
         assert torch.equal(run(transformer, empty), run(transformer))
     assert run(transformer, torch.zeros(1, 4, 4, 6)).shape == (1, 16, 1, 4, 6)
 
 
-def test_wrong_latents_are_refused(transformer: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"\(1, 48, 2, 4, 6\); expected \(B, 16, T, H, W\)"):
+def test_latents_of_another_vae_are_refused(transformer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"have 48 channels, the model's have 16: encode with the VAE"):
         run(transformer, torch.ones(1, 48, 2, 4, 6))
 
 
@@ -140,3 +146,69 @@ def test_few_steps_with_guidance_are_warned_of(transformer: nn.Module, caplog: p
         caplog.clear()
         run(transformer, sampling=part(steps=9))
         assert not caplog.text
+
+
+class Counted:
+    """A network that says which of several it is."""
+
+    def __init__(self, network: nn.Module, name: str, calls: list[str]) -> None:
+        self.network, self.name, self.calls = network, name, calls
+
+    def __call__(self) -> nn.Module:
+        self.calls.append(self.name)
+        return self.network
+
+
+def pair(transformer: nn.Module, sampling: Sampling, *, low: nn.Module | None = None) -> tuple[list[str], Tensor]:
+    calls: list[str] = []
+    model = Model(T2V, CPU, Counted(transformer, "high", calls), Counted(low or transformer, "low", calls))
+    return calls, diffuse(model, Start(EMPTY), sampling, COND, UNCOND)
+
+
+def test_experts_change_at_the_boundary_and_each_has_its_guidance(transformer: nn.Module) -> None:
+    """Shift 5, 6 steps: sigma 1, 0.962, 0.909, 0.833, ...: three steps at 0.875 or above."""
+    calls, whole = pair(transformer, part(shift=5.0))
+    assert calls == ["high"] * 6 + ["low"] * 6
+    assert torch.equal(whole, run(transformer, sampling=part(shift=5.0)))
+    calls, _ = pair(transformer, part(shift=5.0, boundary=0.95, cfg_low=1.0))
+    assert calls == ["high"] * 4 + ["low"] * 4
+    calls, _ = pair(transformer, part(cfg_scale=1.0, boundary_step=2))
+    assert calls == ["high"] * 2 + ["low"] * 4
+
+
+def test_experts_are_two_samplers_in_one(transformer: nn.Module) -> None:
+    torch.manual_seed(5)
+    other = WanTransformer(transformer.config, transformer.blocks[0]._kernels).eval().requires_grad_(False)
+    _, together = pair(transformer, part(boundary_step=2, cfg_low=2.0), low=other)
+    half = run(transformer, sampling=part(end_step=2))
+    rest = run(other, half, part(start_step=2, add_noise=False, cfg_scale=2.0))
+    torch.testing.assert_close(together, rest, rtol=1e-4, atol=1e-4)
+    # A part of the schedule finds the same expert, whatever its first step.
+    calls, _ = pair(transformer, part(boundary_step=2, start_step=1, end_step=3), low=other)
+    assert calls == ["high"] * 2 + ["low"] * 2
+
+
+def test_a_boundary_outside_the_noise_levels_is_refused(transformer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"boundary=875 is a noise level from 0 to 1"):
+        pair(transformer, part(boundary=875))
+
+
+def test_kept_frames_of_ti2v_are_clean_and_at_timestep_zero() -> None:
+    spec = next(spec for spec in specs() if spec.name == "wan2.2_ti2v")
+    config = WanConfig(128, 64, 2, 48, 48, 32, 64, (1, 2, 2))
+    kernels = select(device=CPU, dtype=torch.float32, head_dim=128)
+    network = WanTransformer(config, kernels).eval().requires_grad_(False)
+    clean = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 1, 3, 4, 6)
+    mask[:, :, 0] = 0
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = network.register_forward_hook(lambda module, given, out: seen.append((given[0], given[1])))
+    try:
+        out = diffuse(Model(spec, CPU, lambda: network), Start(clean, mask), part(steps=3), COND, UNCOND)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(out[:, :, 0], clean[:, :, 0], rtol=1e-5, atol=1e-5)
+    assert (out[:, :, 1:] - clean[:, :, 1:]).abs().max() > 0.1
+    for latents, timestep in seen:
+        assert timestep.shape == (1, 3) and timestep[0, 0] == 0 and timestep[0, 1] == timestep[0, 2] > 0
+        torch.testing.assert_close(latents[:, :, 0], spec.latents.normalize(clean)[:, :, 0])

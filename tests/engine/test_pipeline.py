@@ -122,7 +122,7 @@ def test_original_checkpoint_can_be_named(folder: Path, tmp_path: Path) -> None:
 def test_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_cls='wan3' is not supported yet; known: wan2"):
         LightX2VPipeline(folder, model_cls="wan3")
-    with pytest.raises(ValueError, match="task='i2v' is not supported yet"):
+    with pytest.raises(ValueError, match="this is Wan2.1 T2V, which does t2v, not i2v"):
         LightX2VPipeline(folder, task="i2v")
     with pytest.raises(CheckpointError, match="not a folder"):
         LightX2VPipeline(tmp_path / "nowhere")

@@ -1,0 +1,69 @@
+"""Whether what is asked fits the model: images, two experts. Asked before any weight is read."""
+
+from lightx2v.checkpoint import CheckpointError
+from lightx2v.identify import CheckpointInfo
+
+START_FROM_IMAGE = ("i2v", "flf2v")
+CAN_DO = {"t2v": ("t2v",), "i2v": START_FROM_IMAGE, "flf2v": START_FROM_IMAGE, "ti2v": ("t2v", "i2v")}
+
+
+def check_task(info: CheckpointInfo, task: str) -> None:
+    """Raise CheckpointError where a model is asked for a task ("t2v", "i2v", "flf2v") that it cannot do."""
+    can = CAN_DO[info.spec.task]
+    if task not in can:
+        raise CheckpointError(
+            f"{info.path}: this is {info.spec.title}, which does {' and '.join(can)}, not {task}: set task to "
+            f"{' or '.join(can)}, or give the file of a {task} model"
+        )
+
+
+def check_images(info: CheckpointInfo, *, start: bool, end: bool) -> None:
+    """Raise CheckpointError where a model needs an image that is not given, or could not see one that is.
+
+    start, end: whether an image of the first and of the last frame is given.
+    """
+    spec = info.spec
+    if spec.task in START_FROM_IMAGE and not (start or end):
+        raise CheckpointError(
+            f"{info.path}: this is {spec.title}, which starts from an image, and none is given: connect Image To Video "
+            "(LightX2V) or pass image_path, or use a text-to-video model"
+        )
+    if spec.task == "t2v" and (start or end):
+        raise CheckpointError(
+            f"{info.path}: this is {spec.title}, which makes videos from text alone and would not look at the image: "
+            "use an image-to-video model, or leave the image out"
+        )
+    if spec.task == "ti2v" and end:
+        raise CheckpointError(
+            f"{info.path}: this is {spec.title}, which can start from an image but not end on one: leave the last "
+            "image out, or use a first-last-frame model"
+        )
+
+
+def check_pair(high: CheckpointInfo, low: CheckpointInfo) -> None:
+    """Raise CheckpointError unless the files can be the high- and the low-noise expert of one model.
+
+    Experts share one layout, so only their names can say which is which.
+    """
+    if high.spec.boundary is None or low.spec.boundary is None:
+        single = high if high.spec.boundary is None else low
+        raise CheckpointError(
+            f"{single.path}: this is {single.spec.title}, a whole model and no expert: load it with Load Model "
+            "(LightX2V), or choose files of Wan2.2 A14B"
+        )
+    if (high.spec.name, high.config) != (low.spec.name, low.config):
+        raise CheckpointError(
+            f"{high.path} is {high.spec.title} and {low.path} is {low.spec.title}, of other sizes or another task: "
+            "choose the two experts of one model"
+        )
+    hints = (high.expert_hint, low.expert_hint)
+    if hints == ("low", "high"):
+        raise CheckpointError(
+            f"{high.path} is named as the low-noise expert and {low.path} as the high-noise one: swap the two"
+        )
+    for wrong, place, hint in ((high, "high", "low"), (low, "low", "high")):
+        if wrong.expert_hint == hint:
+            raise CheckpointError(
+                f"{wrong.path} is named as a {hint}-noise expert but was given as the {place}-noise one, so both would "
+                f"be {hint}-noise experts: choose the {place}-noise file of the same model"
+            )

@@ -1,0 +1,110 @@
+"""The networks of one model, read when first needed, and where they wait between their turns."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lightx2v.config import Engine
+from lightx2v.diffuse import Model
+from lightx2v.folder import ModelFolder
+from lightx2v.identify import CheckpointInfo
+from lightx2v.loading import load_transformer
+from lightx2v.lora import Applied, Lora, apply_loras, change_loras, for_expert, remove_loras
+from lightx2v.text import umt5
+from lightx2v.vae.loading import VAE, identify_vae, load_vae
+from lightx2v.vision import clip
+
+CPU = torch.device("cpu")
+
+
+class Parts:
+    """folder: where encoders and VAE are. infos: of one transformer, or of the high- and the low-noise expert."""
+
+    def __init__(self, folder: ModelFolder, infos: Sequence[CheckpointInfo], device: torch.device) -> None:
+        self.device = device
+        self._folder, self._infos = folder, tuple(infos)
+        self._text: umt5.UMT5 | None = None
+        self._image: clip.ImageEncoder | None = None
+        self._vae: VAE | None = None
+        self._transformers: tuple[nn.Module, ...] = ()
+        self._applied: tuple[Applied, ...] = ()
+        self._how = "auto"
+
+    def text_encoder(self) -> umt5.UMT5:
+        """umT5, on the CPU unless it is visiting."""
+        if self._text is None:
+            path, tokenizer = self._folder.text_encoder(), self._folder.tokenizer()
+            self._text = umt5.load(path, tokenizer=tokenizer, dtype=None, device=CPU)
+        return self._text
+
+    def image_encoder(self) -> clip.ImageEncoder:
+        """CLIP, on the CPU unless it is visiting."""
+        if self._image is None:
+            self._image = clip.load(self._folder.image_encoder(), device=CPU)
+        return self._image
+
+    def vae(self) -> VAE:
+        """The VAE, on the device."""
+        if self._vae is None:
+            space = self._infos[0].spec.latents
+            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+            self._vae = load_vae(identify_vae(self._folder.vae(space), space), dtype=dtype, device=self.device)
+        return self._vae
+
+    @contextmanager
+    def visiting(self, network: nn.Module) -> Iterator[None]:
+        """The network is on the device within, and on the CPU after."""
+        network.to(self.device)
+        try:
+            yield
+        finally:
+            network.to(CPU)
+
+    def forget_transformers(self) -> None:
+        """They are read again at their next use."""
+        self._transformers, self._applied = (), ()
+
+    @contextmanager
+    def model(self, engine: Engine, loras: Sequence[Lora], how: str) -> Iterator[Model]:
+        """The transformers with their LoRAs, for one pass of the sampler.
+
+        One transformer stays on the device unless it is offloaded; of two the one whose turn it is not waits in RAM.
+        """
+        resident = len(self._infos) == 1 and engine.offload == "none"
+        if not self._transformers:
+            wait = self.device if resident else CPU
+            self._transformers = tuple(load_transformer(info, engine, self.device, wait) for info in self._infos)
+        self._set_loras(loras, how)
+        networks = [self._bringer(transformer) for transformer in self._transformers]
+        try:
+            yield Model(self._infos[0].spec, self.device, *networks)
+        finally:
+            for transformer in () if resident else self._transformers:
+                transformer.to(CPU)
+
+    def _bringer(self, transformer: nn.Module) -> Callable[[], nn.Module]:
+        def bring() -> nn.Module:
+            if next(transformer.parameters()).device.type != self.device.type:
+                for other in self._transformers:
+                    other.to(CPU)
+                transformer.to(self.device)
+            return transformer
+
+        return bring
+
+    def _set_loras(self, loras: Sequence[Lora], how: str) -> None:
+        names: tuple[str | None, ...] = (None,) if len(self._infos) == 1 else ("high", "low")
+        stacks = [for_expert(loras, name) for name in names]
+        if self._applied and how != self._how:
+            for module, applied in zip(self._transformers, self._applied, strict=True):
+                remove_loras(module, applied)
+            self._applied = ()
+        if not self._applied and any(stacks):
+            each = zip(self._transformers, self._infos, stacks, strict=True)
+            self._applied = tuple(apply_loras(module, info, stack, how) for module, info, stack in each)
+            self._how = how
+        elif [applied.loras for applied in self._applied] != stacks:
+            changing = zip(self._transformers, self._applied, stacks, strict=bool(self._applied))
+            self._applied = tuple(change_loras(module, applied, stack) for module, applied, stack in changing)
