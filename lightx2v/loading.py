@@ -8,6 +8,7 @@ from torch import nn
 from lightx2v.checkpoint import assign
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
+from lightx2v.lora import share
 from lightx2v_kernels import Kernels, select
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,10 @@ def load_transformer(
 
 
 def with_attention(transformer: nn.Module, info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
-    """The same network with the attention of `engine`, sharing every weight with `transformer`."""
+    """The same network with the attention of `engine`, sharing every weight and LoRA with `transformer`."""
     kernels = choose_kernels(info, engine, device)
     with torch.device("meta"):
         other = info.spec.build(info.config, kernels)
     other.load_state_dict(transformer.state_dict(), assign=True)
+    share(transformer, other)
     return other.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
 """LoRAs: files of every dialect, onto any linear layer, with a report of what each of their tensors became."""
 
-from lightx2v.lora.apply import Applied, apply_loras, change_loras, remove_loras
+from lightx2v.lora.apply import Applied, apply_loras, change_loras, check_loras, remove_loras
 from lightx2v.lora.branch import attach, detach, set_strength, share
 from lightx2v.lora.dialects import LoraFile, is_lora, read_lora
 from lightx2v.lora.matching import Coverage, match
@@ -16,6 +16,7 @@ __all__ = [
     "apply_loras",
     "attach",
     "change_loras",
+    "check_loras",
     "detach",
     "for_expert",
     "is_lora",

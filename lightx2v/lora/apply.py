@@ -42,6 +42,12 @@ class Applied:
         return [each.coverage.line(each.lora.strength) for each in self.matched]
 
 
+def check_loras(loras: Sequence[Lora], info: CheckpointInfo) -> tuple[Coverage, ...]:
+    """Match a stack with a checkpoint by headers alone: raises what `apply_loras` would, before weights are read."""
+    shapes = {name: tensor.shape for name, tensor in info.header.tensors.items()}
+    return tuple(each.coverage for each in match_all(loras, shapes))
+
+
 def apply_loras(
     transformer: nn.Module,
     info: CheckpointInfo | None,

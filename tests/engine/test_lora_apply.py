@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from closeness import relative_error
 from lightx2v.checkpoint import CheckpointError, Header, Packed, TensorInfo, read_header
+from lightx2v.config import Engine
+from lightx2v.identify import identify
+from lightx2v.loading import load_transformer, with_attention
 from lightx2v.lora import (
     Lora,
     apply_loras,
     change_loras,
+    check_loras,
     merge,
     merging,
     remove_loras,
@@ -280,6 +284,27 @@ def test_a_second_network_over_the_same_weights_shares_the_branches(file: Path) 
     assert torch.equal(run(other), run(model))
     change_loras(model, applied, [Lora(file, 0.5)])
     assert torch.equal(run(other), run(model))
+
+
+def test_another_attention_keeps_the_branches(file: Path, tmp_path: Path) -> None:
+    info = identify(write(tmp_path / "model.safetensors", transformer().state_dict()))
+    model = load_transformer(info, Engine(), torch.device("cpu")).requires_grad_(False)
+    apply_loras(model, info, [Lora(file)], "branch")
+    other = with_attention(model, info, Engine(attention="reference"), torch.device("cpu"))
+    assert relative_error(run(other), run(model)) < 1e-6
+    assert relative_error(run(other), run(transformer())) > 1e-2
+
+
+def test_a_stack_is_checked_against_a_checkpoint_without_its_weights(file: Path, tmp_path: Path) -> None:
+    info = identify(write(tmp_path / "model.safetensors", transformer().state_dict()))
+    (coverage,) = check_loras([Lora(file)], info)
+    assert coverage == apply_loras(transformer(), None, [Lora(file)]).coverage[0]
+    wide = {"diffusion_model.blocks.0.ffn.0.lora_A": torch.zeros(4, 384)}
+    wide |= {"diffusion_model.blocks.0.ffn.0.lora_B": torch.zeros(384, 4)}
+    with pytest.raises(
+        CheckpointError, match=r"is for 384 x 384, the model's 'blocks\.0\.ffn\.0\.weight' is 320 x 256"
+    ):
+        check_loras([Lora(write(tmp_path / "wide.safetensors", wide))], info)
 
 
 def test_two_stacks_of_branches_are_refused(model: nn.Module, file: Path) -> None:

@@ -180,3 +180,15 @@ def test_each_expert_gets_its_own() -> None:
     assert for_expert([both], None) == (both,)
     with pytest.raises(ValueError, match=r"high\.safetensors: is set for the high-noise expert, but one network"):
         for_expert([both, high, low], None)
+
+
+def test_a_name_that_says_the_other_expert(caplog: pytest.LogCaptureFixture) -> None:
+    name = Path("wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors")
+    assert for_expert([Lora(name, expert="high")], "low") == ()
+    with pytest.raises(ValueError, match=r"is for the high-noise expert by its name.*set its expert to 'high'"):
+        for_expert([Lora(name, expert="low")], "high")
+    for_expert([Lora(name)], "high")
+    for_expert([Lora(name)], None)
+    assert not caplog.records
+    for_expert([Lora(name)], "low")
+    assert "goes to the low-noise one too; set its expert to 'high'" in caplog.text
