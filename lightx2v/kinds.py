@@ -72,6 +72,7 @@ LORA = r"[._]lora[._]?(up|down|A|B|mid)\b|[._](hada_|lokr_)|\.diff(_b|_m)?$"
 HY_BLOCK = r"(^|\.)double_blocks\.0\.img_attn"
 BYT5_WIDTH = 1472
 QWEN_WIDTH = 3584
+LIGHTVAE_WIDTH = 24
 
 # First match wins.
 KINDS: tuple[Kind, ...] = (
@@ -157,9 +158,13 @@ KINDS: tuple[Kind, ...] = (
         _both(_has("decoder.norm_out.gamma"), _size("encoder.conv_in.weight", 1, 12)),
     ),
     Kind(
-        "vae", "wan2.1", "a Wan VAE", AS_VAE, _both(_has("decoder.head.0.gamma"), _size("encoder.conv1.weight", 0, 96))
+        "vae",
+        "wan2.1",
+        "a LightVAE of Wan2.1",
+        AS_VAE,
+        _both(_has("decoder.head.0.gamma"), _size("encoder.conv1.weight", 0, LIGHTVAE_WIDTH)),
     ),
-    Kind("vae", "wan2.1", "a LightVAE of Wan2.1", AS_VAE, _has("decoder.head.0.gamma", "encoder.conv1.weight")),
+    Kind("vae", "wan2.1", "a Wan VAE", AS_VAE, _has("decoder.head.0.gamma", "encoder.conv1.weight")),
     Kind(
         "vae",
         "wan2.1",

@@ -11,6 +11,7 @@ from lightx2v.checkpoint.single import safetensors_header
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})\.safetensors$")
 BLOCK = re.compile(r"^block_(\d+)\.safetensors$")
 NON_BLOCK = "non_block.safetensors"
+PUBLISHED = "diffusion_pytorch_model"  # a transformer in Wan's and in diffusers' repositories
 INDEX = ".safetensors.index.json"
 # Transformers below the root of a published repository: diffusers', and Wan2.2's own.
 SUBFOLDERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
@@ -26,6 +27,8 @@ def folder_header(folder: Path) -> Header:
         return _below(folder)
     if any(file.name == NON_BLOCK or BLOCK.match(file.name) for file in files):
         return _block_split_header(folder, files)
+    if (named := folder / f"{PUBLISHED}.safetensors") in files and not indices:
+        return replace(safetensors_header(named), path=folder)
     shard = SHARD.match(files[0].name)
     if shard and all((m := SHARD.match(f.name)) and m["stem"] == shard["stem"] for f in files):
         return replace(shards_header(files[0], shard), path=folder)
@@ -52,7 +55,10 @@ def indexed_files(index: Path) -> tuple[str, ...]:
 def index_of(file: Path) -> Path | None:
     """The index beside a file that says the file is one of several."""
     for index in sorted(file.parent.glob(f"*{INDEX}")):
-        names = indexed_files(index)
+        try:
+            names = indexed_files(index)
+        except CheckpointError:  # of whatever else lies here; a part of it alone still lacks tensors and is refused
+            continue
         if len(names) > 1 and file.name in names:
             return index
     return None

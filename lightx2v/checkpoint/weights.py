@@ -1,6 +1,6 @@
 """From a file's tensors to a module's weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,10 @@ def assign(
                 "the file mixes two layouts: use one in a single layout"
             )
         targets[target] = name
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _check_names(header, expected, set(targets))
+    expected = module.state_dict()
+    _check_names(header, set(expected), set(targets))
     for target, name in targets.items():
-        if header.tensors[name].shape != expected[target]:
-            raise CheckpointError(
-                f"{header.path}: tensor '{name}' is {list(header.tensors[name].shape)}, "
-                f"the model expects {list(expected[target])}; this is a checkpoint of another model"
-            )
+        _check_tensor(header, name, expected[target])
     origin = {name: target for target, name in targets.items()}
     for name, tensor in read_tensors(header, list(origin), device):
         target = origin[name]
@@ -54,8 +50,22 @@ def assign(
         _put(module, target, tensor.to(device=device, dtype=wanted, copy=mapped))
 
 
-def _check_names(header: Header, expected: Mapping[str, tuple[int, ...]], found: set[str]) -> None:
-    missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
+def _check_tensor(header: Header, name: str, expected: Tensor) -> None:
+    info = header.tensors[name]
+    if info.shape != tuple(expected.shape):
+        raise CheckpointError(
+            f"{header.path}: tensor '{name}' is {list(info.shape)}, "
+            f"the model expects {list(expected.shape)}; this is a checkpoint of another model"
+        )
+    if expected.is_floating_point() and not info.dtype.is_floating_point and info.packed is None:
+        raise CheckpointError(
+            f"{header.path}: tensor '{name}' is {str(info.dtype).removeprefix('torch.')}, the model expects fractions; "
+            "its scale is missing, or it is quantised in a way that is not known: use another version of the file"
+        )
+
+
+def _check_names(header: Header, expected: set[str], found: set[str]) -> None:
+    missing, extra = sorted(expected - found), sorted(found - expected)
     if missing:
         raise CheckpointError(
             f"{header.path}: {len(missing)} of {len(expected)} tensors are missing, first '{missing[0]}'; "

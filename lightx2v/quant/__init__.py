@@ -55,9 +55,10 @@ def find_packed(header: Header) -> Unpacked:
     marks = _check_marks(header)
     unused = {name: reason for name in header.tensors if (reason := _reason(name))}
     scales = _scales(header)
+    apart = {*unused, *scales.values()}
     tensors: dict[str, TensorInfo] = {}
     for name, info in header.tensors.items():
-        if name in unused or name in scales.values():
+        if name in apart:
             continue
         scale = header.tensors[scales[name]] if name in scales else None
         tensors[name] = _packed(header, name, info, scale, expected=bool(scales) or FILE_MARK in marks)
@@ -68,17 +69,14 @@ def find_packed(header: Header) -> Unpacked:
 def _packed(header: Header, name: str, info: TensorInfo, scale: TensorInfo | None, *, expected: bool) -> TensorInfo:
     """expected: other weights of the file have scales, so that one without must have lost its own."""
     packed = next((packed for scheme in SCHEMES if (packed := scheme.recognise(info, scale))), None)
-    if packed is None:
-        if scale is not None:
-            raise CheckpointError(
-                f"{header.path}: '{name}' has a scale {list(scale.shape)} {_word(scale)} that does not belong to "
-                f"{list(info.shape)} {_word(info)}; known are one scale a tensor or one a row; {USE_ANOTHER}"
-            )
-        return info
-    if scale is None and expected and not info.encoding and name.endswith(WEIGHT):
+    if packed is None and scale is not None:
         raise CheckpointError(
-            f"{header.path}: '{name}' has lost its scale, which other weights have; download the file again"
+            f"{header.path}: '{name}' has a scale {list(scale.shape)} {_word(scale)} that does not belong to "
+            f"{list(info.shape)} {_word(info)}; known are one scale a tensor or one a row; {USE_ANOTHER}"
         )
+    alone = name.endswith(WEIGHT) and scale is None and not info.encoding
+    if alone and (_word(info) == "int8" or (packed and expected)):
+        raise CheckpointError(f"{header.path}: '{name}' ({_word(info)}) has lost its scale; download the file again")
     return replace(info, packed=packed)
 
 

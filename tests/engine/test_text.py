@@ -233,11 +233,14 @@ def wrong_states(state: dict[str, Tensor], proto: bytes) -> dict[str, tuple[dict
     patch = {"patch_embedding.weight": torch.zeros(2), "blocks.0.self_attn.q.weight": torch.zeros(2)}
     vae = {"decoder.head.0.gamma": torch.zeros(2), "encoder.conv1.weight": torch.zeros(2)}
     return {
-        "vae": (vae, "this is a LightVAE of Wan2.1, not a umT5 text encoder"),
+        "vae": (vae, "this is a Wan VAE, not a umT5 text encoder"),
         "dit": (patch, "this is a Wan model of a variant"),
         "clip": ({"text_model.x": torch.zeros(2)}, "first tensor is 'text_model.x'"),
         "empty": ({}, "a file without tensors"),
-        "fp8": (state | fp8 | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}, f"'{q}.weight' has lost its"),
+        "fp8": (
+            state | fp8 | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)},
+            rf"'{q}.weight' \(float8_e4m3fn\) has lost its",
+        ),
         "int8": (original | int8 | {f"{gate}_scale": torch.ones(79, 1)}, "has a scale .* that does not belong to"),
         "nvfp4": (state | {f"{q}.weight_scale_2": torch.zeros(1)}, "quantised as NVFP4"),
         "gap": (small, "without a gap"),
