@@ -32,6 +32,7 @@ from tiny_lora import (
     ALPHA,
     RANK,
     assert_same,
+    diffusers_name,
     factors,
     run,
     state,
@@ -177,6 +178,33 @@ def test_packed_weights_come_back_unpacked(model: nn.Module, file: Path, tmp_pat
     originals = merge(model, match_all([Lora(file)], model), source=source)
     assert originals[name] is None
     restore(model, originals, source)
+    assert_same(model, before)
+
+
+def stored(layout: str) -> dict[str, Tensor]:
+    """The transformer's weights as a checkpoint of that layout holds them."""
+    weights = dict(transformer().state_dict())
+    if layout == "diffusers":
+        return {diffusers_name(name): tensor for name, tensor in weights.items()}
+    if layout == "fp8":
+        for name in [name for name in weights if name.startswith("blocks.") and weights[name].ndim == 2]:
+            scale = weights[name].abs().amax(dim=1, keepdim=True) / 448
+            weights[f"{name}_scale"] = scale
+            weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+    return weights
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers", "fp8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_copies_are_kept_of_what_a_checkpoint_holds(layout: str, dtype: str, file: Path, tmp_path: Path) -> None:
+    info = identify(write(tmp_path / "model.safetensors", stored(layout)))
+    model = load_transformer(info, Engine(dtype=dtype), torch.device("cpu"))
+    before = state(model)
+    applied = apply_loras(model, info, [Lora(file)])
+    assert applied.how == "merge" and len(applied.originals) > 20
+    assert set(applied.originals.values()) == {None}
+    assert relative_error(model.get_parameter("blocks.0.ffn.0.weight"), before["blocks.0.ffn.0.weight"]) > 1e-2
+    remove_loras(model, applied)
     assert_same(model, before)
 
 
