@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize
 from torch import Tensor
 
 from lightx2v.checkpoint import CheckpointError, read_header, read_tensors
 from lightx2v.checkpoint.gguf import BLOCKS
 from lightx2v.quant import find_packed
-from lightx2v.quant.gguf import dequantise
+from lightx2v.quant.ggml import CHUNK, TYPES, restore
 
 
 def half(raw: bytes) -> float:
@@ -59,7 +60,13 @@ def q6_k(block: bytes) -> list[float]:
 
 
 # Bytes at which a block holds float16 numbers, which random bytes must not make infinite.
-HALVES = {"Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
+HALVES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+}
 DEFINITIONS = {"Q4_0": q4_0, "Q8_0": q8_0, "Q4_K": q4_k, "Q6_K": q6_k}
 
 
@@ -80,19 +87,27 @@ def test_blocks_are_what_the_format_defines(encoding: str) -> None:
     blocks = random_blocks(encoding, 6)
     expected = torch.tensor([value for block in blocks for value in DEFINITIONS[encoding](block)], dtype=torch.float64)
     raw = torch.frombuffer(bytearray(b"".join(blocks)), dtype=torch.uint8)
-    found = dequantise(raw, encoding, (2, len(expected) // 2))
+    found = restore(raw, encoding, (2, len(expected) // 2))
     assert found.dtype == torch.float32 and expected.std() > 0.01
     torch.testing.assert_close(found.flatten().double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("number", BLOCKS)
-def test_sizes_of_blocks_are_the_packages(number: int) -> None:
-    from gguf import GGML_QUANT_SIZES
-
+def test_blocks_are_what_the_reference_package_makes_of_them(number: int) -> None:
     name, values, size = BLOCKS[number]
     assert GGMLQuantizationType(number).name == name
-    assert GGML_QUANT_SIZES[GGMLQuantizationType(number)] == (values, size)
-    dequantise(torch.zeros(2 * size, dtype=torch.uint8), name, (2, values))
+    assert GGML_QUANT_SIZES[GGMLQuantizationType(number)] == (values, size) and TYPES[name][0] == size
+    blocks = torch.frombuffer(bytearray(b"".join(random_blocks(name, 40))), dtype=torch.uint8).view(4, -1)
+    expected = torch.from_numpy(dequantize(blocks.numpy(), GGMLQuantizationType(number)))
+    assert expected.std() > 0.01
+    assert torch.equal(restore(blocks.flatten(), name, (4, 10 * values)), expected)
+
+
+def test_large_tensors_are_restored_in_parts() -> None:
+    codes = torch.randint(256, (CHUNK + 3, 34), dtype=torch.uint8)
+    codes[:, :2] = torch.tensor([0.5]).half().view(torch.uint8)
+    expected = codes[:, 2:].view(torch.int8).float() / 2
+    assert torch.equal(restore(codes.flatten(), "Q8_0", (CHUNK + 3, 32)), expected)
 
 
 def written(path: Path, alignment: int | None = None) -> dict[str, Tensor]:
