@@ -49,19 +49,22 @@ def diffusers_names(vae: VAE) -> dict[str, str]:
 
 
 def written(folder: Path, layout: str, vae: VAE) -> Path:
-    """The VAE as one file: 'pth', 'safetensors', 'prefixed', or 'diffusers'."""
+    """The VAE as one file: 'pth', 'safetensors', 'prefixed', 'diffusers', or as diffusers' folder 'vae'."""
     weights = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     path = folder / f"vae.{'pth' if layout == 'pth' else 'safetensors'}"
     if layout == "pth":
         torch.save(weights, path)
-    elif layout == "diffusers":
+    elif layout in ("diffusers", "folder"):
+        if layout == "folder":
+            (folder / "vae").mkdir()
+            path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         save_file({name: weights[original] for name, original in diffusers_names(vae).items()}, path)
     else:
         save_file({f"vae.{name}" if layout == "prefixed" else name: weights[name] for name in weights}, path)
-    return path
+    return path.parent if layout == "folder" else path
 
 
-@pytest.mark.parametrize("layout", ["pth", "safetensors", "diffusers", "prefixed"])
+@pytest.mark.parametrize("layout", ["pth", "safetensors", "diffusers", "folder", "prefixed"])
 @pytest.mark.parametrize("network", MAKERS)
 def test_load(tmp_path: Path, layout: str, network: str) -> None:
     vae = MAKERS[network]()
