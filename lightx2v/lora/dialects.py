@@ -122,7 +122,7 @@ def _layers(header: Header) -> LoraFile:
             continue
         if match.lastgroup in REFUSED:
             raise CheckpointError(
-                f"{header.path}: is a {match.lastgroup} adapter ('{key}'), which is not supported; "
+                f"{header.path}: holds {match.lastgroup} layers ('{key}'), which are not supported; "
                 "use a plain LoRA of the same model"
             )
         name, is_flat = _layer_name(key[: match.start()])
