@@ -14,28 +14,81 @@ from lightx2v import __version__
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import DTYPES, SCHEDULERS
 from lightx2v.identify import recognise
+from lightx2v.schedules import parse_step_list
 from lightx2v_kernels import UnsupportedBackendError, registry
+
+ROLES = {"high": "high_noise_model", "low": "low_noise_model"}
 
 
 def generate(args: argparse.Namespace) -> None:
     """One video from a prompt."""
     from lightx2v.pipeline import LightX2VPipeline
 
-    pipe = LightX2VPipeline(args.model_path, args.model_cls, args.task, device=args.device)
+    pipe = LightX2VPipeline(
+        args.model_path,
+        args.model_cls,
+        args.task,
+        dit_original_ckpt=args.dit_original_ckpt,
+        low_noise_original_ckpt=args.low_noise_original_ckpt,
+        high_noise_original_ckpt=args.high_noise_original_ckpt,
+        device=args.device,
+    )
+    if args.lora:
+        pipe.enable_lora([parse_lora(text) for text in args.lora])
     pipe.create_generator(
         attn_mode=args.attn_mode,
         infer_steps=args.infer_steps,
         height=args.height,
         width=args.width,
         num_frames=args.num_frames,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=args.guidance_scale[0] if len(args.guidance_scale) == 1 else args.guidance_scale,
         sample_shift=args.sample_shift,
         fps=args.fps,
+        denoising_step_list=parse_step_list(args.denoising_step_list),
+        boundary=args.boundary,
+        boundary_step_index=args.boundary_step_index,
+        resize_mode=args.resize_mode,
         scheduler=args.scheduler,
         dtype=args.dtype,
     )
-    pipe.generate(args.seed, args.prompt, args.negative_prompt, args.save_result_path, progress=not args.quiet)
-    print(f"{args.save_result_path}: {pipe.describe()}, seed {args.seed}, prompt: {args.prompt}")
+    pipe.generate(
+        args.seed,
+        args.prompt,
+        args.negative_prompt,
+        args.save_result_path,
+        image_path=args.image_path,
+        last_frame_path=args.last_frame_path,
+        progress=not args.quiet,
+    )
+    described = pipe.describe(args.image_path or args.last_frame_path)
+    print(f"{args.save_result_path}: {described}, seed {args.seed}, prompt: {args.prompt}")
+
+
+def parse_lora(text: str) -> dict[str, object]:
+    """PATH[:STRENGTH[:high|low]] as `LightX2VPipeline.enable_lora` takes it.
+
+    Read from the right, so that the colon of C:\\lora.safetensors stays in the path. Raises ValueError where no such
+    file exists.
+    """
+    config: dict[str, object] = {}
+    path, whole = text, Path(text).exists()
+    head, _, last = path.rpartition(":")
+    if not whole and head and last in ROLES:
+        path, config = head, {"name": ROLES[last]}
+        head, _, last = path.rpartition(":")
+    if not whole and len(head) > 1 and _is_number(last):
+        path, config = head, {"strength": float(last), **config}
+    if not Path(path).exists():
+        raise ValueError(f"--lora {text}: there is no file {path}; write PATH, PATH:STRENGTH or PATH:STRENGTH:high")
+    return {"path": path, **config}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -64,7 +117,7 @@ def _grouped(unused: Mapping[str, str]) -> dict[str, list[str]]:
 def doctor(args: argparse.Namespace) -> None:
     """What this machine has and which kernels can run on it."""
     print(f"lightx2v {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "triton", "transformers", "safetensors", "gguf", "einops", "av"):
+    for package in ("torch", "triton", "transformers", "safetensors", "einops", "av"):
         try:
             print(f"  {package:<13} {version(package)}")
         except PackageNotFoundError:
@@ -83,31 +136,15 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightx2v", description="Video diffusion: Wan2.1 text-to-video.")
+    parser = argparse.ArgumentParser(prog="lightx2v", description="Video diffusion with Wan2.1 and Wan2.2.")
     parser.add_argument("--verbose", action="store_true", help="log what the engine decides")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("generate", help="make one video")
     command.set_defaults(run=generate)
-    command.add_argument("--model_path", required=True, help="folder with transformer, text encoder and VAE")
-    command.add_argument("--model_cls", default="wan2.1", help="wan2.1, or wan2.1_distill for 4-step models")
-    command.add_argument("--task", default="t2v")
-    command.add_argument("--prompt", required=True)
-    command.add_argument("--negative_prompt", default="")
-    command.add_argument("--seed", type=int, default=42)
-    command.add_argument("--infer_steps", type=int, default=50)
-    command.add_argument("--height", type=int, default=480, help="pixels, a multiple of 16")
-    command.add_argument("--width", type=int, default=832, help="pixels, a multiple of 16")
-    command.add_argument("--num_frames", type=int, default=81, help="4n + 1")
-    command.add_argument("--guidance_scale", type=float, default=5.0, help="1 turns guidance off")
-    command.add_argument("--sample_shift", type=float, default=5.0)
-    command.add_argument("--fps", type=int, default=16)
-    command.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="default: the model class's own")
-    command.add_argument("--attn_mode", default="auto", help="auto or a backend that `doctor` lists")
-    command.add_argument("--dtype", choices=DTYPES, default="auto")
-    command.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: cuda where there is one")
-    command.add_argument("--save_result_path", default="lightx2v_gen_result.mp4", help="an .mp4")
-    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    _add_model(command.add_argument_group("model"))
+    _add_request(command.add_argument_group("what to make"))
+    _add_sampling(command.add_argument_group("how to make it"))
 
     command = commands.add_parser("inspect", help="say what a checkpoint is")
     command.set_defaults(run=inspect)
@@ -118,13 +155,61 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model_path", required=True, help="folder with transformer, encoders and VAE")
+    classes = "wan2.1, wan2.2 (TI2V-5B), wan2.2_moe (A14B); for 4-step models wan2.1_distill, wan2.2_moe_distill"
+    group.add_argument("--model_cls", default="wan2.1", help=classes)
+    group.add_argument("--task", default="t2v", help="t2v, i2v or flf2v (first and last frame)")
+    group.add_argument("--dit_original_ckpt", help="a transformer in place of the folder's, file or folder")
+    group.add_argument("--high_noise_original_ckpt", help="of two experts the one for the first steps")
+    group.add_argument("--low_noise_original_ckpt", help="of two experts the one for the other steps")
+    shape = "PATH[:STRENGTH[:high|low]]"
+    group.add_argument(
+        "--lora", action="append", metavar=shape, help="may be given several times; strength 1 as trained"
+    )
+    group.add_argument("--attn_mode", default="auto", help="auto or a backend that `doctor` lists")
+    group.add_argument("--dtype", choices=DTYPES, default="auto")
+    group.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: cuda where there is one")
+
+
+def _add_request(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prompt", required=True)
+    group.add_argument("--negative_prompt", default="")
+    group.add_argument("--image_path", help="the first frame, for i2v and flf2v")
+    group.add_argument("--last_frame_path", help="the last frame, for flf2v")
+    size = "pixels, a multiple of 16 (TI2V-5B: 32); with an image the two give the area and the image the proportions"
+    group.add_argument("--height", type=int, default=480, help=size)
+    group.add_argument("--width", type=int, default=832, help="see --height")
+    group.add_argument(
+        "--resize_mode", choices=("fixed_shape",), help="exactly --height and --width, cutting the image"
+    )
+    group.add_argument("--num_frames", type=int, default=81, help="4n + 1")
+    group.add_argument("--fps", type=int, default=None, help="of the file; default: 16, TI2V-5B 24")
+    group.add_argument("--seed", type=int, default=42)
+    group.add_argument("--save_result_path", default="lightx2v_gen_result.mp4", help="an .mp4")
+    group.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--infer_steps", type=int, default=50)
+    cfg = "1 turns guidance off; two numbers: of the high- and of the low-noise expert"
+    group.add_argument("--guidance_scale", type=float, nargs="+", default=[5.0], metavar="SCALE", help=cfg)
+    group.add_argument("--sample_shift", type=float, default=5.0)
+    group.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="default: the model class's own")
+    levels = "of the distilled scheduler, in thousandths before the shift; replaces --infer_steps"
+    group.add_argument("--denoising_step_list", default="1000,750,500,250", help=levels)
+    change = "noise level from 0 to 1 at which the experts change; default: the model's own"
+    group.add_argument("--boundary", type=float, help=change)
+    group.add_argument("--boundary_step_index", type=int, help="or the number of steps of the high-noise expert")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 after one line on stderr about what to do."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         args.run(args)
-    except (CheckpointError, UnsupportedBackendError, ValueError, FloatingPointError) as error:
+    except (CheckpointError, UnsupportedBackendError, ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

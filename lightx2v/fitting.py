@@ -40,6 +40,17 @@ def check_images(info: CheckpointInfo, *, start: bool, end: bool) -> None:
         )
 
 
+def check_given(task: str, *, start: bool, end: bool) -> None:
+    """Raise ValueError unless the images are those of the task: none of "t2v", the first of "i2v", both of "flf2v"."""
+    given = " and ".join(name for name, there in (("image_path", start), ("last_frame_path", end)) if there)
+    if task == "t2v" and given:
+        raise ValueError(f"{given} with task t2v, which looks at no image: set task to i2v or flf2v, or leave it out")
+    if task in START_FROM_IMAGE and not start:
+        raise ValueError(f"task {task} starts from an image: give image_path, or set task to t2v")
+    if task == "flf2v" and not end:
+        raise ValueError("task flf2v ends on an image: give last_frame_path, or set task to i2v")
+
+
 def check_pair(high: CheckpointInfo, low: CheckpointInfo) -> None:
     """Raise CheckpointError unless the files can be the high- and the low-noise expert of one model.
 

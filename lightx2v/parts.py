@@ -11,7 +11,7 @@ from lightx2v.diffuse import Model
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import load_transformer
-from lightx2v.lora import Applied, Lora, apply_loras, change_loras, for_expert, remove_loras
+from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.text import umt5
 from lightx2v.vae.loading import VAE, identify_vae, load_vae
 from lightx2v.vision import clip
@@ -94,9 +94,17 @@ class Parts:
 
         return bring
 
-    def _set_loras(self, loras: Sequence[Lora], how: str) -> None:
+    def check_loras(self, loras: Sequence[Lora]) -> None:
+        """Raise CheckpointError or ValueError for LoRAs that are missing, damaged or for another model or expert."""
+        for info, stack in zip(self._infos, self._stacks(loras), strict=True):
+            check_loras(stack, info)
+
+    def _stacks(self, loras: Sequence[Lora]) -> list[tuple[Lora, ...]]:
         names: tuple[str | None, ...] = (None,) if len(self._infos) == 1 else ("high", "low")
-        stacks = [for_expert(loras, name) for name in names]
+        return [for_expert(loras, name) for name in names]
+
+    def _set_loras(self, loras: Sequence[Lora], how: str) -> None:
+        stacks = self._stacks(loras)
         if self._applied and how != self._how:
             for module, applied in zip(self._transformers, self._applied, strict=True):
                 remove_loras(module, applied)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lightx2v.config import Engine, Request, Sampling
 from lightx2v.diffuse import Hooks, Start, diffuse, schedule_of
-from lightx2v.fitting import check_images, check_pair, check_task
+from lightx2v.fitting import check_given, check_images, check_pair, check_task
 from lightx2v.folder import ModelFolder
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import identify
@@ -182,13 +182,18 @@ class LightX2VPipeline:
         "low_noise_model"; left out, both get it.
         lora_dynamic_apply: compute beside the weights instead of adding to them: changes of strength are instant, each
         step is a little slower.
+        Raises CheckpointError, from headers alone, for a file that is missing or for another model.
         """
-        self._loras = tuple(_lora(config) for config in lora_configs)
+        loras = tuple(_lora(config) for config in lora_configs)
+        self._parts.check_loras(loras)
+        self._loras = loras
         self._lora_how = "branch" if lora_dynamic_apply else "auto"
 
     def switch_lora(self, lora_path: str | Path, strength: float = 1.0) -> None:
         """Use this LoRA instead of all others from the next video on; "" uses none."""
-        self._loras = (Lora(Path(lora_path), strength),) if str(lora_path) else ()
+        loras = (Lora(Path(lora_path), strength),) if str(lora_path) else ()
+        self._parts.check_loras(loras)
+        self._loras = loras
 
     def generate(
         self,
@@ -208,9 +213,12 @@ class LightX2VPipeline:
         image_path, last_frame_path: pictures of the first and of the last frame, for models that take them.
         Returns {"video": None} after writing the file, or with return_result_tensor {"video": (F, H, W, 3) float32
         in [0, 1] on the CPU} and writes nothing. on_step sees (step, x0 in model space) and may raise to cancel.
-        Raises CheckpointError, before any weight is read, for a missing image or one that the model cannot use.
+        Raises CheckpointError, before any weight is read, for a missing image or one that the model cannot use, and
+        ValueError where the images are not those of the task.
         """
-        check_images(self._info, start=image_path is not None, end=last_frame_path is not None)
+        given = {"start": image_path is not None, "end": last_frame_path is not None}
+        check_images(self._info, **given)
+        check_given(self._task, **given)
         start, end = (None if path is None else read_image(path) for path in (image_path, last_frame_path))
         request = replace(
             self._request,
@@ -229,9 +237,10 @@ class LightX2VPipeline:
         save_mp4(frames, save_result_path, request.fps, comment=f"prompt: {prompt}\nseed: {seed}")
         return {"video": None}
 
-    def describe(self) -> str:
-        """Model, size and steps of the next video, in one line."""
-        request, sampling = self._request, self._request.sampling
+    def describe(self, image_path: str | Path | None = None) -> str:
+        """Model, size and steps of the next video, in one line. image_path: the picture that it is to start from."""
+        request = self._sized(self._request, None if image_path is None else read_image(image_path))
+        sampling = request.sampling
         steps = len(schedule_of(sampling).timesteps)
         size = f"{request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps"
         return f"{self._info.spec.title}, {size}, {steps} {sampling.scheduler} steps on {self._parts.device}"
