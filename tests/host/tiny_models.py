@@ -44,9 +44,24 @@ def write_tiny_models(models: Path) -> TinyModels:
     return names
 
 
-def transformer_shapes(hidden_size: int = 256, ffn_size: int = 256, num_layers: int = 2) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Wan2.1 text-to-video transformer (16 channels, patch (1, 2, 2)) in Wan's own layout."""
-    shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (hidden_size, 16, 1, 2, 2)}
+@dataclass(frozen=True)
+class Input:
+    """What a transformer takes in beside text. clip: width of image tokens, 0: none; positions: of FLF2V."""
+
+    channels: int = 16
+    latents: int = 16
+    clip: int = 0
+    positions: int = 0
+
+
+T2V, I2V, TI2V = Input(), Input(channels=36), Input(channels=48, latents=48)
+
+
+def transformer_shapes(
+    hidden_size: int = 256, ffn_size: int = 256, num_layers: int = 2, takes: Input = T2V
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Wan transformer (patch (1, 2, 2)) in Wan's own layout; as it is, of Wan2.1 T2V."""
+    shapes: dict[str, tuple[int, ...]] = {"patch_embedding.weight": (hidden_size, takes.channels, 1, 2, 2)}
     shapes["patch_embedding.bias"] = (hidden_size,)
 
     def linear(name: str, out_features: int, in_features: int) -> None:
@@ -67,9 +82,27 @@ def transformer_shapes(hidden_size: int = 256, ffn_size: int = 256, num_layers: 
         shapes[f"{block}.norm3.weight"] = shapes[f"{block}.norm3.bias"] = (hidden_size,)
         linear(f"{block}.ffn.0", ffn_size, hidden_size)
         linear(f"{block}.ffn.2", hidden_size, ffn_size)
+        if takes.clip:
+            linear(f"{block}.cross_attn.k_img", hidden_size, hidden_size)
+            linear(f"{block}.cross_attn.v_img", hidden_size, hidden_size)
+            shapes[f"{block}.cross_attn.norm_k_img.weight"] = (hidden_size,)
     shapes["head.modulation"] = (1, 2, hidden_size)
-    linear("head.head", 16 * 4, hidden_size)
+    linear("head.head", takes.latents * 4, hidden_size)
+    if takes.clip:
+        for norm, width in (("0", takes.clip), ("4", hidden_size)):
+            shapes[f"img_emb.proj.{norm}.weight"] = shapes[f"img_emb.proj.{norm}.bias"] = (width,)
+        linear("img_emb.proj.1", takes.clip, takes.clip)
+        linear("img_emb.proj.3", hidden_size, takes.clip)
+    if takes.positions:
+        shapes["img_emb.emb_pos"] = (1, takes.positions, takes.clip)
     return shapes
+
+
+def write_transformer(path: Path, takes: Input = T2V, *, seed: int = 0, num_layers: int = 2) -> Path:
+    """A transformer of random weights that takes in that; the same bytes for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    _save(path, _random(transformer_shapes(takes=takes, num_layers=num_layers), generator))
+    return path
 
 
 def umt5_shapes(
@@ -124,9 +157,10 @@ def _random(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -
     tensors = {}
     for name, shape in shapes.items():
         normal = torch.randn(shape, generator=generator)
-        if ("norm" in name.rsplit(".", 2)[-2] and name.endswith("weight")) or name.endswith("gamma"):
+        affine = "norm" in name.rsplit(".", 2)[-2] or name.startswith(("img_emb.proj.0", "img_emb.proj.4"))
+        if (affine and name.endswith("weight")) or name.endswith("gamma"):
             tensors[name] = 1 + 0.1 * normal
-        elif name.endswith(("bias", "modulation")):
+        elif name.endswith(("bias", "modulation", "emb_pos")):
             tensors[name] = 0.1 * normal
         elif name == "token_embedding.weight":
             tensors[name] = normal
