@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 OFFLOADS = ("none", "model")
+CACHES = ("none", "teacache", "magcache")
+CACHE_THRESHOLDS = {"none": 0.0, "teacache": 0.15, "magcache": 0.24}  # LightX2V pipeline.py, enable_cache
 SCHEDULERS = ("unipc", "euler", "distilled")
 
 
@@ -25,6 +27,41 @@ class Engine:
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
         one_of("offload", self.offload, OFFLOADS)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Which steps may reuse the result of an earlier one.
+
+    threshold: the error that may add up before a step is computed again; 0 computes every step; None: the method's own.
+    use_ret_steps: TeaCache: compute the first 5 steps, and read the projected embedding.
+    max_skips: MagCache: steps skipped in a row at most.
+    retention_ratio: MagCache: share of the steps computed at the start.
+    figures: "" takes the checkpoint's own; or the name of published ones, or a .cache.json.
+    """
+
+    method: str = "none"
+    threshold: float | None = None
+    use_ret_steps: bool = False
+    max_skips: int = 6
+    retention_ratio: float = 0.2
+    figures: str = ""
+
+    def __post_init__(self) -> None:
+        one_of("cache method", self.method, CACHES)
+        if self.threshold is not None and not 0 <= self.threshold <= 10:
+            raise ValueError(f"cache threshold={self.threshold} must be from 0 (off) to 10; 0.05 to 0.3 is usual")
+        if self.max_skips < 0:
+            raise ValueError(f"max_skips={self.max_skips} must be 0 or more steps; 2 to 6 is usual")
+        if not 0 <= self.retention_ratio <= 1:
+            raise ValueError(
+                f"retention_ratio={self.retention_ratio} is a share of the steps from 0 to 1; 0.2 is usual"
+            )
+
+    @property
+    def limit(self) -> float:
+        """The threshold in use."""
+        return CACHE_THRESHOLDS[self.method] if self.threshold is None else self.threshold
 
 
 @dataclass(frozen=True)

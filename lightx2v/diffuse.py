@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightx2v.blocks import RunBlocks, interruptible, run_blocks
+from lightx2v.blocks import Branch, RunBlocks, Walks, interruptible, run_blocks
+from lightx2v.cache.turn import CacheFactory, Turn
 from lightx2v.config import Sampling
-from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, velocity_of
+from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, Velocity, is_high, velocity_of
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
-from lightx2v.sampling import Denoiser, OnStep, sample
+from lightx2v.sampling import Denoiser, OnStep, Step, sample
 from lightx2v.schedules import Schedule, listed, simple, wan
 from lightx2v.solvers import SOLVERS
 
@@ -110,9 +111,11 @@ def diffuse(
     *,
     hooks: Hooks = Hooks(),
     run: RunBlocks = run_blocks,
+    cache: CacheFactory | None = None,
 ) -> Tensor:
     """Denoise raw latents (B, C, T, H, W) -> raw latents, float32, on the CPU.
 
+    cache: called once for each network; what it returns lives as long as this call.
     Raises ValueError for latents of another space, and for a guided request without `uncond`.
     """
     full, space = schedule_of(sampling), model.spec.latents
@@ -127,7 +130,8 @@ def diffuse(
     share = None
     if mask is not None and model.spec.keeps_frames:
         share = mask.mean((1, 3, 4)).expand(len(latents), -1)
-    denoise = _guided(model, sampling, cond, uncond, _walk(run, hooks), share)
+    run = interruptible(run, hooks.on_block) if hooks.on_block else run
+    denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule), share)
     if mask is not None:
         kept_noise = None if model.spec.keeps_frames else noise.to(model.device)
         denoise = KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
@@ -137,32 +141,53 @@ def diffuse(
     return space.denormalize(out.cpu() / (1 - schedule.sigmas[-1]))
 
 
-def _walk(run: RunBlocks, hooks: Hooks) -> RunBlocks:
-    return interruptible(run, hooks.on_block) if hooks.on_block else run
+@dataclass(frozen=True)
+class _Walking:
+    """How the networks of one request walk their blocks."""
+
+    run: RunBlocks
+    cache: CacheFactory | None
+    full: Schedule
+    part: Schedule  # of the full schedule: what this request runs
+
+    def turn(self, model: Model, expert: str, steps: range, guided: bool) -> Turn:
+        """What one network has to do, of the steps in `steps` of the full schedule."""
+        network = model.low if expert == "low" and model.low is not None else model.network
+        ran = range(max(self.part.first, steps.start), min(self.part.first + len(self.part.timesteps), steps.stop))
+        timesteps = self.full.timesteps[steps.start : steps.stop]
+        return Turn(expert, steps, timesteps, ran, self.full.total, guided, network, model.spec.time_signal)
 
 
 def _guided(
     model: Model,
     sampling: Sampling,
-    cond: Conditioning,
-    uncond: Conditioning | None,
-    run: RunBlocks,
+    conds: tuple[Conditioning, Conditioning | None],
+    walking: _Walking,
     share: Tensor | None,
 ) -> Denoiser:
     """Guidance around the model, or around each of its two experts."""
-    here = model.device
-    cond, uncond = cond.to(here), uncond.to(here) if uncond is not None and sampling.guided else None
+    cond, uncond = conds[0].to(model.device), conds[1]
+    uncond = uncond.to(model.device) if uncond is not None and sampling.guided else None
 
-    def guided(network: Callable[[], nn.Module], scale: float) -> Denoiser:
-        return CFG(velocity_of(network, run, share), cond, uncond, scale)
+    def guided(expert: str, steps: range, scale: float) -> Denoiser:
+        turn = walking.turn(model, expert, steps, scale != 1)
+        walks: Walks = walking.cache(turn, walking.run) if walking.cache else lambda step, branch: walking.run
 
-    high = guided(model.network, sampling.cfg_scale)
+        def passes(step: Step, branch: Branch) -> Velocity:
+            return velocity_of(turn.network, walks(step.index, branch), share)
+
+        return CFG(passes, cond, uncond, scale)
+
+    total = walking.full.total
     if model.low is None:
-        return high
-    low = guided(model.low, sampling.cfg_scale if sampling.cfg_low is None else sampling.cfg_low)
+        return guided("", range(total), sampling.cfg_scale)
     boundary = sampling.boundary if sampling.boundary is not None else model.spec.boundary
     if boundary is None:
         raise ValueError(f"{model.spec.title} is not one of two experts; load it alone")
+    timesteps = enumerate(walking.full.timesteps)
+    switch = sum(is_high(index, timestep, boundary, sampling.boundary_step) for index, timestep in timesteps)
+    high = guided("high", range(switch), sampling.cfg_scale)
+    low = guided("low", range(switch, total), sampling.cfg_scale if sampling.cfg_low is None else sampling.cfg_low)
     return Experts(high, low, boundary, sampling.boundary_step)
 
 

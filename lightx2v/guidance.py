@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightx2v.blocks import RunBlocks, run_blocks
+from lightx2v.blocks import Branch, RunBlocks, run_blocks
 from lightx2v.sampling import Denoiser, Step
 from lightx2v.schedules import TRAIN_STEPS
 
@@ -32,6 +32,8 @@ class Conditioning:
 
 # (latents (B, C, T, H, W), timestep in [0, 1000], cond) -> velocity (B, C, T, H, W) float32
 Velocity = Callable[[Tensor, float, Conditioning], Tensor]
+# which pass of which step -> what computes it
+Passes = Callable[[Step, Branch], Velocity]
 
 
 def velocity_of(network: Callable[[], nn.Module], run: RunBlocks = run_blocks, share: Tensor | None = None) -> Velocity:
@@ -60,7 +62,7 @@ def velocity_of(network: Callable[[], nn.Module], run: RunBlocks = run_blocks, s
 class CFG:
     """Classifier-free guidance (arXiv:2207.12598). scale == 1 runs the conditional pass only."""
 
-    velocity: Velocity
+    passes: Passes
     cond: Conditioning
     uncond: Conditioning | None = None
     scale: float = 1.0
@@ -70,9 +72,9 @@ class CFG:
             raise ValueError(f"cfg_scale={self.scale} needs a negative prompt (it may be empty); or set cfg_scale=1")
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
-        velocity = self.velocity(latents, step.timestep, self.cond)
+        velocity = self.passes(step, "cond")(latents, step.timestep, self.cond)
         if self.scale != 1 and self.uncond is not None:
-            uncond = self.velocity(latents, step.timestep, self.uncond)
+            uncond = self.passes(step, "uncond")(latents, step.timestep, self.uncond)
             velocity = uncond + self.scale * (velocity - uncond)
         return latents - step.sigma * velocity
 
@@ -94,14 +96,16 @@ class Experts:
         if not 0 <= self.boundary <= 1:
             raise ValueError(f"boundary={self.boundary} is a noise level from 0 to 1; Wan2.2 T2V: 0.875, I2V: 0.9")
 
-    def is_high(self, step: Step) -> bool:
-        """Whether the high-noise expert has this step."""
-        if self.boundary_step is not None:
-            return step.index < self.boundary_step
-        return step.timestep >= TRAIN_STEPS * self.boundary
-
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
-        return (self.high if self.is_high(step) else self.low)(latents, step)
+        high = is_high(step.index, step.timestep, self.boundary, self.boundary_step)
+        return (self.high if high else self.low)(latents, step)
+
+
+def is_high(index: int, timestep: float, boundary: float, boundary_step: int | None = None) -> bool:
+    """Whether the high-noise expert has this step; see `Experts`."""
+    if boundary_step is not None:
+        return index < boundary_step
+    return timestep >= TRAIN_STEPS * boundary
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def make_clips(loaded: Loaded, velocity: Velocity, pairs: Sequence[tuple[str, in
     noise = torch.cat([torch.randn(1, 16, 5, 16, 16, generator=torch.Generator().manual_seed(s)) for _, s in pairs])
     cond = Conditioning(torch.cat([loaded.encoder.encode(prompt) for prompt, _ in pairs]).to(device))
     uncond = Conditioning(loaded.encoder.encode("").to(device))
-    denoise = CFG(velocity, cond, uncond if recipe.cfg_scale != 1 else None, recipe.cfg_scale)
+    denoise = CFG(lambda step, branch: velocity, cond, uncond if recipe.cfg_scale != 1 else None, recipe.cfg_scale)
     latents = sample(denoise, noise.to(device), recipe.schedule, recipe.solver())
     half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     with half:

@@ -2,13 +2,15 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from torch import nn
 
+from lightx2v.cache.figures import Figures
+from lightx2v.cache.turn import TimeSignal
 from lightx2v.checkpoint import Header
 from lightx2v.latents import LatentFormat
 from lightx2v_kernels import Kernels
@@ -33,6 +35,8 @@ class ModelSpec:
     reads_clip: bool = False  # has a place for CLIP image tokens
     keeps_frames: bool = False  # a given frame is kept clean among the latents, at timestep 0 (Wan2.2 TI2V)
     boundary: float | None = None  # sigma from which on down the low-noise expert takes over, where there are two
+    time_signal: TimeSignal | None = None  # what TeaCache reads of the timestep; None: no feature caches
+    figures: Mapping[str, Figures] = field(default_factory=dict)  # published; key: what tells checkpoints of one layout
 
 
 @cache

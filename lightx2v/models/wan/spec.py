@@ -9,6 +9,7 @@ from torch import nn
 from lightx2v.checkpoint import Header
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
+from lightx2v.models.wan.caching import PUBLISHED, time_signal
 from lightx2v.models.wan.config import HEAD_DIM, WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import Kernels
@@ -117,6 +118,8 @@ class _Kind:
             reads_clip=self.clip,
             keeps_frames=self.task == "ti2v",
             boundary=self.boundary,
+            time_signal=time_signal,
+            figures=PUBLISHED.get(self.name + suffix, {}),
         )
 
 

@@ -1,0 +1,94 @@
+"""Measuring a checkpoint: everything is computed, and what a cache would have relied on is written down."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightx2v.blocks import Block, Branch, RunBlocks, Walks
+from lightx2v.cache import magcache, teacache
+from lightx2v.cache.figures import Figures
+from lightx2v.cache.turn import Turn
+from lightx2v.cache.walk import time_changes
+
+
+@dataclass
+class _Seen:
+    """Of one network: its turn, and for each branch and step one value a request."""
+
+    turn: Turn
+    ratios: dict[tuple[Branch, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    outputs: dict[tuple[Branch, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    embeddings: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))  # changes: plain, projected
+
+
+class Recorder:
+    """A `CacheFactory` that skips nothing. Pass it to `diffuse` for several whole requests, then ask for `figures`.
+
+    Per branch two token tensors (B, L, D) are kept from step to step.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    def __call__(self, turn: Turn, run: RunBlocks) -> Walks:
+        seen = self._seen.setdefault(turn.expert, _Seen(turn))
+        if seen.turn.timesteps != turn.timesteps:
+            raise ValueError("calibrate with one schedule: steps, shift and scheduler must stay the same")
+        return _recording(turn, run, seen)
+
+    def figures(self, shift: float, expert: str = "") -> Figures:
+        """What was measured of one network. Raises ValueError for too few steps."""
+        seen = self._seen.get(expert)
+        if seen is None or not seen.ratios:
+            raise ValueError(f"nothing was measured of the {expert or 'one'} network: it had no second step")
+        steps = seen.turn.steps
+        output = [_mean(seen.outputs["cond", step] + seen.outputs["uncond", step]) for step in steps[1:]]
+        plain, projected = (teacache.fit(list(zip(embedding, output, strict=True))) for embedding in seen.embeddings)
+        ratios: dict[Branch, tuple[float, ...]] = {
+            branch: (1.0, *(round(_mean(seen.ratios[branch, step]), 5) for step in steps[1:]))
+            for branch in seen.turn.branches
+        }
+        return Figures(
+            "just measured",
+            tea=plain,
+            tea_projected=projected,
+            mag=ratios["cond"],
+            mag_uncond=ratios.get("uncond", ()),
+            steps=len(steps),
+            shift=shift,
+        )
+
+
+def _recording(turn: Turn, run: RunBlocks, seen: _Seen) -> Walks:
+    last: dict[Branch, tuple[Tensor, Tensor]] = {}
+
+    def walks(step: int, branch: Branch) -> RunBlocks:
+        if not seen.embeddings[0]:
+            for changes, projected in zip(seen.embeddings, (False, True), strict=True):
+                changes.extend(time_changes(turn, projected))
+
+        def walk(blocks: Sequence[Block], tokens: Tensor, args: Any) -> Tensor:
+            out = run(blocks, tokens, args)
+            residual = out - tokens
+            if branch in last:
+                before, earlier = last[branch]
+                seen.outputs[branch, step].append(_relative_change(before, out))
+                seen.ratios[branch, step].append(magcache.magnitude_ratio(residual, earlier))
+            last[branch] = out, residual
+            return out
+
+        return walk
+
+    return walks
+
+
+def _relative_change(before: Tensor, after: Tensor) -> float:
+    return ((after - before).abs().mean(dtype=torch.float32) / before.abs().mean(dtype=torch.float32)).item()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,56 @@
+"""Figures: what was measured of one checkpoint, once, so that a cache knows which steps it may skip."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Measured of one network.
+
+    name: where they come from, for messages.
+    tea: TeaCache's polynomial over the change of the time embedding, highest power first; empty where none is known.
+    tea_projected: the same over the projected embedding, for use_ret_steps.
+    mag: MagCache's ratios of the conditional branch, one a step: mean magnitude of the blocks' residual over that of
+        the step before; the first is 1. Empty where none are known.
+    mag_uncond: of the unconditional branch; empty: the same as `mag`.
+    steps, shift: of the schedule that they were measured on; 0 where that is not known.
+    """
+
+    name: str
+    tea: tuple[float, ...] = ()
+    tea_projected: tuple[float, ...] = ()
+    mag: tuple[float, ...] = field(default=(), repr=False)
+    mag_uncond: tuple[float, ...] = field(default=(), repr=False)
+    steps: int = 0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mag_uncond and len(self.mag_uncond) != len(self.mag):
+            raise ValueError(
+                f"{self.name}: {len(self.mag)} MagCache ratios of the conditional branch and {len(self.mag_uncond)} of "
+                "the unconditional one; there is one a step in both"
+            )
+
+    def polynomial(self, projected: bool) -> tuple[float, ...]:
+        """TeaCache's; raises ValueError where none is known."""
+        found = self.tea_projected if projected else self.tea
+        if not found:
+            other = "without" if projected else "with"
+            hint = f", or {other} use_ret_steps" if self.tea or self.tea_projected else ""
+            raise ValueError(
+                f"{self.name}: no TeaCache coefficients {'with' if projected else 'without'} use_ret_steps; "
+                f"{CALIBRATE}{hint}"
+            )
+        return found
+
+    def ratios(self, uncond: bool) -> tuple[float, ...]:
+        """MagCache's; raises ValueError where none are known."""
+        if not self.mag:
+            raise ValueError(f"{self.name}: no MagCache ratios; {CALIBRATE}")
+        return self.mag_uncond if uncond and self.mag_uncond else self.mag
+
+
+CALIBRATE = (
+    "measure them with `python -m lightx2v calibrate --model_path FOLDER`, which writes a .cache.json next to the "
+    "checkpoint, or use another cache"
+)

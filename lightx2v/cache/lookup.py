@@ -1,0 +1,161 @@
+"""Which figures a checkpoint has: measured ones next to its file, or published ones."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightx2v.cache.figures import CALIBRATE, Figures
+from lightx2v.checkpoint.reader import read_bytes
+from lightx2v.config import Cache
+from lightx2v.identify import CheckpointInfo
+from lightx2v.models import specs
+
+log = logging.getLogger(__name__)
+FORMAT = "lightx2v-cache-1"
+ENDING = ".cache.json"
+_SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.(safetensors|gguf|pth|pt)(\.index\.json)?$")
+
+
+def published() -> dict[str, Figures]:
+    """All published figures by name: the variant, and what its checkpoint's name says where one layout is several."""
+    named = ((spec.name, key, figures) for spec in specs() for key, figures in spec.figures.items())
+    return {f"{name}_{key}" if key else name: figures for name, key, figures in named}
+
+
+def figures_for(cache: Cache, infos: Sequence[CheckpointInfo]) -> tuple[Figures, ...]:
+    """Figures of the model, or of the high- and the low-noise expert; () for a cache that reads none.
+
+    First what `cache.figures` names, then a .cache.json next to the checkpoint, then published figures.
+    Raises ValueError saying how to measure a checkpoint that nobody has.
+    """
+    if cache.method == "none":
+        return ()
+    if cache.figures and len(infos) > 1:
+        raise ValueError(
+            f"figures={cache.figures!r}: of two experts each has its own; leave it empty, and calibrate the pair"
+        )
+    return tuple(_named(cache.figures, info) if cache.figures else _own(info, len(infos) > 1) for info in infos)
+
+
+def _named(name: str, info: CheckpointInfo) -> Figures:
+    if name in (known := published()):
+        return known[name]
+    if name.endswith(".json"):
+        return read_figures(Path(name), info, strict=False)
+    raise ValueError(f"figures={name!r} is neither a {ENDING} nor one of {', '.join(known)}")
+
+
+def _own(info: CheckpointInfo, is_expert: bool) -> Figures:
+    beside = figures_path(info.path)
+    if beside.is_file():
+        return read_figures(beside, info)
+    if is_expert or info.expert_hint:
+        raise ValueError(f"{info.path}: nobody publishes cache figures of Wan2.2's experts; {CALIBRATE}")
+    known = info.spec.figures
+    if not known:
+        raise ValueError(f"{info.path}: no cache figures are known for {info.spec.title}; {CALIBRATE}")
+    if len(known) == 1:
+        return next(iter(known.values()))
+    told = f"{info.path.parent.name}/{info.path.name}".lower()
+    found = [figures for key, figures in known.items() if key in told]
+    if len(found) != 1:
+        names = " or ".join(f"{info.spec.name}_{key}" for key in known)
+        raise ValueError(
+            f"{info.path}: {info.spec.title} is published as {' and '.join(known)}, and the name does not say which "
+            f"this is; set figures to {names}, or {CALIBRATE}"
+        )
+    return found[0]
+
+
+def figures_path(checkpoint: Path) -> Path:
+    """Where a checkpoint's measured figures lie: beside the file, the first shard, the index or the folder."""
+    return checkpoint.with_name(_SUFFIX.sub("", checkpoint.name) + ENDING)
+
+
+def fingerprint(info: CheckpointInfo) -> str:
+    """Of a checkpoint: names and shapes of its tensors, and the bytes of one small one that training changes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(info.header.tensors.items()):
+        digest.update(f"{name} {tensor.shape}\n".encode())
+    digest.update(read_bytes(info.header, ["head.modulation"])["head.modulation"])
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """How figures were measured. date: ISO. prompts: how many. size: width, height, frames."""
+
+    date: str
+    prompts: int
+    cfg_scale: float
+    scheduler: str
+    size: tuple[int, int, int]
+
+
+def write_figures(info: CheckpointInfo, figures: Figures, occasion: Occasion, path: Path | None = None) -> Path:
+    """Write a .cache.json, whole or not at all; returns its path (default: next to the checkpoint)."""
+    path = path or figures_path(info.path)
+    checkpoint = {"file": info.path.name, "variant": info.spec.name, "fingerprint": fingerprint(info)}
+    width, height, frames = occasion.size
+    told = {
+        "format": FORMAT,
+        "checkpoint": checkpoint,
+        "measured": {
+            "date": occasion.date,
+            "steps": figures.steps,
+            "shift": figures.shift,
+            "scheduler": occasion.scheduler,
+            "cfg_scale": occasion.cfg_scale,
+            "prompts": occasion.prompts,
+            "width": width,
+            "height": height,
+            "num_frames": frames,
+        },
+        "teacache": {"time": figures.tea, "projected": figures.tea_projected},
+        "magcache": {"cond": figures.mag, "uncond": figures.mag_uncond},
+    }
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_figures(path: Path, info: CheckpointInfo, *, strict: bool = True) -> Figures:
+    """A .cache.json for this checkpoint. Raises ValueError for a damaged one and for one of another model.
+
+    strict: it must have been measured on this very file; else another file of the same variant, such as a quantised
+    one, earns a line in the log.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told["format"] != FORMAT:
+            raise ValueError(f"format {told['format']!r}")
+        checkpoint, measured = told["checkpoint"], told["measured"]
+        figures = Figures(
+            f"{path.name} of {measured['date']}",
+            tea=_floats(told["teacache"]["time"]),
+            tea_projected=_floats(told["teacache"]["projected"]),
+            mag=_floats(told["magcache"]["cond"]),
+            mag_uncond=_floats(told["magcache"]["uncond"]),
+            steps=int(measured["steps"]),
+            shift=float(measured["shift"]),
+        )
+        variant, measured_on = checkpoint["variant"], checkpoint["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as cache figures ({error}); {CALIBRATE}") from error
+    if variant != info.spec.name:
+        raise ValueError(f"{path}: measured on {variant}, the model is {info.spec.name}; {CALIBRATE}")
+    if measured_on != fingerprint(info):
+        if strict:
+            raise ValueError(f"{path}: measured on another checkpoint than {info.path.name}; {CALIBRATE}")
+        log.info("%s was measured on %s, used for %s", path.name, checkpoint["file"], info.path.name)
+    return figures
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
