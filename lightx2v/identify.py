@@ -9,8 +9,8 @@ import torch
 
 from lightx2v.checkpoint import CheckpointError, Header, read_header
 from lightx2v.hints import distilled_hint, expert_hint, task_hint
-from lightx2v.kinds import Kind, kind_of
-from lightx2v.layout import PREFIXES, Layout, plain_dtype, plain_name, read_layout
+from lightx2v.kinds import PREFIXES, Kind, kind_of
+from lightx2v.layout import Layout, plain_dtype, plain_name, read_layout
 from lightx2v.models import ModelSpec, specs
 
 DISTILLED = {"steps": "distilled to few steps", "cfg": "needs no guidance"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lightx2v.checkpoint import Header
 
 Test = Callable[[Header], bool]
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")  # of transformers; a family's names follow
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def _some_width(width: int) -> Test:
     return lambda header: any(info.shape[-1:] == (width,) for info in header.tensors.values())
 
 
+NO_LOADER = "no loader here takes it"
 NOT_YET = "not supported yet"
 AS_LORA = "not a whole model: put it into models/loras and use a LoRA loader"
 AS_TEXT = "load it with LightX2VLoadTextEncoder (models/text_encoders)"
@@ -104,9 +106,16 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "transformer",
         "wan",
-        "a Wan model of a variant that is not known",
-        NOT_YET,
+        "a Wan transformer",
+        "its variant is not supported yet",
         _both(_has("patch_embedding.weight"), _like(r"^blocks\.0\.self_attn\.q\.")),
+    ),
+    Kind(
+        "transformer",
+        "wan",
+        "a Wan transformer in diffusers' layout",
+        "its variant is not supported yet",
+        _like(r"^condition_embedder\.text_embedder\."),
     ),
     Kind(
         "text mapper",
@@ -146,29 +155,35 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "vae",
         "wan2.2",
-        "the Wan2.2 VAE of TI2V-5B",
+        "the Wan2.2 VAE of TI2V-5B, with 48 latent channels",
         AS_VAE,
         _both(_has("decoder.head.0.gamma"), _size("encoder.conv1.weight", 1, 12)),
     ),
     Kind(
         "vae",
         "wan2.2",
-        "the Wan2.2 VAE of TI2V-5B in diffusers' layout",
+        "the Wan2.2 VAE of TI2V-5B in diffusers' layout, with 48 latent channels",
         AS_VAE,
         _both(_has("decoder.norm_out.gamma"), _size("encoder.conv_in.weight", 1, 12)),
     ),
     Kind(
         "vae",
         "wan2.1",
-        "a LightVAE of Wan2.1",
+        "a LightVAE of Wan2.1, with 16 latent channels",
         AS_VAE,
         _both(_has("decoder.head.0.gamma"), _size("encoder.conv1.weight", 0, LIGHTVAE_WIDTH)),
     ),
-    Kind("vae", "wan2.1", "a Wan VAE", AS_VAE, _has("decoder.head.0.gamma", "encoder.conv1.weight")),
     Kind(
         "vae",
         "wan2.1",
-        "a Wan VAE in diffusers' layout",
+        "a Wan2.1 VAE, with 16 latent channels",
+        AS_VAE,
+        _has("decoder.head.0.gamma", "encoder.conv1.weight"),
+    ),
+    Kind(
+        "vae",
+        "wan2.1",
+        "a Wan2.1 VAE in diffusers' layout, with 16 latent channels",
         AS_VAE,
         _has("decoder.norm_out.gamma", "encoder.conv_in.weight"),
     ),
@@ -182,8 +197,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "vae",
         "",
-        "the VAE of another model",
-        "no loader here takes it",
+        "the autoencoder of another model",
+        NO_LOADER,
         _like(r"^(first_stage_model\.)?decoder\.(conv_in|mid|up)"),
     ),
     Kind(
@@ -244,6 +259,22 @@ KINDS: tuple[Kind, ...] = (
         "Wan needs clip_vision_h.safetensors",
         _like(r"(^|\.)vision_model\."),
     ),
+    # What is only part of something known, or of another model.
+    Kind("image encoder", "", "DINOv2", NO_LOADER, _like(r"^encoder\.layer\.\d+\.layer_scale")),
+    Kind(
+        "transformer",
+        "",
+        "a diffusion transformer that is incomplete or of another model",
+        NO_LOADER,
+        _like(r"(^|\.)(self_attn\.q|img_attn_qkv|img_attn\.qkv|attn1?\.to_q|img_in\.proj)\."),
+    ),
+    Kind(
+        "text encoder",
+        "",
+        "a text encoder of another model",
+        NO_LOADER,
+        _like(r"(^|\.)(token_embedding|shared|embed_tokens)\.weight$"),
+    ),
 )
 
 
@@ -253,3 +284,11 @@ def kind_of(header: Header) -> Kind | None:
     header: with the names that `read_layout` gives, or as in the file for LoRAs.
     """
     return next((kind for kind in KINDS if kind.matches(header)), None)
+
+
+def in_words(header: Header) -> str:
+    """What a file is, with its article, for a message of whoever wanted something else."""
+    if not header.tensors:
+        return "a file without tensors"
+    kind = kind_of(header) or kind_of(header.without_prefix(*PREFIXES))
+    return kind.words if kind else f"unknown ({len(header.tensors)} tensors, first '{next(iter(header.tensors))}')"

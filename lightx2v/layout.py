@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.kinds import PREFIXES
 from lightx2v.models.wan.names import from_diffusers
 from lightx2v.quant import FILE_MARK, LAYER_MARK, METADATA_MARK, SCALES, find_packed
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 # What else a file with everything in it carries, and what to call it.
 OTHER_PARTS = {
     "vae.": "the VAE",

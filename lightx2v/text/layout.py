@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightx2v.checkpoint import CheckpointError, Header
-from lightx2v.kinds import kind_of
-from lightx2v.layout import PREFIXES
+from lightx2v.kinds import in_words
 
 EMBEDDED_TOKENIZER = "spiece_model"
 EMBEDDING = "shared.weight"
@@ -117,7 +116,7 @@ def renames(header: Header) -> Callable[[str], str | None]:
         rename = _from_transformers(duplicate=EMBEDDING in names)
     else:
         raise CheckpointError(
-            f"{header.path}: this is {_guess(header)}, not a umT5 text encoder; expected token_embedding.weight "
+            f"{header.path}: this is {in_words(header)}, not a umT5 text encoder; expected token_embedding.weight "
             "(Wan's own file), shared.weight (transformers, ComfyUI) or token_embd.weight (GGUF); use "
             "models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp16.safetensors"
         )
@@ -131,13 +130,6 @@ def _from_transformers(*, duplicate: bool) -> Callable[[str], str | None]:
         return name
 
     return rename
-
-
-def _guess(header: Header) -> str:
-    if not header.tensors:
-        return "a file without tensors"
-    kind = kind_of(header) or kind_of(header.without_prefix(*PREFIXES))
-    return kind.words if kind else f"of a model that is not known (its first tensor is '{next(iter(header.tensors))}')"
 
 
 def sizes(header: Header, rename: Callable[[str], str | None]) -> Sizes:

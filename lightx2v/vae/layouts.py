@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.kinds import in_words
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 
 Rename = Callable[[str], str]
@@ -15,21 +16,6 @@ PREFIXES = ("vae.", "first_stage_model.")  # of a VAE cut out of a larger checkp
 NEEDED = "choose a Wan2.1 VAE (Wan2.1_VAE.pth, wan_2.1_vae.safetensors) or its LightVAE (lightvaew2_1)"
 NEEDED22 = "choose a Wan2.2 VAE (Wan2.2_VAE.pth, wan2.2_vae.safetensors)"
 
-# What else is picked: a pattern that some tensor name of the file matches, and what to call it. First match wins.
-OTHERS: tuple[tuple[str, str], ...] = (
-    (r"lora_|\.diff(_b|_m)?$", "a LoRA"),
-    (r"^encoder\.downsamples\.\d+\.downsamples\.", "the Wan2.2 VAE of TI2V-5B, with 48 latent channels"),
-    (r"^encoder\.down_blocks\.\d+\.downsampler\.", "the Wan2.2 VAE of TI2V-5B, with 48 latent channels"),
-    (r"^encoder\.(downsamples|down_blocks)\.\d+\.residual\.", "a Wan2.1 VAE, with 16 latent channels"),
-    (r"^encoder\.down_blocks\.\d+\.norm1\.gamma$", "a Wan2.1 VAE, with 16 latent channels"),
-    (r"^decoder\.\d+\.conv\.\d+\.weight$", "a tiny autoencoder (TAE)"),
-    (r"^decoder\.(mid|mid_block|up|up_blocks)\.", "the autoencoder of another model"),
-    (r"(^|\.)vision_model\.|^visual\.(patch_embedding|transformer)\.", "an image encoder"),
-    (r"(^|\.)(self_attn\.q|img_attn_qkv|img_attn\.qkv|attn1?\.to_q)\.", "a diffusion transformer"),
-    (r"(^|\.)(patch_embedding|img_in\.proj)\.", "a diffusion transformer"),
-    (r"(^|\.)(token_embedding|shared|embed_tokens)\.weight$", "a text encoder"),
-)
-
 
 def require_wan_layout(header: Header) -> tuple[int, int, Rename]:
     """Base channels, latent channels and the rename to the original key names of a Wan2.1 VAE's header.
@@ -38,7 +24,7 @@ def require_wan_layout(header: Header) -> tuple[int, int, Rename]:
     """
     found = _find(header, 3, from_diffusers)
     if found is None or found[2] != WAN21.channels:
-        raise CheckpointError(f"{header.path}: this is {describe(header)}, not a Wan2.1 VAE; {NEEDED}")
+        raise CheckpointError(f"{header.path}: this is {in_words(header)}, not a Wan2.1 VAE; {NEEDED}")
     _, base, latent, rename = found
     return base, latent, rename
 
@@ -47,7 +33,7 @@ def require_wan22_layout(header: Header) -> tuple[int, int, int, Rename]:
     """Base channels of encoder and decoder, latent channels, and the rename, of a Wan2.2 VAE's header; or as above."""
     found = _find(header, 12, from_diffusers22)
     if found is None or found[2] != WAN22.channels:
-        raise CheckpointError(f"{header.path}: this is {describe(header)}, not a Wan2.2 VAE; {NEEDED22}")
+        raise CheckpointError(f"{header.path}: this is {in_words(header)}, not a Wan2.2 VAE; {NEEDED22}")
     return found
 
 
@@ -57,13 +43,7 @@ def require_any_layout(header: Header) -> LatentFormat:
         found = _find(header, pixels, rename)
         if found is not None and found[2] == space.channels:
             return space
-    raise CheckpointError(f"{header.path}: this is {describe(header)}, not a Wan VAE; {NEEDED}, or {NEEDED22}")
-
-
-def describe(header: Header) -> str:
-    """What a file is that is not the VAE asked for, in words."""
-    what = next((what for pattern, what in OTHERS if any(re.search(pattern, name) for name in header.tensors)), None)
-    return what or f"unknown ({len(header.tensors)} tensors, first '{next(iter(header.tensors), None)}')"
+    raise CheckpointError(f"{header.path}: this is {in_words(header)}, not a Wan VAE; {NEEDED}, or {NEEDED22}")
 
 
 def _find(header: Header, pixels: int, diffusers: Rename) -> tuple[int, int, int, Rename] | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.kinds import in_words
 
 HEAD_DIM = 80  # of ViT-H/14: 1280 channels, 16 heads. No shape in a file tells it; every other ViT has another.
 SCALE = "_scale"  # a quantised `weight` has its scale in `weight_scale`, a number for each row
@@ -54,17 +55,6 @@ _RESHAPE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 _CLASS_TOKENS = {"visual.cls_embedding", "vision_model.embeddings.class_embedding", "embeddings.class_embedding"}
-
-# What else is picked: a pattern that some tensor name matches, and what to call it. First match wins.
-_OTHERS: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)vision_model\.head\.probe$", "SigLIP, the image encoder of HunyuanVideo-1.5"),
-    (r"^visual\.transformer\.resblocks\.", "an image encoder in open_clip's layout, which is not supported"),
-    (r"^encoder\.layer\.\d+\.layer_scale", "DINOv2"),
-    (r"lora_|\.diff(_b|_m)?$", "a LoRA"),
-    (r"^(model\.diffusion_model\.)?patch_embedding\.weight$", "a diffusion model"),
-    (r"^(decoder|encoder)\.(conv|middle|up|down)", "a VAE"),
-    (r"(^|\.)(token_embedding|shared|embed_tokens)\.weight$", "a text encoder"),
-)
 
 
 @dataclass(frozen=True)
@@ -148,9 +138,7 @@ def shapes(header: Header) -> dict[str, tuple[int, ...]]:
 
 def _require_encoder(header: Header) -> None:
     if not header.tensors.keys() & _CLASS_TOKENS:
-        what = next((words for pattern, words in _OTHERS if any(re.search(pattern, n) for n in header.tensors)), None)
-        what = what or f"unknown ({len(header.tensors)} tensors, first '{next(iter(header.tensors), None)}')"
-        raise CheckpointError(f"{header.path}: this is {what}, not Wan2.1's image encoder; {NEEDED}")
+        raise CheckpointError(f"{header.path}: this is {in_words(header)}, not Wan2.1's image encoder; {NEEDED}")
 
 
 def sizes(header: Header) -> Sizes:

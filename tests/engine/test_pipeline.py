@@ -128,7 +128,7 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
         LightX2VPipeline(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no transformer here; looked for diffusion_pytorch_model"):
         LightX2VPipeline(tmp_path)
-    with pytest.raises(CheckpointError, match="a Wan VAE; load it with"):
+    with pytest.raises(CheckpointError, match="a Wan2.1 VAE, with 16 latent channels; load it with"):
         LightX2VPipeline(folder, dit_original_ckpt=folder / "Wan2.1_VAE.safetensors")
     pipe = LightX2VPipeline(folder)
     with pytest.raises(NotImplementedError, match="'block' is not supported yet; use offload_granularity='model'"):

@@ -233,9 +233,9 @@ def wrong_states(state: dict[str, Tensor], proto: bytes) -> dict[str, tuple[dict
     patch = {"patch_embedding.weight": torch.zeros(2), "blocks.0.self_attn.q.weight": torch.zeros(2)}
     vae = {"decoder.head.0.gamma": torch.zeros(2), "encoder.conv1.weight": torch.zeros(2)}
     return {
-        "vae": (vae, "this is a Wan VAE, not a umT5 text encoder"),
-        "dit": (patch, "this is a Wan model of a variant"),
-        "clip": ({"text_model.x": torch.zeros(2)}, "first tensor is 'text_model.x'"),
+        "vae": (vae, "this is a Wan2.1 VAE, with 16 latent channels, not a umT5 text encoder"),
+        "dit": (patch, "this is a Wan transformer, not a umT5"),
+        "clip": ({"text_model.x": torch.zeros(2)}, "unknown .2 tensors, first 'text_model.x'"),
         "empty": ({}, "a file without tensors"),
         "fp8": (
             state | fp8 | {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)},

@@ -97,7 +97,7 @@ def test_what_is_no_model_to_run_is_named(name: str, models: Path) -> None:
         ("lightx2v_wan2.1_t2v_14B_int8", "int8 weights (a scale a row), dequantised on load"),
         ("gguf_wan2.2_i2v_A14B_Q4_K_M", "gguf weights (Q4_K), dequantised on load"),
         ("lightx2v_wan2.2_t2v_A14B_fp8", "high-noise expert by its name, distilled to few steps by its name)"),
-        ("comfyui_wan_2.1_vae", "a Wan VAE; load it with LightX2VLoadVAE (models/vae) (194 tensors, fp16, 253.8 MB)"),
+        ("comfyui_wan_2.1_vae", "channels; load it with LightX2VLoadVAE (models/vae) (194 tensors, fp16, 253.8 MB)"),
     ],
 )
 def test_described_in_words(name: str, said: str, models: Path) -> None:

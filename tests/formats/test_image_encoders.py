@@ -43,10 +43,10 @@ def test_scales_belong_to_the_quantised_weights_only(tmp_path: Path) -> None:
 
 REFUSED = [
     ("comfyui_sigclip_vision_patch14_384", "SigLIP, the image encoder of HunyuanVideo-1.5, not Wan2.1's image encoder"),
-    ("comfyui_wan_2.1_vae", "a VAE, not"),
-    ("comfyui_umt5_xxl_fp16", "a text encoder, not"),
-    ("wan2.1_i2v_14B", "a diffusion model, not"),
-    ("lora_kijai_lightx2v_i2v_14B_rank64_bf16", "a LoRA, not"),
+    ("comfyui_wan_2.1_vae", "a Wan2.1 VAE, with 16 latent channels, not"),
+    ("comfyui_umt5_xxl_fp16", "a umT5 text encoder, not"),
+    ("wan2.1_i2v_14B", "a Wan transformer, not"),
+    ("lora_kijai_lightx2v_i2v_14B_rank64_bf16", "a LoRA of Wan, not"),
 ]
 
 
