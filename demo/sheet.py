@@ -16,8 +16,8 @@ MODEL = Path(__file__).parent / "models" / "wan2.1_t2v"
 PAIRS = (
     ("a red circle moves right over a white background", 42),
     ("a blue triangle moves up over a gray background", 1),
-    ("a yellow cross moves down left on a navy background", 1),
-    ("a green square moves down over a black background", 3),
+    ("a yellow ring moves down left on a navy background", 1),
+    ("a green square spins over vertical navy and black stripes", 3),
 )
 GAP = 8  # pixels between clips
 FRAME_MS, LAST_MS = 80, 700
