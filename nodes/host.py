@@ -114,13 +114,22 @@ def _answer(question: Callable[[Path], Any], path: str, size: int, modified: int
 
 
 def _version(path: str) -> tuple[int, int]:
-    """Bytes and time of change, of a folder's files together."""
+    """Bytes and time of change of a file; of a folder's files together, and of all shards of a set."""
     try:
-        members = os.scandir(path) if os.path.isdir(path) else (Path(path),)
-        stats = [member.stat() for member in members]
+        stats = [member.stat() for member in _members(path)]
     except OSError:
         return 0, 0
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def _members(path: str) -> list[Any]:
+    if os.path.isdir(path):
+        return list(os.scandir(path))
+    shard = SHARD.match(os.path.basename(path))
+    if shard is None:
+        return [Path(path)]
+    beside = ((SHARD.match(entry.name), entry) for entry in os.scandir(os.path.dirname(path)))
+    return [entry for match, entry in beside if match and match["stem"] == shard["stem"]]
 
 
 def locate(category: str, name: str) -> Path:
@@ -192,6 +201,12 @@ def on_gpu(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int) -> t
     """Bring a handle's weights to its device, evicting others for them and for `activation_bytes` beside them."""
     mm.load_models_gpu([handle], memory_required=activation_bytes)
     return handle.load_device
+
+
+def make_room(device: torch.device, size: int) -> None:
+    """Push other models off a device until `size` bytes are free; nothing to do on the CPU."""
+    if device.type != "cpu":
+        mm.free_memory(size, device)
 
 
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:

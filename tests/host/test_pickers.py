@@ -65,6 +65,15 @@ def test_a_new_file_is_listed_and_a_changed_one_is_asked_again(host, folder) -> 
         new.unlink()
 
 
+def test_a_set_is_listed_once_its_last_shard_is_there(host, folder) -> None:
+    first, second = (f"{NAME}/one_shard_of_two/m-0000{index}-of-00002.safetensors" for index in (1, 2))
+    shard, aside = folder.parent / second, folder.parent / "aside"
+    shard.rename(aside)
+    assert first not in options(host, "LightX2VLoadModel", "original_ckpt")
+    aside.rename(shard)
+    assert first in options(host, "LightX2VLoadModel", "original_ckpt")
+
+
 def sampled(models, **picked: str) -> Graph:
     graph = {**base(models), "sample": our_sampler(steps=1, cfg=1.0)}
     graph["ours"] = node("LightX2VLoadModel", **picked)
