@@ -1,4 +1,4 @@
-"""The command line: `python -m lightx2v generate | inspect | doctor`."""
+"""The command line: `python -m lightx2v generate | calibrate | inspect | doctor`."""
 
 import argparse
 import logging
@@ -7,21 +7,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from lightx2v import __version__
+from lightx2v.cache.calibration import PROMPTS
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import DTYPES, SCHEDULERS
 from lightx2v.identify import recognise
 from lightx2v.schedules import parse_step_list
 from lightx2v_kernels import UnsupportedBackendError, registry
 
+if TYPE_CHECKING:
+    from lightx2v.pipeline import LightX2VPipeline
+
 ROLES = {"high": "high_noise_model", "low": "low_noise_model"}
 
 
-def generate(args: argparse.Namespace) -> None:
-    """One video from a prompt."""
+def _pipeline(args: argparse.Namespace) -> "LightX2VPipeline":
     from lightx2v.pipeline import LightX2VPipeline
 
     pipe = LightX2VPipeline(
@@ -51,6 +55,21 @@ def generate(args: argparse.Namespace) -> None:
         scheduler=args.scheduler,
         dtype=args.dtype,
     )
+    return pipe
+
+
+def generate(args: argparse.Namespace) -> None:
+    """One video from a prompt."""
+    pipe = _pipeline(args)
+    pipe.enable_cache(
+        args.cache_method,
+        teacache_thresh=args.teacache_thresh,
+        use_ret_steps=args.use_ret_steps,
+        magcache_K=args.magcache_K,
+        magcache_thresh=args.magcache_thresh,
+        magcache_retention_ratio=args.magcache_retention_ratio,
+        figures=args.cache_figures,
+    )
     pipe.generate(
         args.seed,
         args.prompt,
@@ -62,6 +81,16 @@ def generate(args: argparse.Namespace) -> None:
     )
     described = pipe.describe(args.image_path or args.last_frame_path)
     print(f"{args.save_result_path}: {described}, seed {args.seed}, prompt: {args.prompt}")
+    for report in pipe.cache_reports:
+        print(f"  {report.describe()}")
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Measure a model for its feature caches; a .cache.json next to each transformer."""
+    prompts, images = args.prompt or PROMPTS, {"image_path": args.image_path, "last_frame_path": args.last_frame_path}
+    written = _pipeline(args).calibrate(prompts, args.seed, args.negative_prompt, **images, progress=not args.quiet)
+    for path in written:
+        print(f"{path}: measured on {len(prompts)} prompts")
 
 
 def parse_lora(text: str) -> dict[str, object]:
@@ -143,8 +172,20 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="make one video")
     command.set_defaults(run=generate)
     _add_model(command.add_argument_group("model"))
-    _add_request(command.add_argument_group("what to make"))
+    request = command.add_argument_group("what to make")
+    request.add_argument("--prompt", required=True)
+    request.add_argument("--save_result_path", default="lightx2v_gen_result.mp4", help="an .mp4")
+    _add_request(request)
     _add_sampling(command.add_argument_group("how to make it"))
+    _add_cache(command.add_argument_group("which steps may reuse earlier results"))
+
+    command = commands.add_parser("calibrate", help="measure a model for its feature caches")
+    command.set_defaults(run=calibrate)
+    _add_model(command.add_argument_group("model"))
+    request = command.add_argument_group("what to make while measuring")
+    request.add_argument("--prompt", action="append", help="may be given several times; default: four of its own")
+    _add_request(request)
+    _add_sampling(command.add_argument_group("how to make it: as it will be used"))
 
     command = commands.add_parser("inspect", help="say what a checkpoint is")
     command.set_defaults(run=inspect)
@@ -173,7 +214,6 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_request(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt", required=True)
     group.add_argument("--negative_prompt", default="")
     group.add_argument("--image_path", help="the first frame, for i2v and flf2v")
     group.add_argument("--last_frame_path", help="the last frame, for flf2v")
@@ -186,7 +226,6 @@ def _add_request(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num_frames", type=int, default=81, help="4n + 1")
     group.add_argument("--fps", type=int, default=None, help="of the file; default: 16, TI2V-5B 24")
     group.add_argument("--seed", type=int, default=42)
-    group.add_argument("--save_result_path", default="lightx2v_gen_result.mp4", help="an .mp4")
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -201,6 +240,19 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     change = "noise level from 0 to 1 at which the experts change; default: the model's own"
     group.add_argument("--boundary", type=float, help=change)
     group.add_argument("--boundary_step_index", type=int, help="or the number of steps of the high-noise expert")
+
+
+def _add_cache(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--cache_method", choices=("None", "Tea", "Mag"), default="None", help="TeaCache or MagCache")
+    figures = "a .cache.json or the name of published ones; default: the checkpoint's own"
+    group.add_argument("--cache_figures", default="", help=figures)
+    more = "error that may add up before a step is computed again; 0 is off"
+    group.add_argument("--teacache_thresh", type=float, default=0.15, help=more)
+    group.add_argument("--use_ret_steps", action="store_true", help="TeaCache: compute the first 5 steps")
+    group.add_argument("--magcache_thresh", type=float, default=0.24, help=more)
+    group.add_argument("--magcache_K", type=int, default=6, help="steps skipped in a row at most")
+    retention = "share of the steps computed at the start"
+    group.add_argument("--magcache_retention_ratio", type=float, default=0.2, help=retention)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

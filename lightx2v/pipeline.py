@@ -4,12 +4,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightx2v.config import Engine, Request, Sampling
+from lightx2v.cache.calibration import Recorder
+from lightx2v.cache.choice import choose, save
+from lightx2v.cache.figures import given
+from lightx2v.cache.turn import CacheFactory
+from lightx2v.cache.walk import CacheReport
+from lightx2v.config import Cache, Engine, Request, Sampling
 from lightx2v.diffuse import Hooks, Start, diffuse, schedule_of
 from lightx2v.fitting import check_given, check_images, check_pair, check_task
 from lightx2v.folder import ModelFolder
@@ -26,6 +32,7 @@ from lightx2v.vae.padded import encode_padded
 from lightx2v.vae.stream import decode
 
 log = logging.getLogger(__name__)
+CACHE_METHODS = {"none": "none", "nocaching": "none", "tea": "teacache", "mag": "magcache"}
 RESIZE_MODES = (None, "fixed_shape")
 EXPERT_NAMES = {"high_noise_model": "high", "low_noise_model": "low"}
 
@@ -96,7 +103,9 @@ class LightX2VPipeline:
                 raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {right}, not {model_cls!r}")
         if len(infos) == 2:
             check_pair(*infos)
-        self._info, self._task = infos[0], task
+        self._infos, self._info, self._task = infos, infos[0], task
+        self._cache: CacheFactory | None = None
+        self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._parts = Parts(folder, infos, chosen)
         self._engine, self._loras, self._lora_how = Engine(), tuple[Lora, ...](), "auto"
@@ -174,6 +183,48 @@ class LightX2VPipeline:
                 f"offload_granularity={offload_granularity!r} is not supported yet; use offload_granularity='model'"
             )
         self._set_engine(replace(self._engine, offload="model" if cpu_offload else "none"))
+
+    def enable_cache(
+        self,
+        cache_method: str = "Tea",
+        coefficients: Sequence[Sequence[float]] | Sequence[float] = (),
+        teacache_thresh: float = 0.15,
+        use_ret_steps: bool = False,
+        magcache_calibration: bool = False,
+        magcache_K: int = 6,
+        magcache_thresh: float = 0.24,
+        magcache_retention_ratio: float = 0.2,
+        magcache_ratios: Sequence[Sequence[float]] | Sequence[float] = (),
+        *,
+        figures: str | Path = "",
+    ) -> None:
+        """Reuse results between steps: cache_method "Tea" or "Mag"; "None" computes all again.
+
+        coefficients, magcache_ratios: see `lightx2v.cache.figures.given`; empty: the checkpoint's, or `figures`: the
+        name of published ones, or a .cache.json. The thresholds are errors that may add up; 0 is off.
+        magcache_calibration: skip nothing, measure, and write a .cache.json next to the checkpoint after each video.
+        Raises ValueError for a checkpoint whose figures nobody has.
+        """
+        _require("cache_method", cache_method.lower(), tuple(CACHE_METHODS))
+        method = CACHE_METHODS[cache_method.lower()]
+        threshold = teacache_thresh if method == "teacache" else magcache_thresh
+        cache = Cache(method, threshold, use_ret_steps, magcache_K, magcache_retention_ratio, str(figures))
+        told = given(coefficients, magcache_ratios)
+        self._cache = Recorder() if magcache_calibration else choose(cache, self._infos, self._note, told)
+
+    def calibrate(self, prompts: Sequence[str], seed: int = 42, negative_prompt: str = "", **images: Any) -> list[Path]:
+        """Measure the model for its caches: a whole video for each prompt at the settings of `create_generator`.
+
+        images: image_path and last_frame_path, for models that take them; progress.
+        Returns the files written, one next to each transformer.
+        """
+        before, self._cache = self._cache, Recorder()
+        try:
+            for index, prompt in enumerate(prompts):
+                self.generate(seed + index, prompt, negative_prompt, return_result_tensor=True, **images)
+            return save(self._cache, self._infos, self._request)
+        finally:
+            self._cache = before
 
     def enable_lora(self, lora_configs: Sequence[Mapping[str, object]], lora_dynamic_apply: bool = False) -> None:
         """Use LoRAs: [{"path": ..., "strength": 1.0, "name": "high_noise_model"}, ...].
@@ -300,8 +351,15 @@ class LightX2VPipeline:
     def _sample(
         self, request: Request, cond: Conditioning, uncond: Conditioning | None, begin: Start, hooks: Hooks
     ) -> Tensor:
+        self.cache_reports = ()
         with self._parts.model(self._engine, self._loras, self._lora_how) as model:
-            return diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks)
+            latents = diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks, cache=self._cache)
+        if isinstance(self._cache, Recorder):
+            save(self._cache, self._infos, request)
+        return latents
+
+    def _note(self, report: CacheReport) -> None:
+        self.cache_reports = (*self.cache_reports, report)
 
     def _decode(self, latents: Tensor, progress: bool) -> Tensor:
         with tqdm(desc="decode", unit="frame", disable=not progress, leave=False) as bar:

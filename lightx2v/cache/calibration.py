@@ -14,6 +14,15 @@ from lightx2v.cache.figures import Figures
 from lightx2v.cache.turn import Turn
 from lightx2v.cache.walk import time_changes
 
+FEWEST = 7  # steps: 6 changes, the fewest that a polynomial of degree 4 can be fitted to rather than drawn through
+# Different in motion, subject and light; for models that were trained on anything.
+PROMPTS = (
+    "A sailing boat crosses a rough sea under dark clouds, waves breaking over its bow.",
+    "Close-up of an old watchmaker at his bench, lamplight, his hands turn a tiny screw.",
+    "A red fox runs through a snowy forest towards the camera and stops.",
+    "A slow flight over a city at dusk, windows lighting up, cars moving along the avenues.",
+)
+
 
 @dataclass
 class _Seen:
@@ -34,17 +43,28 @@ class Recorder:
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
 
+    @property
+    def requests(self) -> int:
+        """Whole requests measured so far."""
+        return min((len(values) for seen in self._seen.values() for values in seen.ratios.values()), default=0)
+
     def __call__(self, turn: Turn, run: RunBlocks) -> Walks:
+        """Raises ValueError for a network with too few steps, and for a part of a schedule."""
+        if len(turn.ran) < FEWEST or turn.ran != turn.steps:
+            raise ValueError(
+                f"a calibration needs {FEWEST} steps or more of each network, from the first to the last; this one "
+                f"runs {len(turn.ran)} of {len(turn.steps)}: use 20 steps or more, with two experts 40"
+            )
         seen = self._seen.setdefault(turn.expert, _Seen(turn))
         if seen.turn.timesteps != turn.timesteps:
             raise ValueError("calibrate with one schedule: steps, shift and scheduler must stay the same")
         return _recording(turn, run, seen)
 
     def figures(self, shift: float, expert: str = "") -> Figures:
-        """What was measured of one network. Raises ValueError for too few steps."""
-        seen = self._seen.get(expert)
-        if seen is None or not seen.ratios:
-            raise ValueError(f"nothing was measured of the {expert or 'one'} network: it had no second step")
+        """What was measured of one network, expert "high", "low" or "". Raises ValueError before a request ran."""
+        if not self.requests:
+            raise ValueError("nothing was measured yet: run a request with this as its cache")
+        seen = self._seen[expert]
         steps = seen.turn.steps
         output = [_mean(seen.outputs["cond", step] + seen.outputs["uncond", step]) for step in steps[1:]]
         plain, projected = (teacache.fit(list(zip(embedding, output, strict=True))) for embedding in seen.embeddings)

@@ -1,6 +1,8 @@
 """Figures: what was measured of one checkpoint, once, so that a cache knows which steps it may skip."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,24 @@ CALIBRATE = (
     "measure them with `python -m lightx2v calibrate --model_path FOLDER`, which writes a .cache.json next to the "
     "checkpoint, or use another cache"
 )
+
+
+def given(coefficients: Sequence[Any], ratios: Sequence[Any]) -> Figures | None:
+    """Figures as LightX2V's configs hold them, or None where both are empty.
+
+    coefficients: [with use_ret_steps, without], or one polynomial for either; highest power first.
+    ratios: [conditional, unconditional], or one list for both; one number a step.
+    """
+    if not coefficients and not ratios:
+        return None
+    with_ret, without = _pair("coefficients", coefficients)
+    cond, uncond = _pair("magcache_ratios", ratios)
+    return Figures("given", tea=without, tea_projected=with_ret, mag=cond, mag_uncond=uncond)
+
+
+def _pair(name: str, values: Sequence[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    lists = list(values) if values and isinstance(values[0], Sequence) else [values, values]
+    if len(lists) != 2:
+        raise ValueError(f"{name}={values!r}: give one list of numbers, or two of them")
+    first, second = (tuple(float(number) for number in numbers) for numbers in lists)
+    return first, second

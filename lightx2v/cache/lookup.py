@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,14 @@ def figures_for(cache: Cache, infos: Sequence[CheckpointInfo]) -> tuple[Figures,
         raise ValueError(
             f"figures={cache.figures!r}: of two experts each has its own; leave it empty, and calibrate the pair"
         )
-    return tuple(_named(cache.figures, info) if cache.figures else _own(info, len(infos) > 1) for info in infos)
+    if cache.figures:
+        return (_named(cache.figures, infos[0]),)
+    return tuple(_own(info, role) for info, role in zip(infos, roles(infos), strict=True))
+
+
+def roles(infos: Sequence[CheckpointInfo]) -> tuple[str, ...]:
+    """What each checkpoint is in a model. The same file may be a model of its own and an expert, with other steps."""
+    return ("alone",) if len(infos) == 1 else ("high", "low")
 
 
 def _named(name: str, info: CheckpointInfo) -> Figures:
@@ -50,11 +57,11 @@ def _named(name: str, info: CheckpointInfo) -> Figures:
     raise ValueError(f"figures={name!r} is neither a {ENDING} nor one of {', '.join(known)}")
 
 
-def _own(info: CheckpointInfo, is_expert: bool) -> Figures:
+def _own(info: CheckpointInfo, role: str) -> Figures:
     beside = figures_path(info.path)
     if beside.is_file():
-        return read_figures(beside, info)
-    if is_expert or info.expert_hint:
+        return read_figures(beside, info, role)
+    if role != "alone" or info.expert_hint:
         raise ValueError(f"{info.path}: nobody publishes cache figures of Wan2.2's experts; {CALIBRATE}")
     known = info.spec.figures
     if not known:
@@ -88,44 +95,46 @@ def fingerprint(info: CheckpointInfo) -> str:
 
 @dataclass(frozen=True)
 class Occasion:
-    """How figures were measured. date: ISO. prompts: how many. size: width, height, frames."""
+    """How figures were measured. date: ISO. prompts: how many. width, height: pixels."""
 
     date: str
     prompts: int
     cfg_scale: float
     scheduler: str
-    size: tuple[int, int, int]
+    width: int
+    height: int
+    num_frames: int
 
 
-def write_figures(info: CheckpointInfo, figures: Figures, occasion: Occasion, path: Path | None = None) -> Path:
-    """Write a .cache.json, whole or not at all; returns its path (default: next to the checkpoint)."""
-    path = path or figures_path(info.path)
+def write_figures(info: CheckpointInfo, role: str, figures: Figures, occasion: Occasion) -> Path:
+    """Write figures into the .cache.json next to a checkpoint, whole or not at all; returns its path.
+
+    Figures of the same checkpoint in another role stay.
+    """
+    path = figures_path(info.path)
     checkpoint = {"file": info.path.name, "variant": info.spec.name, "fingerprint": fingerprint(info)}
-    width, height, frames = occasion.size
-    told = {
-        "format": FORMAT,
-        "checkpoint": checkpoint,
-        "measured": {
-            "date": occasion.date,
-            "steps": figures.steps,
-            "shift": figures.shift,
-            "scheduler": occasion.scheduler,
-            "cfg_scale": occasion.cfg_scale,
-            "prompts": occasion.prompts,
-            "width": width,
-            "height": height,
-            "num_frames": frames,
-        },
+    measured = {"steps": figures.steps, "shift": figures.shift, **asdict(occasion)}
+    entry = {
+        "measured": measured,
         "teacache": {"time": figures.tea, "projected": figures.tea_projected},
         "magcache": {"cond": figures.mag, "uncond": figures.mag_uncond},
     }
+    kept = {}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["format"] == FORMAT and before["checkpoint"]["fingerprint"] == checkpoint["fingerprint"]:
+            kept = dict(before["roles"])
+    except (OSError, ValueError, KeyError, TypeError):
+        log.debug("%s: written anew", path)
+    told = {"format": FORMAT, "checkpoint": checkpoint, "roles": {**kept, role: entry}}
+    text = re.sub(r"\[[^\]{]*\]", lambda match: " ".join(match[0].split()), json.dumps(told, indent=1))
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def read_figures(path: Path, info: CheckpointInfo, *, strict: bool = True) -> Figures:
+def read_figures(path: Path, info: CheckpointInfo, role: str = "alone", *, strict: bool = True) -> Figures:
     """A .cache.json for this checkpoint. Raises ValueError for a damaged one and for one of another model.
 
     strict: it must have been measured on this very file; else another file of the same variant, such as a quantised
@@ -135,26 +144,30 @@ def read_figures(path: Path, info: CheckpointInfo, *, strict: bool = True) -> Fi
         told = json.loads(path.read_text(encoding="utf-8"))
         if told["format"] != FORMAT:
             raise ValueError(f"format {told['format']!r}")
-        checkpoint, measured = told["checkpoint"], told["measured"]
-        figures = Figures(
-            f"{path.name} of {measured['date']}",
-            tea=_floats(told["teacache"]["time"]),
-            tea_projected=_floats(told["teacache"]["projected"]),
-            mag=_floats(told["magcache"]["cond"]),
-            mag_uncond=_floats(told["magcache"]["uncond"]),
-            steps=int(measured["steps"]),
-            shift=float(measured["shift"]),
-        )
+        checkpoint = told["checkpoint"]
         variant, measured_on = checkpoint["variant"], checkpoint["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as cache figures ({error}); {CALIBRATE}") from error
+        entries = {name: _entry(path.name, entry) for name, entry in told["roles"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read as cache figures ({error!r}); {CALIBRATE}") from error
     if variant != info.spec.name:
         raise ValueError(f"{path}: measured on {variant}, the model is {info.spec.name}; {CALIBRATE}")
+    if role not in entries:
+        raise ValueError(f"{path}: measured {' and '.join(entries)}, not {role}; {CALIBRATE}")
     if measured_on != fingerprint(info):
         if strict:
             raise ValueError(f"{path}: measured on another checkpoint than {info.path.name}; {CALIBRATE}")
         log.info("%s was measured on %s, used for %s", path.name, checkpoint["file"], info.path.name)
-    return figures
+    return entries[role]
+
+
+def _entry(file: str, entry: Mapping[str, Any]) -> Figures:
+    measured, tea, mag = entry["measured"], entry["teacache"], entry["magcache"]
+    return Figures(
+        f"{file} of {measured['date']}",
+        *(_floats(values) for values in (tea["time"], tea["projected"], mag["cond"], mag["uncond"])),
+        steps=int(measured["steps"]),
+        shift=float(measured["shift"]),
+    )
 
 
 def _floats(values: Any) -> tuple[float, ...]:
