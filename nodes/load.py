@@ -14,14 +14,17 @@ from lightx2v.config import DTYPES, Engine
 from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import compute_dtype, load_transformer, with_attention
+from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
 from lightx2v.memory import transformer_activation_bytes
 from lightx2v.text import umt5
 from lightx2v.vae import stream
 from lightx2v.vae.loading import VAE, VAEInfo, identify_vae, load_vae
 
 from . import host
+from .lora import LoraStack
 
 MODELS = "diffusion_models"
+MERGE_BYTES = 1 << 30  # beside other models while LoRAs are merged; the largest weight of Wan 14B is 0.28 GB in float32
 NONE = "none"
 EXPERTS = tuple((f"{role}_original_ckpt", f"{role}_quantized_ckpt") for role in ("high_noise", "low_noise"))
 
@@ -31,6 +34,7 @@ class LoadedTransformer(host.EngineHandle):
 
     info: CheckpointInfo
     engine: Engine
+    loras: Applied
 
     def network(self, attention: str) -> nn.Module:
         """The transformer with the attention backend that the sampler asks for; weights are shared, never copied."""
@@ -82,6 +86,7 @@ class LightX2VLoadModel(io.ComfyNode):
                     tooltip="The same models in fp8, int8 or GGUF (Wan 14B: 14.5 GB in fp8), restored to the compute "
                     "type while loading. Set original_ckpt to none to use it.",
                 ),
+                _lora_input("LoRAs for this model"),
             ],
             outputs=[host.Model.Output("model", display_name="model")],
         )
@@ -91,9 +96,15 @@ class LightX2VLoadModel(io.ComfyNode):
         return _fingerprint(original_ckpt, quantized_ckpt)
 
     @classmethod
-    def execute(cls, original_ckpt: str = NONE, dtype: str = "auto", quantized_ckpt: str = NONE) -> io.NodeOutput:
+    def execute(
+        cls,
+        original_ckpt: str = NONE,
+        dtype: str = "auto",
+        quantized_ckpt: str = NONE,
+        lora: tuple[Lora, ...] = (),
+    ) -> io.NodeOutput:
         info = identify(_chosen("original_ckpt", original_ckpt, "quantized_ckpt", quantized_ckpt))
-        return io.NodeOutput(_loaded(info, Engine(dtype=dtype)))
+        return io.NodeOutput(_loaded(info, Engine(dtype=dtype), for_expert(lora, info.expert_hint)))
 
 
 class LightX2VLoadModelMoE(io.ComfyNode):
@@ -110,6 +121,7 @@ class LightX2VLoadModelMoE(io.ComfyNode):
                 *cls._pickers("high_noise", "composition and motion, the first steps", original, quantised),
                 *cls._pickers("low_noise", "detail, the remaining steps", original, quantised),
                 _dtype_input(),
+                _lora_input("LoRAs for the experts, each as its own 'expert' says"),
             ],
             outputs=[host.Model.Output("model", display_name="model")],
         )
@@ -138,14 +150,15 @@ class LightX2VLoadModelMoE(io.ComfyNode):
         return _fingerprint(*(inputs.get(name, NONE) for role in EXPERTS for name in role))
 
     @classmethod
-    def execute(cls, dtype: str = "auto", **picked: str) -> io.NodeOutput:
+    def execute(cls, dtype: str = "auto", lora: tuple[Lora, ...] = (), **picked: str) -> io.NodeOutput:
         first, second = (
             identify(_chosen(original, picked.get(original, NONE), quantised, picked.get(quantised, NONE)))
             for original, quantised in EXPERTS
         )
         require_pair(first, second)
         engine = Engine(dtype=dtype)
-        return io.NodeOutput(LoadedExperts(_loaded(first, engine), _loaded(second, engine)))
+        high, low = for_expert(lora, "high"), for_expert(lora, "low")
+        return io.NodeOutput(LoadedExperts(_loaded(first, engine, high), _loaded(second, engine, low)))
 
 
 def _dtype_input() -> io.Input:
@@ -156,6 +169,15 @@ def _dtype_input() -> io.Input:
         optional=True,
         tooltip="Compute type. auto: the file's half precision on a GPU, fp32 on the CPU. "
         "Wan 14B is 28.6 GB in bf16 or fp16 and 57.2 GB in fp32.",
+    )
+
+
+def _lora_input(what: str) -> io.Input:
+    return LoraStack.Input(
+        "lora",
+        optional=True,
+        tooltip=f"{what}, from LoRA (LightX2V), any number of them (0.6 GB each at rank 64 for 14B in bf16). They are "
+        "added to the weights while loading and cost nothing per step.",
     )
 
 
@@ -184,10 +206,15 @@ def _chosen(original: str, original_name: str, quantised: str, quantised_name: s
     return host.locate(MODELS, names[0])
 
 
-def _loaded(info: CheckpointInfo, engine: Engine) -> LoadedTransformer:
+def _loaded(info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...]) -> LoadedTransformer:
     device, resting = mm.get_torch_device(), mm.unet_offload_device()
-    handle = LoadedTransformer(host.Housed(load_transformer(info, engine, device, resting)), device, resting)
+    check_loras(loras, info)  # before the weights, which may take a minute
+    transformer = load_transformer(info, engine, device, resting)
+    handle = LoadedTransformer(host.Housed(transformer), device, resting)
     handle.info, handle.engine = info, engine
+    if loras:
+        host.make_room(device, MERGE_BYTES)
+    handle.loras = apply_loras(transformer, info, loras, device=device)
     return handle
 
 
@@ -210,8 +237,8 @@ class LightX2VLoadTextEncoder(io.ComfyNode):
                     "text_encoder",
                     options=host.files("text_encoders", _is_text_encoder),
                     tooltip="umT5 files of models/text_encoders: umt5_xxl_fp16.safetensors (11.4 GB), or fp8, int8 and "
-                    "GGUF (6.7 GB in fp8), restored while loading. Without a tokenizer inside the file, Wan's "
-                    "google/umt5-xxl folder must lie next to it.",
+                    "GGUF (6.7 GB in fp8). Without a tokenizer inside the file, Wan's google/umt5-xxl folder must lie "
+                    "next to it.",
                 ),
             ],
             outputs=[host.TextEncoder.Output("encoder", display_name="text encoder")],

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
 from lightx2v.layout import plain_dtype
 from lightx2v.quant import find_packed
 from lightx2v.text.layout import Sizes, renames, sizes
+from lightx2v.text.resting import Widened, stay_packed
 from lightx2v.text.tokenizer import Tokenizer, clean, find_tokenizer
 
 if TYPE_CHECKING:
@@ -28,23 +28,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OnBlock = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
-
-
-class Widened(nn.Module):
-    """A block whose weights rest in their own dtype and are float32 only while it runs.
-
-    In float16 the residual stream of a T5 can overflow (transformers keeps `wo` in float32, Wan clamps), and bfloat16
-    arithmetic moves the output by about 1 %. In float32 every kind of file encodes alike, as in ComfyUI.
-    The price is one block's float32 weights at a time: 0.77 GB for umT5-xxl.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: object, **kwargs: object) -> object:
-        weights = {name: weight.float() for name, weight in self.block.named_parameters()}
-        return functional_call(self.block, weights, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -124,10 +107,10 @@ def load(
     """Load a umT5 encoder and the tokenizer that belongs to it.
 
     path: Wan's models_t5_umt5-xxl-enc-bf16.pth, ComfyUI's umt5_xxl_fp16.safetensors, transformers' file or folder, or
-    one of these in fp8, int8 or GGUF, whose weights are restored while loading.
+    one of these in fp8, int8 or GGUF.
     tokenizer: a tokenizer.json or sentencepiece model, or its folder; None looks inside and beside the checkpoint.
-    dtype: how the weights are held (float32, bfloat16, float16; None as in the file, restored ones as the file's plain
-    ones). Arithmetic is always float32.
+    dtype: how the weights are held (float32, bfloat16, float16). None: as in the file; fp8 and int8 layers stay packed,
+    GGUF's blocks are restored to the type of the file's plain weights. Arithmetic is always float32.
     Raises CheckpointError, before any weight is read, for files that are no umT5 encoder, for quantisation that is not
     known, and for a missing or foreign tokenizer.
     """
@@ -136,17 +119,17 @@ def load(
     header, found = open_encoder(path)
     rename = renames(header)
     words = find_tokenizer(header, tokenizer, found.vocab_size)
-    if dtype is None and (schemes := sorted({info.packed.scheme for info in header.tensors.values() if info.packed})):
-        dtype = plain_dtype(header)
-        log.info("%s: %s weights, dequantised on load to %s", header.path.name, ", ".join(schemes), dtype)
     model = _empty(found)
-    assign(
-        model,
-        header,
-        rename=rename,
-        dtype=lambda name: torch.float32 if name == FINAL_NORM else dtype,
-        device=device,
-    )
+    if dtype is None:
+        header, rename = stay_packed(model, header, rename)
+    restored = {rename(name) for name, info in header.tensors.items() if info.packed}
+
+    def held(name: str) -> torch.dtype | None:
+        if name == FINAL_NORM:
+            return torch.float32
+        return dtype or (plain_dtype(header) if name in restored else None)
+
+    assign(model, header, rename=rename, dtype=held, device=device)
     model.set_input_embeddings(model.shared)
     for index, block in enumerate(model.encoder.block):
         model.encoder.block[index] = Widened(block)

@@ -342,18 +342,34 @@ def quantised_encoders(state: dict[str, Tensor], proto: bytes, folder: Path) -> 
     return found
 
 
-def test_quantised_encoders_load_as_what_they_stand_for(state, proto, tmp_path, caplog):
+def test_quantised_encoders_encode_as_what_they_stand_for(state, proto, tmp_path):
+    original = load(tiny_umt5.save_single(tmp_path, state, proto)).encode(PROMPT)
     for name, (path, expected) in quantised_encoders(state, proto, tmp_path).items():
-        plain = load(tiny_umt5.save_single(tmp_path / f"plain_{name}", expected, proto))
-        with caplog.at_level("INFO"):
-            encoder = load(path)
-        assert "weights, dequantised on load to torch.float32" in caplog.text
-        found = dict(encoder.model.named_parameters())
-        assert all(torch.equal(found[key], value) for key, value in plain.model.named_parameters())
-        assert torch.equal(encoder.encode(PROMPT), plain.encode(PROMPT))
-        assert not torch.equal(
-            encoder.encode(PROMPT), load(tiny_umt5.save_single(tmp_path, state, proto)).encode(PROMPT)
-        )
+        plain = load(tiny_umt5.save_single(tmp_path / f"plain_{name}", expected, proto)).encode(PROMPT)
+        assert not torch.equal(plain, original)
+        resting = load(path)
+        assert torch.equal(resting.encode(PROMPT), plain), name
+        restored = load(path, dtype=torch.float32)
+        assert torch.equal(restored.encode(PROMPT), plain), name
+        found = {key.replace(".block.layer.", ".layer."): p for key, p in restored.model.named_parameters()}
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], t) for key, t in expected.items())
+        assert held_bytes(resting) < 0.75 * held_bytes(restored), name
+        packed = {p.dtype for key, p in resting.model.named_parameters() if "wo" in key or ".q." in key}
+        assert packed == {torch.int8 if name == "int8" else torch.float8_e4m3fn}
+
+
+def held_bytes(encoder: UMT5) -> int:
+    return sum(t.nbytes for t in [*encoder.model.parameters(), *encoder.model.buffers()])
+
+
+def test_fp8_without_scales_and_outside_of_the_layers(state, proto, tmp_path):
+    """Files that were merely cast: layers stay fp8, embedding and norms are restored."""
+    cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()}
+    encoder = load(tiny_umt5.save_single(tmp_path, cast, proto))
+    plain = load(tiny_umt5.save_single(tmp_path / "plain", {k: t.float() for k, t in cast.items()}, proto))
+    assert torch.equal(encoder.encode(PROMPT), plain.encode(PROMPT))
+    assert encoder.model.shared.weight.dtype == torch.bfloat16
+    assert {p.dtype for key, p in encoder.model.named_parameters() if ".q." in key} == {torch.float8_e4m3fn}
 
 
 def test_gguf_encoder(state, proto, tmp_path):
