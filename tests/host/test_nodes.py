@@ -13,7 +13,7 @@ pytestmark = pytest.mark.host
 
 # id -> required inputs, optional inputs, outputs. Released ids and inputs stay for ever; new inputs are optional.
 NODES = {
-    "LightX2VLoadModel": ([], ["original_ckpt", "dtype", "quantized_ckpt"], ["LIGHTX2V_MODEL"]),
+    "LightX2VLoadModel": ([], ["original_ckpt", "dtype", "quantized_ckpt", "lora"], ["LIGHTX2V_MODEL"]),
     "LightX2VLoadModelMoE": (
         [],
         [
@@ -22,6 +22,7 @@ NODES = {
             "low_noise_original_ckpt",
             "low_noise_quantized_ckpt",
             "dtype",
+            "lora",
         ],
         ["LIGHTX2V_MODEL"],
     ),
