@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from formats.writers import block_split, gguf_q8_0, lightx2v_fp8, one_shard_of_two
 from host.graphs import Graph, base, keep, node, our_sampler
@@ -120,3 +120,23 @@ def test_experts_that_are_no_pair_are_refused(host, tiny_models, folder, case: s
     graph = {**base(tiny_models), "sample": our_sampler(steps=1, cfg=1.0)}
     graph["ours"] = node("LightX2VLoadModelMoE", high_noise_original_ckpt=high, low_noise_original_ckpt=low)
     assert words in host.run(keep(graph, "sample")).expect("error").message
+
+
+def test_an_fp8_text_encoder_encodes_as_what_it_stands_for(host, tiny_models) -> None:
+    folder = host.base / "models" / "text_encoders"
+    original = load_file(folder / tiny_models.text_encoder)
+    packed, widened = dict(original), dict(original)
+    for name in [name for name in original if name.startswith("blocks.") and ".attn." in name]:
+        scale = original[name].abs().amax(dim=1, keepdim=True) / 448
+        packed[name], packed[f"{name}_scale"] = (original[name] / scale).to(torch.float8_e4m3fn), scale
+        widened[name] = packed[name].float() * scale
+    files = {"plain": tiny_models.text_encoder, "packed": "tiny_fp8.safetensors", "widened": "tiny_widened.safetensors"}
+    save_file(packed, folder / files["packed"])
+    save_file(widened, folder / files["widened"])
+    graph = {}
+    for kind, file in files.items():
+        graph[f"load_{kind}"] = node("LightX2VLoadTextEncoder", text_encoder=file)
+        graph[kind] = node("LightX2VTextEncode", encoder=[f"load_{kind}", 0], text="a red circle moves right")
+    result = host.run(keep(graph, *files)).expect()
+    found = {kind: result.kept(f"keep_{kind}")[0][0] for kind in files}
+    assert torch.equal(found["packed"], found["widened"]) and not torch.equal(found["packed"], found["plain"])
