@@ -1,5 +1,7 @@
 """Wan2.2 A14B is two networks, one for high noise and one for low: whether two files are such a pair."""
 
+from dataclasses import replace
+
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.identify import CheckpointInfo
 
@@ -7,7 +9,8 @@ from lightx2v.identify import CheckpointInfo
 def require_pair(high: CheckpointInfo, low: CheckpointInfo) -> None:
     """Raises CheckpointError where two checkpoints cannot be the high- and low-noise expert of one model.
 
-    The experts have one layout, so which is which is told from the names of the files, where they tell.
+    The experts have one layout, so which is which is told from the names of the files, where they tell. Their depth may
+    differ: each walks its own blocks.
     """
     if high.path.resolve() == low.path.resolve():
         raise CheckpointError(f"{high.path}: picked as both experts; pick the other expert's file for one of them")
@@ -17,7 +20,7 @@ def require_pair(high: CheckpointInfo, low: CheckpointInfo) -> None:
                 f"{info.path}: picked as the {role}-noise expert, but is {info.spec.title}, a model of its own; "
                 "load it with Load Model, or pick an expert of Wan2.2 A14B"
             )
-    if high.spec != low.spec or high.config != low.config:
+    if high.spec != low.spec or high.config != replace(low.config, num_layers=high.config.num_layers):
         raise CheckpointError(
             f"{high.path} is {high.spec.title}, {low.path} is {low.spec.title}, and they differ in task or size; "
             "both experts must be of one model: pick both of T2V A14B or both of I2V A14B"

@@ -1,4 +1,4 @@
-"""Whether what is asked fits the model: images, two experts. Asked before any weight is read."""
+"""Whether what is asked fits the model: task, images. Asked before any weight is read."""
 
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.identify import CheckpointInfo
@@ -49,33 +49,3 @@ def check_given(task: str, *, start: bool, end: bool) -> None:
         raise ValueError(f"task {task} starts from an image: give image_path, or set task to t2v")
     if task == "flf2v" and not end:
         raise ValueError("task flf2v ends on an image: give last_frame_path, or set task to i2v")
-
-
-def check_pair(high: CheckpointInfo, low: CheckpointInfo) -> None:
-    """Raise CheckpointError unless the files can be the high- and the low-noise expert of one model.
-
-    Experts share one layout, so only their names can say which is which.
-    """
-    if high.spec.boundary is None or low.spec.boundary is None:
-        single = high if high.spec.boundary is None else low
-        raise CheckpointError(
-            f"{single.path}: this is {single.spec.title}, a whole model and no expert: load it with Load Model "
-            "(LightX2V), or choose files of Wan2.2 A14B"
-        )
-    # Their depth may differ: nothing in one pass depends on the other expert's.
-    if (high.spec.name, high.config.hidden_size) != (low.spec.name, low.config.hidden_size):
-        raise CheckpointError(
-            f"{high.path} is {high.spec.title} and {low.path} is {low.spec.title}, of other sizes or another task: "
-            "choose the two experts of one model"
-        )
-    hints = (high.expert_hint, low.expert_hint)
-    if hints == ("low", "high"):
-        raise CheckpointError(
-            f"{high.path} is named as the low-noise expert and {low.path} as the high-noise one: swap the two"
-        )
-    for wrong, place, hint in ((high, "high", "low"), (low, "low", "high")):
-        if wrong.expert_hint == hint:
-            raise CheckpointError(
-                f"{wrong.path} is named as a {hint}-noise expert but was given as the {place}-noise one, so both would "
-                f"be {hint}-noise experts: choose the {place}-noise file of the same model"
-            )

@@ -17,7 +17,8 @@ from lightx2v.cache.turn import CacheFactory
 from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Cache, Engine, Request, Sampling
 from lightx2v.diffuse import Hooks, Start, diffuse, schedule_of
-from lightx2v.fitting import check_given, check_images, check_pair, check_task
+from lightx2v.experts import require_pair
+from lightx2v.fitting import check_given, check_images, check_task
 from lightx2v.folder import ModelFolder
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import identify
@@ -102,7 +103,7 @@ class LightX2VPipeline:
                 right = "'wan2.2'" if info.spec.task == "ti2v" else "'wan2.1' or 'wan2.2_moe'"
                 raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {right}, not {model_cls!r}")
         if len(infos) == 2:
-            check_pair(*infos)
+            require_pair(*infos)
         self._infos, self._info, self._task = infos, infos[0], task
         self._cache: CacheFactory | None = None
         self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network

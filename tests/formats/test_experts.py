@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from sparse import manifest, write
 
+from host.tiny_models import write_transformer
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
@@ -23,6 +24,14 @@ def info(folder: Path, name: str, layout: str = T2V) -> CheckpointInfo:
 @pytest.mark.parametrize("layout", [T2V, FP8])
 def test_pairs(high: str, low: str, layout: str, tmp_path: Path) -> None:
     require_pair(info(tmp_path, high), info(tmp_path, low, layout))
+
+
+def test_experts_may_differ_in_depth(tmp_path: Path) -> None:
+    deep, shallow = (
+        identify(write_transformer(tmp_path / f"{name}.safetensors", num_layers=depth))
+        for name, depth in (("high_noise", 3), ("low_noise", 2))
+    )
+    require_pair(deep, shallow)
 
 
 @pytest.mark.parametrize(
