@@ -7,23 +7,25 @@ import comfy.model_management as mm
 from comfy_api.latest import io
 from torch import Tensor, nn
 
-from lightx2v.config import SCHEDULERS, Sampling, one_of
+from lightx2v.cache.choice import choose, kept_bytes
+from lightx2v.config import CACHES, SCHEDULERS, Cache, Sampling, one_of
 from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
 from lightx2v.fitting import check_images
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
+from lightx2v.loading import compute_dtype
 from lightx2v.models.wan.conditioning import to_model_input
 from lightx2v.preview import read_colours
 from lightx2v.schedules import parse_step_list
 from lightx2v_kernels.registry import names
 
 from . import host
+from .cache import CacheOptions
 from .load import LoadedExperts, LoadedTransformer
 
 LAST_STEP = 10000
 STEP_LIST = ", ".join(map(str, Sampling().denoising_step_list))
 OFFLOADS = ("auto", "model")
-CACHES = ("none",)
 NOT_SUPPORTED = (
     *("area", "mask", "hooks", "control", "start_percent", "end_percent"),
     *("concat_mask_index", "reference_latents", "time_dim_concat", "vace_frames", "audio_embed", "camera_conditions"),
@@ -102,7 +104,8 @@ class LightX2VSampler(io.ComfyNode):
                 "cache",
                 options=list(CACHES),
                 default="none",
-                tooltip="Reuse of results between steps. none computes all of them: 2 passes a step with cfg above 1.",
+                tooltip="Reuse of results between steps, at the usual threshold: 0.15 for teacache, 0.24 for magcache. "
+                "none computes all of them: 2 passes a step with cfg above 1.",
             ),
         ]
 
@@ -147,6 +150,11 @@ class LightX2VSampler(io.ComfyNode):
                 )
             ),
             *LightX2VSampler._expert_inputs(),
+            CacheOptions.Input(
+                "cache_options",
+                optional=True,
+                tooltip="From Cache (LightX2V): method, threshold (0.15) and the rest, in place of the cache widget.",
+            ),
         ]
 
     @staticmethod
@@ -195,6 +203,7 @@ class LightX2VSampler(io.ComfyNode):
         positive: list,
         latent: dict[str, Any],
         negative: list | None = None,
+        cache_options: Cache | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
         sampling = _sampling(widgets)
@@ -205,16 +214,18 @@ class LightX2VSampler(io.ComfyNode):
         experts = (model.high, model.low) if isinstance(model, LoadedExperts) else (model,)
         info, samples = experts[0].info, latent["samples"]
         check_images(info, start=_given(positive, "concat_latent_image"), end=False)
+        cache = choose(cache_options or Cache(widgets["cache"]), [expert.info for expert in experts])
         space = info.spec.latents
         colours = read_colours(info.header, space.channels) or host.colours(space)
         try:
             out = diffuse(
-                _model(experts, widgets["attention"], samples),
+                _model(experts, widgets["attention"], samples, cache is not None),
                 Start(samples, latent.get("noise_mask"), latent.get("batch_index")),
                 sampling,
                 _conditioning(positive, "positive", info, latent),
                 None if negative is None else _conditioning(negative, "negative", info, latent),
                 hooks=Hooks(host.step_progress(sampling.steps, colours), host.cancel_point),
+                cache=cache,
             )
         finally:
             if widgets["offload"] == "model":
@@ -224,14 +235,15 @@ class LightX2VSampler(io.ComfyNode):
         return io.NodeOutput({**passed_on, "samples": out.to(mm.intermediate_device())})
 
 
-def _model(experts: Sequence[LoadedTransformer], attention: str, samples: Tensor) -> Model:
+def _model(experts: Sequence[LoadedTransformer], attention: str, samples: Tensor, cached: bool) -> Model:
     """The engine's view of one handle or two; each comes to its device when its turn begins."""
     here: list[LoadedTransformer] = []
 
     def network(expert: LoadedTransformer) -> Callable[[], nn.Module]:
         def bring() -> nn.Module:
             if here != [expert]:
-                host.on_gpu(expert, expert.activation_bytes(samples))
+                beside = _kept(expert, samples) if cached else 0
+                host.on_gpu(expert, expert.activation_bytes(samples) + beside)
                 here[:] = [expert]
             return expert.network(attention)
 
@@ -239,6 +251,11 @@ def _model(experts: Sequence[LoadedTransformer], attention: str, samples: Tensor
 
     low = network(experts[1]) if len(experts) == 2 else None
     return Model(experts[0].info.spec, experts[0].load_device, network(experts[0]), low)
+
+
+def _kept(expert: LoadedTransformer, samples: Tensor) -> int:
+    shape = samples.shape if samples.ndim == 5 else samples.unsqueeze(2).shape
+    return kept_bytes(expert.info, shape, compute_dtype(expert.engine, expert.info.dtype, expert.load_device))
 
 
 def _sampling(widgets: dict[str, Any]) -> Sampling:

@@ -67,7 +67,8 @@ class Recorder:
         seen = self._seen[expert]
         steps = seen.turn.steps
         output = [_mean(seen.outputs["cond", step] + seen.outputs["uncond", step]) for step in steps[1:]]
-        plain, projected = (teacache.fit(list(zip(embedding, output, strict=True))) for embedding in seen.embeddings)
+        plain, projected = (teacache.fit(list(zip(changes, output, strict=True))) for changes in seen.embeddings)
+        ranges = [(min(changes), max(changes)) for changes in seen.embeddings]
         ratios: dict[Branch, tuple[float, ...]] = {
             branch: (1.0, *(round(_mean(seen.ratios[branch, step]), 5) for step in steps[1:]))
             for branch in seen.turn.branches
@@ -80,6 +81,8 @@ class Recorder:
             mag_uncond=ratios.get("uncond", ()),
             steps=len(steps),
             shift=shift,
+            tea_range=ranges[0],
+            tea_projected_range=ranges[1],
         )
 
 

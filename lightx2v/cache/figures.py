@@ -6,12 +6,35 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Polynomial:
+    """TeaCache's map from the change of the time embedding to the change of the output.
+
+    coefficients: highest power first. measured: the least and the greatest change that it was fitted to, if known.
+    """
+
+    coefficients: tuple[float, ...]
+    measured: tuple[float, float] | None = None
+
+    def __call__(self, change: float) -> float:
+        """Beyond what was measured in proportion, since no change changes nothing; a polynomial would go anywhere."""
+        if self.measured is not None and change > 0:
+            nearest = min(max(change, self.measured[0]), self.measured[1])
+            if nearest != change:
+                return self(nearest) * change / nearest
+        value = 0.0
+        for coefficient in self.coefficients:
+            value = value * change + coefficient
+        return value
+
+
+@dataclass(frozen=True)
 class Figures:
     """Measured of one network.
 
     name: where they come from, for messages.
     tea: TeaCache's polynomial over the change of the time embedding, highest power first; empty where none is known.
     tea_projected: the same over the projected embedding, for use_ret_steps.
+    tea_range, tea_projected_range: see `Polynomial.measured`.
     mag: MagCache's ratios of the conditional branch, one a step: mean magnitude of the blocks' residual over that of
         the step before; the first is 1. Empty where none are known.
     mag_uncond: of the unconditional branch; empty: the same as `mag`.
@@ -25,6 +48,8 @@ class Figures:
     mag_uncond: tuple[float, ...] = field(default=(), repr=False)
     steps: int = 0
     shift: float = 0.0
+    tea_range: tuple[float, float] | None = None
+    tea_projected_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.mag_uncond and len(self.mag_uncond) != len(self.mag):
@@ -33,7 +58,7 @@ class Figures:
                 "the unconditional one; there is one a step in both"
             )
 
-    def polynomial(self, projected: bool) -> tuple[float, ...]:
+    def polynomial(self, projected: bool) -> Polynomial:
         """TeaCache's; raises ValueError where none is known."""
         found = self.tea_projected if projected else self.tea
         if not found:
@@ -43,7 +68,7 @@ class Figures:
                 f"{self.name}: no TeaCache coefficients {'with' if projected else 'without'} use_ret_steps; "
                 f"{CALIBRATE}{hint}"
             )
-        return found
+        return Polynomial(found, self.tea_projected_range if projected else self.tea_range)
 
     def ratios(self, uncond: bool) -> tuple[float, ...]:
         """MagCache's; raises ValueError where none are known."""

@@ -116,7 +116,12 @@ def write_figures(info: CheckpointInfo, role: str, figures: Figures, occasion: O
     measured = {"steps": figures.steps, "shift": figures.shift, **asdict(occasion)}
     entry = {
         "measured": measured,
-        "teacache": {"time": figures.tea, "projected": figures.tea_projected},
+        "teacache": {
+            "time": figures.tea,
+            "time_range": figures.tea_range,
+            "projected": figures.tea_projected,
+            "projected_range": figures.tea_projected_range,
+        },
         "magcache": {"cond": figures.mag, "uncond": figures.mag_uncond},
     }
     kept = {}
@@ -164,11 +169,21 @@ def _entry(file: str, entry: Mapping[str, Any]) -> Figures:
     measured, tea, mag = entry["measured"], entry["teacache"], entry["magcache"]
     return Figures(
         f"{file} of {measured['date']}",
-        *(_floats(values) for values in (tea["time"], tea["projected"], mag["cond"], mag["uncond"])),
+        tea=_floats(tea["time"]),
+        tea_projected=_floats(tea["projected"]),
+        mag=_floats(mag["cond"]),
+        mag_uncond=_floats(mag["uncond"]),
         steps=int(measured["steps"]),
         shift=float(measured["shift"]),
+        tea_range=_range(tea["time_range"]),
+        tea_projected_range=_range(tea["projected_range"]),
     )
 
 
 def _floats(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
+
+
+def _range(values: Any) -> tuple[float, float]:
+    low, high = values
+    return float(low), float(high)

@@ -3,7 +3,7 @@
 For Wan the change depends on the timestep alone, never on the latents, so all skips are known before the first step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,17 +17,9 @@ def changes(signal: Tensor) -> list[float]:
     return ((after - before).abs().mean(1) / before.abs().mean(1)).tolist()
 
 
-def polynomial_at(coefficients: Sequence[float], x: float) -> float:
-    """coefficients: highest power first."""
-    value = 0.0
-    for coefficient in coefficients:
-        value = value * x + coefficient
-    return value
-
-
 def skipped_steps(
     changed: Sequence[float],
-    coefficients: Sequence[float],
+    polynomial: Callable[[float], float],
     threshold: float,
     *,
     first: int = 0,
@@ -49,7 +41,7 @@ def skipped_steps(
         if step == first or not begin <= step < end:
             total = 0.0
             continue
-        total += polynomial_at(coefficients, changed[step - 1])
+        total += polynomial(changed[step - 1])
         if total < threshold:
             skipped.add(step)
         else:

@@ -84,7 +84,7 @@ class FeatureCache:
     def _planner(self, turn: Turn) -> Callable[[], Mapping[Branch, frozenset[int]]]:
         figures, settings = self.figures[1 if turn.expert == "low" else 0], self.settings
         if settings.method == "teacache":
-            coefficients = figures.polynomial(settings.use_ret_steps)
+            polynomial = figures.polynomial(settings.use_ret_steps)
         else:
             tables = {branch: figures.ratios(branch == "uncond") for branch in turn.branches}
         if figures.steps and figures.steps != len(turn.steps):
@@ -94,7 +94,7 @@ class FeatureCache:
             if settings.method == "teacache":
                 same = teacache.skipped_steps(
                     time_changes(turn, settings.use_ret_steps),
-                    coefficients,
+                    polynomial,
                     settings.limit,
                     first=turn.first,
                     use_ret_steps=settings.use_ret_steps,
