@@ -26,18 +26,29 @@ def safetensors_header(path: Path) -> Header:
         metadata = entries.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("its __metadata__ is not a table of texts")
-        tensors, end = {}, 8 + length
-        for name, entry in entries.items():
-            tensors[name] = _tensor_info(path, name, entry, 8 + length)
-            end = max(end, sum(tensors[name].span or ()))
+        tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in entries.items()}
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is damaged ({error}); {again}") from error
+    end = _end_of_data(path, tensors, 8 + length)
     if size != end:
         word = "truncated" if size < end else "damaged"
         raise CheckpointError(f"{path}: {word}: the header describes {end} bytes, the file has {size}; {again}")
     return Header(path, tensors, metadata)
+
+
+def _end_of_data(path: Path, tensors: dict[str, TensorInfo], start: int) -> int:
+    """The byte after the last tensor; the format wants them one after another, from byte `start`."""
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].span or (0, 0)):
+        first, size = info.span or (0, 0)
+        if first != start:
+            raise CheckpointError(
+                f"{path}: damaged: tensor '{name}' begins at byte {first}, the one before it ends at {start}; "
+                "download the file again"
+            )
+        start += size
+    return start
 
 
 def _tensor_info(path: Path, name: str, entry: dict, data: int) -> TensorInfo:

@@ -122,6 +122,10 @@ def set_field(field: str, value):
         (lambda p: rewrite_header(p, set_field("shape", [4, -3])), "impossible shape"),
         (lambda p: rewrite_header(p, set_field("shape", [4, 4])), r"needs 64 bytes, has 48"),
         (lambda p: rewrite_header(p, set_field("data_offsets", [0])), "header is damaged"),
+        (
+            lambda p: rewrite_header(p, set_field("data_offsets", [0, 48])),
+            r"tensor '\S+' begins at byte \d+, the one before",
+        ),
         (lambda p: rewrite_header(p, lambda e: e.__setitem__("0.weight", 7)), "header is damaged"),
     ],
 )
