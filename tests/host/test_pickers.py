@@ -122,6 +122,22 @@ def test_experts_that_are_no_pair_are_refused(host, tiny_models, folder, case: s
     assert words in host.run(keep(graph, "sample")).expect("error").message
 
 
+def experts(models, **picked: str) -> Graph:
+    graph = {**base(models), "sample": our_sampler(steps=3, cfg=1.0)}
+    graph["ours"] = node("LightX2VLoadModelMoE", **picked)
+    return keep(graph, "sample")
+
+
+def test_two_experts_of_the_same_weights_draw_as_one_model(host, tiny_models, folder) -> None:
+    graph = keep({**base(tiny_models), "sample": our_sampler(steps=3, cfg=1.0)}, "sample")
+    expected = host.run(graph).expect().kept("keep_sample")["samples"]
+    pair = {"high_noise_original_ckpt": HIGH, "low_noise_original_ckpt": LOW}
+    assert torch.equal(host.run(experts(tiny_models, **pair)).expect().kept("keep_sample")["samples"], expected)
+    mixed = {"high_noise_original_ckpt": HIGH, "low_noise_quantized_ckpt": QUANTISED[0]}
+    found = host.run(experts(tiny_models, **mixed)).expect().kept("keep_sample")["samples"]
+    assert 0 < (found - expected).norm() / expected.norm() < 0.02
+
+
 def test_an_fp8_text_encoder_encodes_as_what_it_stands_for(host, tiny_models) -> None:
     folder = host.base / "models" / "text_encoders"
     original = load_file(folder / tiny_models.text_encoder)
