@@ -63,7 +63,7 @@ def read_layout(header: Header) -> Layout:
     scheme, detail = _scheme(found.header)
     stored = {name: named.tensors[name].stored or name for name in found.unused}
     unused = others | {stored[name]: reason for name, reason in found.unused.items()}
-    return Layout(found.header, _format(header, named, found.marks), scheme, detail, unused)
+    return Layout(found.header, _format(header, found.marks), scheme, detail, unused)
 
 
 def plain_dtype(header: Header) -> torch.dtype:
@@ -107,7 +107,7 @@ def _from_diffusers(header: Header) -> Header:
     return header.renamed(names)
 
 
-def _format(file: Header, named: Header, marks: frozenset[str]) -> str:
+def _format(file: Header, marks: frozenset[str]) -> str:
     if file.container in ("gguf", "block-split"):
         return file.container
     if any(DIFFUSERS_WAN in name for name in file.tensors):

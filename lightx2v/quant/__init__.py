@@ -48,6 +48,7 @@ class Unpacked:
 def find_packed(header: Header) -> Unpacked:
     """Give every weight that a scheme packs its `packed`, and leave out the tensors that only serve it.
 
+    Weights that have theirs already keep it.
     Raises CheckpointError for schemes that are not known here, scales without their weights and weights without theirs.
     """
     header = header.renamed({name: name for name in header.tensors})  # parts are read by their names in the file
@@ -59,6 +60,9 @@ def find_packed(header: Header) -> Unpacked:
     tensors: dict[str, TensorInfo] = {}
     for name, info in header.tensors.items():
         if name in apart:
+            continue
+        if info.packed is not None:
+            tensors[name] = info
             continue
         scale = header.tensors[scales[name]] if name in scales else None
         tensors[name] = _packed(header, name, info, scale, expected=bool(scales) or FILE_MARK in marks)
