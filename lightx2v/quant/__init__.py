@@ -18,6 +18,7 @@ SCALES = (".scale_weight", ".weight_scale")
 INPUT_SCALES = (".scale_input", ".input_scale")
 FILE_MARK = "scaled_fp8"
 LAYER_MARK = ".comfy_quant"
+MAX_MARK_BYTES = 4096
 METADATA_MARK = "_quantization_metadata"
 FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of both marks that are read here (ComfyUI, comfy/quant_ops.py)
 USE_ANOTHER = "use a bf16, fp16, fp8, int8 or GGUF version of the file"
@@ -135,6 +136,11 @@ def _check_marks(header: Header) -> set[str]:
     said: dict[bytes | str, str] = {}  # JSON -> where it is said
     if layers := [name for name in header.tensors if name.endswith(LAYER_MARK)]:
         marks.add(LAYER_MARK)
+        if long := next((name for name in layers if header.tensors[name].nbytes > MAX_MARK_BYTES), None):
+            raise CheckpointError(
+                f"{header.path}: '{long}' has {header.tensors[long].nbytes} bytes, a mark has some 30 and at most "
+                f"{MAX_MARK_BYTES}; download the file again"
+            )
         said |= {text: name for name, text in read_bytes(header, layers).items()}
     for text, where in said.items():
         _check_format(header, where, _json(header, where, text))

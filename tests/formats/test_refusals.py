@@ -100,6 +100,10 @@ QUANTISED: dict[str, tuple[Callable[[State], State], str]] = {
         lambda s: {**fp8(s), **SCALED, f"{LAYER}.comfy_quant": said(b"\xff\x00{")},
         f"'{LAYER}.comfy_quant' is not JSON",
     ),
+    "comfy_quant of a megabyte": (
+        lambda s: {**fp8(s), **SCALED, f"{LAYER}.comfy_quant": said(b" " * 2**20)},
+        f"'{LAYER}.comfy_quant' has 1048576 bytes, a mark has some 30 and at most 4096",
+    ),
     "comfy_quant that is a list": (
         lambda s: {**fp8(s), **SCALED, f"{LAYER}.comfy_quant": said(b"[1]")},
         "is no JSON object",
