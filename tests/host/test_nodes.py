@@ -199,7 +199,10 @@ def test_wrong_latents_are_said_in_words(host, tiny_models) -> None:
     latent = random_latent()
     latent["inputs"]["channels"] = 48
     graph = {**base(tiny_models), "empty": latent, "sample": our_sampler()}
-    assert "the latents have 48 channels, the model's have 16: encode with the VAE" in host.run(keep(graph, "sample")).expect("error").message
+    assert (
+        "the latents have 48 channels, the model's have 16: encode with the VAE"
+        in host.run(keep(graph, "sample")).expect("error").message
+    )
 
 
 def test_conditioning_that_would_be_ignored_is_refused(host, tiny_models) -> None:

@@ -1,0 +1,102 @@
+"""What runs here in place of the real files that some workflows name: the graph stays as it is, at a small size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import tiny_lora
+from dev.environment import REPOSITORY
+from host.tiny_models import I2V, TI2V, Input, transformer_shapes, write_transformer
+from tiny_vae import tiny_vae22
+
+Api = dict[str, dict[str, Any]]
+SIZE = {"width": 128, "height": 128, "length": 17}
+DEMO = "wan2.1_t2v/"  # as ComfyUI's own loaders list it in the tests' server
+TOKENIZER = REPOSITORY / "demo" / "models" / "wan2.1_t2v" / "google" / "umt5-xxl" / "spiece.model"
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """files: real name -> what is used instead; widgets: other values of any node; judged: it draws what is asked."""
+
+    files: Mapping[str, str]
+    widgets: Mapping[str, Any] = field(default_factory=dict)
+    judged: bool = False
+
+
+STAND_INS = {
+    "wan_t2v_mixed": StandIn(
+        {
+            "wan2.1_t2v_1.3B_fp16.safetensors": f"{DEMO}diffusion_pytorch_model.safetensors",
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors": f"{DEMO}models_t5_umt5-xxl-enc.safetensors",
+            "wan_2.1_vae.safetensors": f"{DEMO}Wan2.1_VAE.safetensors",
+        },
+        judged=True,
+    ),
+    "wan22_i2v_moe_4step_lora": StandIn(
+        {
+            "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors": "workflow_i2v_high_noise.safetensors",
+            "wan2.2_i2v_low_noise_14B_fp8_scaled.safetensors": "workflow_i2v_low_noise.safetensors",
+            "wan2.2_i2v_lightx2v_4steps_lora_v1_high_noise.safetensors": "workflow_lora_high_noise.safetensors",
+            "wan2.2_i2v_lightx2v_4steps_lora_v1_low_noise.safetensors": "workflow_lora_low_noise.safetensors",
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_umt5.safetensors",
+            "wan_2.1_vae.safetensors": "tiny_wan2.1_vae.safetensors",
+        }
+    ),
+    "wan22_ti2v_5b": StandIn(
+        {
+            "wan2.2_ti2v_5B_fp16.safetensors": "workflow_ti2v.safetensors",
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors": "tiny_umt5.safetensors",
+            "wan2.2_vae.safetensors": "workflow_vae22.safetensors",
+        },
+        {"steps": 10},
+    ),
+}
+
+
+def write_stand_ins(models: Path) -> None:
+    """The random ones; the other tiny models are there already."""
+    folder = models / "diffusion_models"
+    for seed, (name, takes) in enumerate((("i2v_high_noise", I2V), ("i2v_low_noise", I2V), ("ti2v", TI2V))):
+        write_transformer(folder / f"workflow_{name}.safetensors", takes, seed=seed, num_layers=1)
+    save_file(tiny_vae22().state_dict(), models / "vae" / "workflow_vae22.safetensors")
+    (models / "loras").mkdir(exist_ok=True)
+    for seed, role in enumerate(("high", "low")):
+        tiny_lora.write(models / "loras" / f"workflow_lora_{role}_noise.safetensors", _lora(I2V, seed))
+
+
+def _lora(takes: Input, seed: int) -> dict[str, torch.Tensor]:
+    """A pair for every matrix of the blocks, in Kijai's dialect."""
+    generator, pairs = torch.Generator().manual_seed(seed), {}
+    for name, shape in transformer_shapes(takes=takes, num_layers=1).items():
+        if name.startswith("blocks.") and name.endswith(".weight") and len(shape) == 2:
+            down = torch.randn(4, shape[1], generator=generator) * shape[1] ** -0.5
+            pairs[name.removesuffix(".weight")] = (down, 0.2 * torch.randn(shape[0], 4, generator=generator))
+    return tiny_lora.tensors(pairs, "kijai")
+
+
+def runnable(name: str, api: Api) -> Api:
+    """The workflow as it is, or with its stand-ins. AssertionError if it names a file that has none."""
+    if name not in STAND_INS:
+        return api
+    stand_in, graph = STAND_INS[name], copy.deepcopy(api)
+    for node in graph.values():
+        inputs = node["inputs"]
+        for key, value in inputs.items():
+            if isinstance(value, str) and value.endswith(".safetensors"):
+                assert value in stand_in.files, f"{name}: {node['_meta']['title']} names {value}"
+                inputs[key] = stand_in.files[value]
+        if "length" in inputs:
+            inputs.update(SIZE)
+        inputs.update({key: value for key, value in stand_in.widgets.items() if key in inputs})
+        if node["class_type"] == "CLIPLoader":  # it makes umT5 in its published size only
+            file = {"file": inputs["clip_name"], "tokenizer": str(TOKENIZER)}
+            node.update(class_type="FixtureUmt5Clip", inputs=file)
+    return graph
