@@ -1,11 +1,10 @@
 """The shipped checkpoints: real layouts, small files, and clips that show what was asked for."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from demo import report
+from demo.shipped import BASE
 from demo.stages.export import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
 from demo.world import render, sample_scene
 from lightx2v.checkpoint import assign, read_header
@@ -14,7 +13,7 @@ from lightx2v.latents import WAN21
 from lightx2v.text.layout import from_original
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
 
-FOLDER = Path(report.MODEL)
+FOLDER = BASE
 MEGABYTE = 1_000_000
 
 

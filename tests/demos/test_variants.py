@@ -12,7 +12,7 @@ from demo import variants
 from demo.grammar import Attributes, held_out_pairs, parse
 from demo.judge import judge, score
 from demo.optim import Optimizer, Settings
-from demo.report import MODEL
+from demo.shipped import BASE as MODEL
 from demo.stages import expert, fp8, i2v, lora, student, style
 from demo.stages.base import keep_blocks, load_base, trainable
 from demo.stages.export import import_vae
