@@ -65,3 +65,6 @@ WAN22 = LatentFormat(
         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
     ),
 )  # fmt: skip
+
+# HunyuanVideo-1.5: one factor for all channels, scaling_factor of its vae/config.json.
+HUNYUAN15 = LatentFormat(channels=32, stride=(4, 16, 16), mean=(0.0,) * 32, std=(1 / 1.03682,) * 32)

@@ -6,6 +6,9 @@ import torch
 
 from lightx2v.identify import CheckpointInfo
 from lightx2v.shapes import LatentShape, num_tokens
+from lightx2v.vae.loading import VAEInfo
+from lightx2v.vae.tae import KINDS, TAEConfig
+from lightx2v.vae.wan22 import Wan22VAEConfig
 
 # One umT5-xxl block widened to float32 (0.77 GB) and its products for 512 tokens.
 TEXT_ENCODER_ACTIVATION_BYTES = 1_500_000_000
@@ -21,3 +24,41 @@ def transformer_activation_bytes(info: CheckpointInfo, latent_shape: Sequence[in
     tokens = batch * num_tokens(LatentShape(*latent_shape[2:]), info.spec.patch_size)
     row = (8 * config.hidden_size + 2 * config.ffn_size) * dtype.itemsize + 2 * config.hidden_size * 4
     return tokens * row
+
+
+# Beside what is counted: the workspace of convolutions, and what an allocator cannot fill.
+VAE_SLACK = 1.2
+
+
+def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dtype, *, frames: bool = True) -> int:
+    """Peak of decoding raw latents (B, C, T, h, w) one latent frame at a time, in bytes: an upper estimate.
+
+    frames: whether the decoded video, 12 bytes a pixel and frame, lies on the same device. The rest does not depend on
+    T: numbers a pixel of one frame, counted by running each network on tensors without contents
+    (tests/engine/test_vae_memory.py), at the stage of the largest frames and with all that the layers remember.
+    """
+    batch, _, latent_frames, height, width = latent_shape
+    config, (_, rows, columns) = info.config, info.space.stride
+    if isinstance(config, TAEConfig):
+        eighth, quarter, half, full = config.decoder_channels
+        remembered = 3 * half / 4 + 3 * quarter / 16 + 3 * eighth / 64
+        numbers = (4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24
+    elif isinstance(config, Wan22VAEConfig):
+        numbers = 17.5 * config.decoder_channels + 30
+    else:
+        numbers = 45.5 * config.base_channels + 30
+    pixels = batch * height * rows * width * columns
+    video = 12 * pixels * (4 * latent_frames - 3) if frames else 0
+    return int(VAE_SLACK * numbers * pixels * dtype.itemsize) + video
+
+
+def vae_encode_bytes(info: VAEInfo, height: int, width: int, dtype: torch.dtype) -> int:
+    """Peak of encoding frames of so many pixels, four at a time, in bytes: an upper estimate, as above."""
+    config = info.config
+    if isinstance(config, TAEConfig):
+        numbers = 12 * (config.encoder_channels or 0) / KINDS[config.kind].patch ** 2 + 60
+    elif isinstance(config, Wan22VAEConfig):
+        numbers = 10.5 * config.encoder_channels + 30
+    else:
+        numbers = 36 * config.base_channels + 30
+    return int(VAE_SLACK * numbers * height * width * dtype.itemsize)

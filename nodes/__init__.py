@@ -2,12 +2,14 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .cache import LightX2VCache
 from .condition import LightX2VEmptyLatent, LightX2VTextEncode
 from .decode import LightX2VDecode
 from .image import LightX2VImageEncode, LightX2VImageToVideo, LightX2VLoadImageEncoder
-from .load import LightX2VLoadModel, LightX2VLoadModelMoE, LightX2VLoadTextEncoder, LightX2VLoadVAE
+from .load import LightX2VLoadModel, LightX2VLoadModelMoE, LightX2VLoadTextEncoder
 from .lora import LightX2VLoRA
 from .sample import LightX2VSampler
+from .vae import LightX2VLoadVAE
 
 
 class LightX2VExtension(ComfyExtension):
@@ -22,6 +24,7 @@ class LightX2VExtension(ComfyExtension):
             LightX2VImageEncode,
             LightX2VImageToVideo,
             LightX2VEmptyLatent,
+            LightX2VCache,
             LightX2VSampler,
             LightX2VLoadVAE,
             LightX2VDecode,

@@ -175,11 +175,15 @@ class EngineHandle(comfy.model_patcher.ModelPatcher):
     It moves as a whole. `model.model_loaded_weight_memory` always says how many bytes are on the load device.
     """
 
+    def move(self, device: torch.device) -> None:
+        """Take all weights to a device."""
+        self.model.to(device)
+
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         before = self.loaded_size()
-        self.model.to(device_to)
+        self.move(device_to)
         self.model.device = device_to
         self.model.model_loaded_weight_memory = self.model_size()
         return self.model_size() - before
@@ -191,7 +195,7 @@ class EngineHandle(comfy.model_patcher.ModelPatcher):
 
     def detach(self, unpatch_all: bool = True) -> nn.Module:
         if unpatch_all:
-            self.model.to(self.offload_device)
+            self.move(self.offload_device)
             self.model.device = self.offload_device
             self.model.model_loaded_weight_memory = 0
         return self.model
@@ -207,6 +211,11 @@ def make_room(device: torch.device, size: int) -> None:
     """Push other models off a device until `size` bytes are free; nothing to do on the CPU."""
     if device.type != "cpu":
         mm.free_memory(size, device)
+
+
+def room_beside(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int) -> int:
+    """Bytes free on a handle's device once its weights are there and others have made way for as much as is asked."""
+    return int(mm.get_free_memory(on_gpu(handle, activation_bytes)))
 
 
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:

@@ -17,10 +17,11 @@ from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, whole_clips
 from lightx2v.shapes import VideoShape, snap, to_latent
 from lightx2v.vae.padded import encode_padded
+from lightx2v.vae.tae import TinyVAE
 from lightx2v.vision import clip, layout
 
 from . import host
-from .load import EngineVAE
+from .vae import EngineVAE
 
 ImageEncoder = io.Custom("LIGHTX2V_IMAGE_ENCODER")
 SPACES: dict[int, LatentFormat] = {space.channels: space for space in (WAN21, WAN22)}
@@ -237,9 +238,9 @@ def _encode(vae: comfy.sd.VAE) -> Encode:
     """This pack's VAEs leave out what repeats itself between the pictures; others encode every grey frame."""
     # ComfyUI's VAE objects take frames (F, H, W, 3) in [0, 1].
     whole = whole_clips(lambda frames: vae.encode(frames[0].permute(1, 2, 3, 0) * 0.5 + 0.5))
-    if not isinstance(vae, EngineVAE):
+    network = vae.first_stage_model.network if isinstance(vae, EngineVAE) else None
+    if network is None or isinstance(network, TinyVAE):
         return whole
-    network = vae.first_stage_model.network
 
     def padded(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
         height, width = next(frames.shape[3:] for frames in (start, end) if frames is not None)

@@ -5,39 +5,49 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
-import comfy.sd
-import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
 from lightx2v.config import DTYPES, Engine
 from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
-from lightx2v.loading import compute_dtype, load_transformer, with_attention
+from lightx2v.loading import build_transformer, compute_dtype, fill, with_attention
 from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
 from lightx2v.memory import transformer_activation_bytes
 from lightx2v.text import umt5
-from lightx2v.vae import stream
-from lightx2v.vae.loading import VAE, VAEInfo, identify_vae, load_vae
 
 from . import host
 from .lora import LoraStack
 
 MODELS = "diffusion_models"
-MERGE_BYTES = 1 << 30  # beside other models while LoRAs are merged; the largest weight of Wan 14B is 0.28 GB in float32
 NONE = "none"
 EXPERTS = tuple((f"{role}_original_ckpt", f"{role}_quantized_ckpt") for role in ("high_noise", "low_noise"))
 
 
 class LoadedTransformer(host.EngineHandle):
-    """A transformer in the host's books, with what its file said about itself."""
+    """A transformer in the host's books, with what its file said about itself.
 
-    info: CheckpointInfo
-    engine: Engine
-    loras: Applied
+    Its weights are read when they are first needed, straight to where they are needed: a request that does not fit the
+    model is refused before that, and encoders run while it is not there yet.
+    """
+
+    def __init__(self, info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...]) -> None:
+        device = mm.get_torch_device()
+        network = build_transformer(info, engine, device)
+        super().__init__(host.Housed(network), device, mm.unet_offload_device())
+        self.info, self.engine, self.loras = info, engine, loras
+        self.applied: Applied | None = None  # None: the weights are not read yet
+
+    def move(self, device: torch.device) -> None:
+        if self.applied is not None:
+            super().move(device)
+        elif device == self.load_device:
+            fill(self.model.network, self.info, device)
+            self.applied = apply_loras(self.model.network, self.info, self.loras, device=device)
 
     def network(self, attention: str) -> nn.Module:
         """The transformer with the attention backend that the sampler asks for; weights are shared, never copied."""
+        self.move(self.load_device)
         if attention != self.engine.attention:
             self.engine = Engine(attention=attention, dtype=self.engine.dtype)
             self.model.network = with_attention(self.model.network, self.info, self.engine, self.load_device)
@@ -207,15 +217,8 @@ def _chosen(original: str, original_name: str, quantised: str, quantised_name: s
 
 
 def _loaded(info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...]) -> LoadedTransformer:
-    device, resting = mm.get_torch_device(), mm.unet_offload_device()
-    check_loras(loras, info)  # before the weights, which may take a minute
-    transformer = load_transformer(info, engine, device, resting)
-    handle = LoadedTransformer(host.Housed(transformer), device, resting)
-    handle.info, handle.engine = info, engine
-    if loras:
-        host.make_room(device, MERGE_BYTES)
-    handle.loras = apply_loras(transformer, info, loras, device=device)
-    return handle
+    check_loras(loras, info)
+    return LoadedTransformer(info, engine, loras)
 
 
 @dataclass(frozen=True)
@@ -255,67 +258,6 @@ class LightX2VLoadTextEncoder(io.ComfyNode):
         return io.NodeOutput(LoadedTextEncoder(encoder, host.EngineHandle(host.Housed(encoder.model), device, resting)))
 
 
-class LightX2VLoadVAE(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return host.schema(
-            node_id="LightX2VLoadVAE",
-            display_name="Load VAE (LightX2V)",
-            category="LightX2V/loaders",
-            description="Loads the VAE of Wan2.1 and Wan2.2 A14B, full (127 M parameters) or LightVAE (8 M), or "
-            "that of TI2V-5B (705 M). Fits ComfyUI's own nodes.",
-            inputs=[
-                io.Combo.Input(
-                    "vae_name",
-                    options=host.files("vae", _is_vae),
-                    tooltip="Files of models/vae: wan_2.1_vae.safetensors (254 MB) for Wan2.1 and Wan2.2 A14B, "
-                    "wan2.2_vae.safetensors (1.4 GB) for TI2V-5B.",
-                ),
-            ],
-            outputs=[io.Vae.Output("vae", display_name="VAE")],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, vae_name: str, **_: Any) -> tuple[str, int, int]:
-        return host.fingerprint("vae", vae_name)
-
-    @classmethod
-    def execute(cls, vae_name: str) -> io.NodeOutput:
-        return io.NodeOutput(EngineVAE(host.locate("vae", vae_name)))
-
-
-class EngineVAE(comfy.sd.VAE):
-    """ComfyUI's VAE object with our network inside, so that every native node takes it.
-
-    The host's constructor runs first, on the tensor names and shapes of the family's published VAE and without weights:
-    it sets the sizes, dtypes and memory estimates that this version of the host expects. It knows the Wan2.2 VAE in its
-    published width only, and original key names only.
-    """
-
-    def __init__(self, path: Path) -> None:
-        info = identify_vae(path)
-        with torch.device("meta"):
-            super().__init__(sd=VAEInfo(path, type(info.config)()).network().state_dict())
-        network = load_vae(info, dtype=self.vae_dtype, device=mm.vae_offload_device())
-        self.first_stage_model = VAEStage(network)
-        self.size = mm.module_size(self.first_stage_model)
-        self.patcher = host.EngineHandle(self.first_stage_model, self.device, mm.vae_offload_device())
-
-
-class VAEStage(host.Housed):
-    """What the host calls on the network inside a VAE object; both directions report progress and can be cancelled."""
-
-    network: VAE
-
-    def decode(self, raw: Tensor) -> Tensor:
-        """raw latents (B, C, T, h, w) -> (B, 3, F, H, W) float32; the host clamps once tiles are blended"""
-        return stream.decode(self.network, raw, on_chunk=host.progress(), clamp=False)
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """frames (B, 3, F, H, W) in [-1, 1] -> raw latent mean (B, C, T, h, w) float32"""
-        return stream.encode(self.network, frames, on_chunk=host.progress())
-
-
 def _traits(path: Path) -> tuple[bool, bool]:
     """Whether a model is quantised, and whether it may be one of two experts."""
     info = identify(path)
@@ -324,9 +266,4 @@ def _traits(path: Path) -> tuple[bool, bool]:
 
 def _is_text_encoder(path: Path) -> bool:
     umt5.open_encoder(path)
-    return True
-
-
-def _is_vae(path: Path) -> bool:
-    identify_vae(path)
     return True

@@ -1,4 +1,4 @@
-"""Narrow Wan VAEs for tests, with weights in which every term shows."""
+"""Narrow VAEs for tests, with weights in which every term shows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lightx2v.vae.tae import Remember, TAEConfig, TinyVAE
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
 from lightx2v.vae.wan22 import Wan22VAE, Wan22VAEConfig
 
@@ -21,6 +22,15 @@ def tiny_vae(base_channels: int = 8, *, seed: int = 0) -> WanVAE:
 def tiny_vae22(encoder_channels: int = 8, decoder_channels: int = 12, *, seed: int = 0) -> Wan22VAE:
     """A Wan2.2 VAE; 1.8 M parameters at these widths."""
     return randomised(Wan22VAE(Wan22VAEConfig(encoder_channels, decoder_channels)), seed)
+
+
+def tiny_tae(kind: str = "taew2_1", widths: tuple[int, int, int, int] = (256, 128, 64, 64), seed: int = 0) -> TinyVAE:
+    """A tiny autoencoder; 11 M parameters at the published widths."""
+    vae = randomised(TinyVAE(TAEConfig(kind, widths)), seed)
+    for module in vae.modules():
+        if isinstance(module, Remember):
+            module.conv[-1].weight.mul_(0.3)  # branches of equal size all the way down would only add up rounding
+    return vae
 
 
 def randomised(vae: Network, seed: int) -> Network:

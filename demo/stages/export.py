@@ -13,6 +13,7 @@ from torch import Tensor
 
 from demo.stages.run import Run, save_state
 from lightx2v.text.layout import from_original, to_original_layout
+from lightx2v.vae.tae import TinyVAE
 from lightx2v.vae.wan import WanVAE
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -35,6 +36,11 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 def export_vae(vae: WanVAE, folder: Path) -> None:
     """Write the autoencoder under Wan2.1_VAE.pth's key names."""
     _save(vae.state_dict(), folder / VAE)
+
+
+def export_tae(tae: TinyVAE, path: Path) -> None:
+    """Write a tiny autoencoder under taew2_1.pth's key names."""
+    _save(tae.state_dict(), path)
 
 
 def import_t2v(folder: Path) -> dict[str, Tensor]:

@@ -9,10 +9,11 @@ import torch
 
 from lightx2v.checkpoint import CheckpointError, read_header
 from lightx2v.latents import LatentFormat
-from lightx2v.vae import wan, wan22
+from lightx2v.vae import tae, wan, wan22
 from lightx2v.vae.layouts import PREFIXES, require_any_layout
 
-VAE = wan.WanVAE | wan22.Wan22VAE
+VAE = wan.WanVAE | wan22.Wan22VAE | tae.TinyVAE
+FullVAE = wan.WanVAE | wan22.Wan22VAE
 
 
 @dataclass(frozen=True)
@@ -20,33 +21,50 @@ class VAEInfo:
     """What a VAE's file says about itself."""
 
     path: Path
-    config: wan.WanVAEConfig | wan22.Wan22VAEConfig
+    config: wan.WanVAEConfig | wan22.Wan22VAEConfig | tae.TAEConfig
+
+    @property
+    def tiny(self) -> bool:
+        """Whether it only approximates the model's own VAE."""
+        return isinstance(self.config, tae.TAEConfig)
 
     @property
     def name(self) -> str:
+        if isinstance(self.config, tae.TAEConfig):
+            return f"tiny autoencoder {self.config.kind}"
         return "Wan2.2 VAE" if isinstance(self.config, wan22.Wan22VAEConfig) else "Wan2.1 VAE"
 
     @property
     def space(self) -> LatentFormat:
         """The latents that it encodes to and decodes from."""
+        if isinstance(self.config, tae.TAEConfig):
+            return tae.KINDS[self.config.kind].space
         return (wan22.Wan22VAE if isinstance(self.config, wan22.Wan22VAEConfig) else wan.WanVAE).space
 
     def network(self) -> VAE:
         """The network with weights of its own making; on the meta device where that is the current one."""
         config = self.config
+        if isinstance(config, tae.TAEConfig):
+            return tae.TinyVAE(config)
         return wan22.Wan22VAE(config) if isinstance(config, wan22.Wan22VAEConfig) else wan.WanVAE(config)
 
 
 def identify_vae(path: str | Path, space: LatentFormat | None = None) -> VAEInfo:
-    """Recognise a VAE from its header, without reading weights.
+    """Recognise a VAE from its header, and a tiny autoencoder also from its name, without reading weights.
 
     space: the latents of the model that it is for, if there is one already.
-    Raises CheckpointError, which says what the file is, for anything but a Wan2.1 VAE (LightVAE among them) or a Wan2.2
-    VAE, and for a VAE of other latents than `space`.
+    Raises CheckpointError, which says what the file is, for anything but a Wan2.1 VAE (LightVAE among them), a Wan2.2
+    VAE or a tiny autoencoder of `tae.KINDS`, and for a VAE of other latents than `space`.
     """
     header = read_header(path).without_prefix(*PREFIXES)
-    module = wan22 if require_any_layout(header) == wan22.Wan22VAE.space else wan
-    info = VAEInfo(Path(path), module.config_from_header(header))
+    config: wan.WanVAEConfig | wan22.Wan22VAEConfig | tae.TAEConfig
+    if tae.is_tiny(header):
+        config = tae.config_from_header(header)
+    elif require_any_layout(header) == wan22.Wan22VAE.space:
+        config = wan22.config_from_header(header)
+    else:
+        config = wan.config_from_header(header)
+    info = VAEInfo(Path(path), config)
     if space is not None and info.space != space:
         raise CheckpointError(
             f"{path}: this is a {info.name}, with {info.space.channels} latent channels; the model has "
@@ -60,5 +78,7 @@ def load_vae(info: VAEInfo, *, dtype: torch.dtype, device: torch.device | str) -
 
     Raises CheckpointError when the file is damaged.
     """
+    if isinstance(info.config, tae.TAEConfig):
+        return tae.load(info.path, dtype=dtype, device=device)
     module = wan22 if isinstance(info.config, wan22.Wan22VAEConfig) else wan
     return module.load(info.path, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Any of Wan's VAEs over a clip of any length: chunk by chunk, in memory that does not grow with the clip."""
+"""Any VAE over a clip of any length: chunk by chunk, in memory that does not grow with the clip."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from lightx2v.latents import LatentFormat
 from lightx2v.vae.layers import CausalConv3d, Encoder, State
 
 
-class CausalVAE(Protocol):
+class StreamedVAE(Protocol):
+    """What all VAEs here have in common: both directions work on a whole clip (state None) or on its next chunk."""
+
+    @property
+    def space(self) -> LatentFormat: ...
+    @property
+    def first_chunk(self) -> int: ...  # frames that become the first latent frame: 1, or 4
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor: ...
+    def reconstruct(self, raw: Tensor, state: State | None = None) -> Tensor: ...
+
+
+class CausalVAE(StreamedVAE, Protocol):
     """What WanVAE and Wan22VAE have in common."""
 
     encoder: Encoder
     conv2: CausalConv3d  # beside the latents, at the decoder's side
 
-    @property
-    def space(self) -> LatentFormat: ...
     def prepare(self, frames: Tensor) -> Tensor: ...
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
     def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]: ...
-    def reconstruct(self, raw: Tensor, state: State | None = None) -> Tensor: ...
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -52,7 +62,7 @@ OnChunk = Callable[[int, int], None]
 """Called after each chunk with the latent frames done and their total. What it raises ends the work."""
 
 
-def check_frames(vae: CausalVAE, frames: Tensor) -> None:
+def check_frames(vae: StreamedVAE, frames: Tensor) -> None:
     """Raise ValueError unless frames are (B, 3, F, H, W) of a size that the VAE divides."""
     if frames.ndim != 5 or frames.shape[1] != 3:
         raise ValueError(f"frames are {tuple(frames.shape)}; expected (B, 3, F, H, W)")
@@ -69,22 +79,22 @@ def check_count(count: int) -> None:
         raise ValueError(f"{count} frames: expected 4n + 1; cut the clip to {less} or repeat frames up to {less + 4}")
 
 
-def spans(count: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """First frame and end of each chunk of a clip: the first frame alone, then `chunk` at a time."""
-    yield 0, 1
-    for start in range(1, count, chunk):
+def spans(count: int, chunk: int, first: int = 1) -> Iterator[tuple[int, int]]:
+    """First frame and end of each chunk of a clip: `first` frames, then `chunk` at a time."""
+    yield 0, min(first, count)
+    for start in range(first, count, chunk):
         yield start, min(start + chunk, count)
 
 
-def empty_latents(vae: CausalVAE, frames: Tensor, count: int) -> Tensor:
+def empty_latents(vae: StreamedVAE, frames: Tensor, count: int) -> Tensor:
     """Room for the raw latents of `count` frames like these, on the VAE's device."""
     st, sh, sw = vae.space.stride
     b, (height, width) = frames.shape[0], frames.shape[3:]
-    shape = (b, vae.conv2.in_channels, (count - 1) // st + 1, height // sh, width // sw)
-    return torch.empty(shape, dtype=torch.float32, device=vae.conv2.weight.device)
+    shape = (b, vae.space.channels, (count - 1) // st + 1, height // sh, width // sw)
+    return torch.empty(shape, dtype=torch.float32, device=next(vae.parameters()).device)
 
 
-def encode(vae: CausalVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk | None = None) -> Tensor:
+def encode(vae: StreamedVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk | None = None) -> Tensor:
     """Raw latents (B, z, T, h, w) float32 of frames (B, 3, F, H, W) in [-1, 1]: the posterior's mean.
 
     F is 4n + 1, H and W are multiples of the VAE's stride (8, Wan2.2's 16); else ValueError. After the first frame
@@ -96,11 +106,11 @@ def encode(vae: CausalVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk 
     check_count(count)
     if chunk < 4 or chunk % 4:
         raise ValueError(f"chunk is {chunk} frames: expected a multiple of 4")
-    raw = empty_latents(vae, frames, count)
+    raw, weight = empty_latents(vae, frames, count), next(vae.parameters())
     state: State = {}
     with torch.inference_mode():
-        for start, stop in spans(count, chunk):
-            mean, _ = vae.posterior(frames[:, :, start:stop].to(vae.conv2.weight), state)
+        for start, stop in spans(count, chunk, vae.first_chunk):
+            mean = vae.to_latents(frames[:, :, start:stop].to(weight), state)
             done = (stop - 1) // 4 + 1
             raw[:, :, done - mean.shape[2] : done] = mean
             if on_chunk is not None:
@@ -109,7 +119,7 @@ def encode(vae: CausalVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChunk 
 
 
 def decode(
-    vae: CausalVAE,
+    vae: StreamedVAE,
     raw: Tensor,
     *,
     chunk: int = 1,
@@ -123,7 +133,7 @@ def decode(
     `out`, which is allocated on the VAE's device unless given; it may be in main memory, or of another floating dtype.
     Raises ValueError for latents or an `out` of another shape.
     """
-    channels = vae.conv2.in_channels
+    channels, device = vae.space.channels, next(vae.parameters()).device
     if raw.ndim != 5 or raw.shape[1] != channels or not raw.numel():
         raise ValueError(
             f"latents are {tuple(raw.shape)}; this VAE decodes (B, {channels}, T, h, w), T, h and w at least 1"
@@ -134,14 +144,14 @@ def decode(
     _, sh, sw = vae.space.stride
     shape = (b, 3, 4 * total - 3, sh * h, sw * w)
     if out is None:
-        out = torch.empty(shape, dtype=torch.float32, device=vae.conv2.weight.device)
+        out = torch.empty(shape, dtype=torch.float32, device=device)
     elif tuple(out.shape) != shape or not out.is_floating_point():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; these latents decode to floating point {shape}")
     state: State = {}
     with torch.inference_mode():
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
-            frames = vae.reconstruct(raw[:, :, start:stop].to(vae.conv2.weight.device), state)
+            frames = vae.reconstruct(raw[:, :, start:stop].to(device), state)
             end = 4 * stop - 3
             out[:, :, end - frames.shape[2] : end] = frames.clamp_(-1, 1) if clamp else frames
             if on_chunk is not None:

@@ -83,6 +83,7 @@ class WanVAE(nn.Module):
     """
 
     space = WAN21
+    first_chunk = 1
 
     def __init__(self, config: WanVAEConfig | None = None) -> None:
         super().__init__()
@@ -99,6 +100,10 @@ class WanVAE(nn.Module):
         F is 4n + 1 for a whole clip or its first chunk, 4n for a later chunk.
         """
         return self.moments(self.encoder(self.prepare(frames), state))
+
+    def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor:
+        """The mean of `posterior`."""
+        return self.posterior(frames, state)[0]
 
     def prepare(self, frames: Tensor) -> Tensor:
         """What the encoder's first stage reads of frames."""

@@ -110,6 +110,7 @@ class Wan22VAE(nn.Module):
     """
 
     space = WAN22
+    first_chunk = 1
 
     def __init__(self, config: Wan22VAEConfig | None = None) -> None:
         super().__init__()
@@ -126,6 +127,10 @@ class Wan22VAE(nn.Module):
         Frames are in [-1, 1]; F is 4n + 1 for a whole clip or its first chunk, 4n for a later chunk.
         """
         return self.moments(self.encoder(self.prepare(frames), state))
+
+    def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor:
+        """The mean of `posterior`."""
+        return self.posterior(frames, state)[0]
 
     def prepare(self, frames: Tensor) -> Tensor:
         """What the encoder's first stage reads of frames: (B, 12, F, H/2, W/2)."""
