@@ -37,9 +37,17 @@ NODES = {
         ["start_image", "end_image", "clip_vision_start_image", "clip_vision_end_image"],
         ["CONDITIONING", "CONDITIONING", "LATENT"],
     ),
+    "LightX2VCache": (
+        ["method", "threshold", "use_ret_steps", "max_skips", "retention_ratio", "figures"],
+        [],
+        ["LIGHTX2V_CACHE"],
+    ),
     "LightX2VSampler": (
         ["model", "positive", "latent", "seed", "steps", "cfg", "shift", "scheduler", "attention", "offload", "cache"],
-        ["negative", "start_at_step", "end_at_step", "add_noise", "denoising_step_list"],
+        [
+            *("negative", "start_at_step", "end_at_step", "add_noise", "denoising_step_list"),
+            *("cfg_low", "boundary", "boundary_step", "cache_options"),
+        ],
         ["LATENT"],
     ),
     "LightX2VLoadVAE": (["vae_name"], [], ["VAE"]),
@@ -200,7 +208,7 @@ def test_wrong_latents_are_said_in_words(host, tiny_models) -> None:
     latent["inputs"]["channels"] = 48
     graph = {**base(tiny_models), "empty": latent, "sample": our_sampler()}
     assert (
-        "the latents have 48 channels, the model's have 16: encode with the VAE"
+        "whose latents have 16 channels; the given ones have 48: use the Wan2.1 VAE"
         in host.run(keep(graph, "sample")).expect("error").message
     )
 
