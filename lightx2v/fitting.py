@@ -1,5 +1,7 @@
 """Whether what is asked fits the model: task, images. Asked before any weight is read."""
 
+from torch import Tensor
+
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.identify import CheckpointInfo
 
@@ -49,3 +51,14 @@ def check_given(task: str, *, start: bool, end: bool) -> None:
         raise ValueError(f"task {task} starts from an image: give image_path, or set task to t2v")
     if task == "flf2v" and not end:
         raise ValueError("task flf2v ends on an image: give last_frame_path, or set task to i2v")
+
+
+def check_latents(info: CheckpointInfo, latents: Tensor) -> None:
+    """Raise CheckpointError for latents (B, C, ...) of another space than the model's; zeros are of any."""
+    channels, wanted = latents.shape[1], info.spec.latents.channels
+    if channels != wanted and latents.any():
+        vae = {16: "the Wan2.1 VAE (wan_2.1_vae.safetensors)", 48: "the Wan2.2 VAE (wan2.2_vae.safetensors)"}[wanted]
+        raise CheckpointError(
+            f"{info.path}: this is {info.spec.title}, whose latents have {wanted} channels; the given ones have "
+            f"{channels}: use {vae} where they are encoded and decoded, or the model that belongs to the other VAE"
+        )

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import nn
 
-from lightx2v.checkpoint import assign
+from lightx2v.checkpoint import assign, places
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
 from lightx2v.lora import share
@@ -37,26 +37,38 @@ def choose_kernels(info: CheckpointInfo, engine: Engine, device: torch.device) -
     return select(attention=engine.attention, device=device, dtype=dtype, head_dim=info.spec.head_dim)
 
 
-def load_transformer(
-    info: CheckpointInfo, engine: Engine, device: torch.device, weights_on: torch.device | None = None
-) -> nn.Module:
-    """Build the network for `device` on the meta device, then stream its weights to `weights_on` (default: device).
+def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
+    """The network for `device`, on the meta device and in the dtypes that it will have; `fill` gives it its weights.
 
-    Quantised weights are restored one at a time, on `weights_on`, so that no more than one is in memory in float32.
     Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend that cannot run here.
     """
     spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)
     kernels = choose_kernels(info, engine, device)  # outside the meta device: choosing runs self-tests
     with torch.device("meta"):
         transformer = spec.build(info.config, kernels)
-    assign(
-        transformer,
-        info.header,
-        dtype=lambda name: torch.float32 if spec.keep_float32(name) else dtype,
-        device=weights_on or device,
-    )
-    log.info("%s: %s, computing in %s on %s", info.path.name, info.describe(), dtype, device)
-    return transformer.eval()
+    for name, parameter in transformer.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if spec.keep_float32(name) else dtype)
+    places(transformer, info.header)
+    return transformer.eval().requires_grad_(False)
+
+
+def fill(transformer: nn.Module, info: CheckpointInfo, device: torch.device) -> None:
+    """Stream the weights of a built network to a device.
+
+    Quantised weights are restored one at a time, on that device, so that no more than one is in memory in float32.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
+    assign(transformer, info.header, dtype=lambda name: dtypes[name], device=device)
+    log.info("%s: %s, computing in %s", info.path.name, info.describe(), dtypes["patch_embedding.weight"])
+
+
+def load_transformer(
+    info: CheckpointInfo, engine: Engine, device: torch.device, weights_on: torch.device | None = None
+) -> nn.Module:
+    """Build the network for `device` and read its weights to `weights_on` (default: device); raises as the two do."""
+    transformer = build_transformer(info, engine, device)
+    fill(transformer, info, weights_on or device)
+    return transformer
 
 
 def with_attention(transformer: nn.Module, info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:

@@ -207,12 +207,6 @@ def on_gpu(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int) -> t
     return handle.load_device
 
 
-def make_room(device: torch.device, size: int) -> None:
-    """Push other models off a device until `size` bytes are free; nothing to do on the CPU."""
-    if device.type != "cpu":
-        mm.free_memory(size, device)
-
-
 def room_beside(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int) -> int:
     """Bytes free on a handle's device once its weights are there and others have made way for as much as is asked."""
     return int(mm.get_free_memory(on_gpu(handle, activation_bytes)))

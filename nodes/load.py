@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
+import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
@@ -38,16 +39,23 @@ class LoadedTransformer(host.EngineHandle):
         self.info, self.engine, self.loras = info, engine, loras
         self.applied: Applied | None = None  # None: the weights are not read yet
 
+    def read(self) -> None:
+        """Read the weights to the load device, unless they were."""
+        if self.applied is None:
+            fill(self.model.network, self.info, self.load_device)
+            self.applied = apply_loras(self.model.network, self.info, self.loras, device=self.load_device)
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> int:
+        self.read()
+        return super().partially_load(*args, **kwargs)
+
     def move(self, device: torch.device) -> None:
         if self.applied is not None:
             super().move(device)
-        elif device == self.load_device:
-            fill(self.model.network, self.info, device)
-            self.applied = apply_loras(self.model.network, self.info, self.loras, device=device)
 
     def network(self, attention: str) -> nn.Module:
         """The transformer with the attention backend that the sampler asks for; weights are shared, never copied."""
-        self.move(self.load_device)
+        self.read()
         if attention != self.engine.attention:
             self.engine = Engine(attention=attention, dtype=self.engine.dtype)
             self.model.network = with_attention(self.model.network, self.info, self.engine, self.load_device)

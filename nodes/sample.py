@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightx2v.cache.choice import choose, kept_bytes
 from lightx2v.config import CACHES, SCHEDULERS, Cache, Sampling, one_of
 from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
-from lightx2v.fitting import check_images
+from lightx2v.fitting import check_images, check_latents
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import compute_dtype
@@ -213,6 +213,7 @@ class LightX2VSampler(io.ComfyNode):
             )
         experts = (model.high, model.low) if isinstance(model, LoadedExperts) else (model,)
         info, samples = experts[0].info, latent["samples"]
+        check_latents(info, samples)
         check_images(info, start=_given(positive, "concat_latent_image"), end=False)
         cache = choose(cache_options or Cache(widgets["cache"]), [expert.info for expert in experts])
         space = info.spec.latents
@@ -297,7 +298,9 @@ def _conditioning(native: list, socket: str, info: CheckpointInfo, latent: dict[
         mask = extras.get("concat_mask")
         if mask is None and latent.get("noise_mask") is not None:
             mask = fit_mask(latent["noise_mask"], shape)
-        image = to_model_input(extras.get("concat_latent_image"), mask, spec.latents, shape)
+        if (given := extras.get("concat_latent_image")) is not None:
+            check_latents(info, given)
+        image = to_model_input(given, mask, spec.latents, shape)
     if spec.reads_clip:
         if (output := extras.get("clip_vision_output")) is not None:
             clip = output.penultimate_hidden_states.float()

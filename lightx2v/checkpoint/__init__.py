@@ -7,7 +7,7 @@ milliseconds and before any weight is read.
 
 from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Packed, TensorInfo
 from lightx2v.checkpoint.reader import read_bytes, read_header, read_tensors
-from lightx2v.checkpoint.weights import DtypeRule, assign
+from lightx2v.checkpoint.weights import DtypeRule, assign, places
 
 __all__ = [
     "DTYPES",
@@ -17,6 +17,7 @@ __all__ = [
     "Packed",
     "TensorInfo",
     "assign",
+    "places",
     "read_bytes",
     "read_header",
     "read_tensors",

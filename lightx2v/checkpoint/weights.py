@@ -11,19 +11,13 @@ from lightx2v.checkpoint.reader import read_tensors
 DtypeRule = torch.dtype | None | Callable[[str], torch.dtype | None]
 
 
-def assign(
-    module: nn.Module,
-    header: Header,
-    *,
-    rename: Callable[[str], str | None] = lambda name: name,
-    dtype: DtypeRule = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Give every parameter and persistent buffer of a meta-device module its weights.
+def places(
+    module: nn.Module, header: Header, rename: Callable[[str], str | None] = lambda name: name
+) -> dict[str, str]:
+    """Checkpoint name -> module name of every tensor that is used. Reads no weights.
 
     rename: checkpoint name -> module name, or None to leave a tensor of the file unused.
-    dtype: of floating-point weights; a function decides per module name. None keeps the file's, float32 for packed.
-    Raises CheckpointError for tensors that are missing, unexpected or of another shape, before any weight is read.
+    Raises CheckpointError for tensors that are missing, unexpected or of another shape.
     """
     targets: dict[str, str] = {}
     for name in header.tensors:
@@ -39,7 +33,23 @@ def assign(
     _check_names(header, set(expected), set(targets))
     for target, name in targets.items():
         _check_tensor(header, name, expected[target])
-    origin = {name: target for target, name in targets.items()}
+    return {name: target for target, name in targets.items()}
+
+
+def assign(
+    module: nn.Module,
+    header: Header,
+    *,
+    rename: Callable[[str], str | None] = lambda name: name,
+    dtype: DtypeRule = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Give every parameter and persistent buffer of a meta-device module its weights.
+
+    dtype: of floating-point weights; a function decides per module name. None keeps the file's, float32 for packed.
+    Raises as `places` does, before any weight is read.
+    """
+    origin = places(module, header, rename)
     for name, tensor in read_tensors(header, list(origin), device):
         target = origin[name]
         wanted = dtype(target) if callable(dtype) else dtype
