@@ -12,8 +12,9 @@ RET_STEPS = 5  # computed at the start with use_ret_steps (TeaCache4Wan2.1, teac
 
 
 def changes(signal: Tensor) -> list[float]:
-    """Relative L1 change of a signal (N, K) from each step to the next: N - 1 values, in one copy to the host."""
-    before, after = signal[:-1].double(), signal[1:].double()
+    """Relative L1 change of a signal (N, K) from each step to the next: N - 1 values, after one copy to the host."""
+    signal = signal.cpu().double()
+    before, after = signal[:-1], signal[1:]
     return ((after - before).abs().mean(1) / before.abs().mean(1)).tolist()
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import Branch, RunBlocks, Walks
 
-# (transformer, timesteps (N,) in [0, 1000], projected) -> (N, K) float32: the embedding of each timestep, as the head
-# reads it, or projected, as the blocks read it.
+# (transformer, timesteps (N,) in [0, 1000], on any device, projected) -> (N, K) float32: the embedding of each
+# timestep, as the head reads it, or projected, as the blocks read it.
 TimeSignal = Callable[[nn.Module, Tensor, bool], Tensor]
 
 

@@ -132,10 +132,8 @@ def time_changes(turn: Turn, projected: bool) -> list[float]:
         raise ValueError("this model family has no TeaCache: nothing says how its timestep is embedded; use magcache")
     if len(turn.timesteps) < 2:
         return []
-    network = turn.network()
-    device = next(network.parameters()).device
-    timesteps = torch.tensor(turn.timesteps, dtype=torch.float32, device=device)
-    return teacache.changes(turn.time_signal(network, timesteps, projected))
+    timesteps = torch.tensor(turn.timesteps, dtype=torch.float32)
+    return teacache.changes(turn.time_signal(turn.network(), timesteps, projected))
 
 
 class _SkippingWalks:

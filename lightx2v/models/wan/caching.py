@@ -13,9 +13,9 @@ def time_signal(network: nn.Module, timesteps: Tensor, projected: bool) -> Tenso
 
     Of frames that are kept clean, at timestep 0, nothing changes: they are left out.
     """
-    embed = network.get_submodule("time_embedding")
-    dtype = next(embed.parameters()).dtype
-    time = embed(sinusoidal(timesteps[:, None], network.config.freq_dim).to(dtype))  # type: ignore[union-attr, arg-type]
+    weight = network.get_parameter("time_embedding.0.weight")
+    channels = sinusoidal(timesteps[:, None].to(weight.device), weight.shape[1])
+    time = network.get_submodule("time_embedding")(channels.to(weight.dtype))
     return (network.get_submodule("time_projection")(time) if projected else time).float().flatten(1)
 
 
