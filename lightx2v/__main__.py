@@ -37,6 +37,8 @@ def _pipeline(args: argparse.Namespace) -> "LightX2VPipeline":
         high_noise_original_ckpt=args.high_noise_original_ckpt,
         device=args.device,
     )
+    if args.vae_path or args.tae_path:
+        pipe.enable_lightvae(vae_path=args.vae_path, use_tae=bool(args.tae_path), tae_path=args.tae_path)
     if args.lora:
         pipe.enable_lora([parse_lora(text) for text in args.lora])
     pipe.create_generator(
@@ -204,6 +206,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dit_original_ckpt", help="a transformer in place of the folder's, file or folder")
     group.add_argument("--high_noise_original_ckpt", help="of two experts the one for the first steps")
     group.add_argument("--low_noise_original_ckpt", help="of two experts the one for the other steps")
+    group.add_argument("--vae_path", help="a VAE or LightVAE in place of the folder's")
+    group.add_argument("--tae_path", help="a tiny autoencoder that decodes: fast, less exact")
     shape = "PATH[:STRENGTH[:high|low]]"
     group.add_argument(
         "--lora", action="append", metavar=shape, help="may be given several times; strength 1 as trained"

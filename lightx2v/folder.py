@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.latents import WAN22, LatentFormat
+from lightx2v.latents import WAN21, WAN22, LatentFormat
+from lightx2v.vae.tae import KINDS
 
 # Of LightX2V's folders: forms of the same part side by side. The full-precision one comes first here.
 FORMS = ("", "original", "distill_models", "fp8", "int8", "distill_fp8", "distill_int8")
@@ -23,6 +24,7 @@ TEXT_ENCODER = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_*.pth", "models_t5
 IMAGE_ENCODER = ("models_clip_*.pth", "models_clip_*.safetensors", "image_encoder")
 VAE = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae")
 VAE22 = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "vae")
+LIGHT_VAE = ("lightvaew2_1.safetensors", "lightvaew2_1.pth")
 TOKENIZERS = ("google/umt5-xxl", "tokenizer")
 
 
@@ -61,11 +63,24 @@ class ModelFolder:
         """The VAE whose latents these are."""
         return self._first("VAE", VAE22 if space == WAN22 else VAE)
 
+    def light_vae(self, space: LatentFormat) -> Path:
+        """LightVAE, which there is for Wan2.1's latents."""
+        return self._first("LightVAE", LIGHT_VAE if space == WAN21 else ())
+
+    def tiny_vae(self, space: LatentFormat) -> Path:
+        """A tiny autoencoder of these latents."""
+        kinds = [kind.name for kind in KINDS.values() if kind.space == space]
+        return self._first(
+            "tiny autoencoder", tuple(f"{name}{end}" for name in kinds for end in (".safetensors", ".pth"))
+        )
+
     def _first(self, part: str, patterns: tuple[str, ...]) -> Path:
         for form in FORMS:
             for pattern in patterns:
                 if found := sorted((self.path / form).glob(pattern)):
                     return found[0]
+        if not patterns:
+            raise CheckpointError(f"{self.path}: there is no {part} for the latents of this model; use its own VAE")
         folders = ", ".join(form for form in FORMS if form)
         raise CheckpointError(
             f"{self.path}: no {part} here; looked for {', '.join(patterns)} there and in its subfolders {folders}"

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from lightx2v.config import Engine
+from lightx2v.decoding import VAEChoice
 from lightx2v.diffuse import Model
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.text import umt5
-from lightx2v.vae.loading import VAE, identify_vae, load_vae
+from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
+from lightx2v.vae.tae import TinyVAE
 from lightx2v.vision import clip
 
 CPU = torch.device("cpu")
@@ -27,7 +29,8 @@ class Parts:
         self._folder, self._infos = folder, tuple(infos)
         self._text: umt5.UMT5 | None = None
         self._image: clip.ImageEncoder | None = None
-        self._vae: VAE | None = None
+        self._vaes = VAEChoice()
+        self._loaded_vaes: dict[VAEInfo, VAE] = {}
         self._transformers: tuple[nn.Module, ...] = ()
         self._applied: tuple[Applied, ...] = ()
         self._how = "auto"
@@ -45,13 +48,39 @@ class Parts:
             self._image = clip.load(self._folder.image_encoder(), device=CPU)
         return self._image
 
-    def vae(self) -> VAE:
-        """The VAE, on the device."""
-        if self._vae is None:
-            space = self._infos[0].spec.latents
+    def use_vaes(self, vaes: VAEChoice) -> None:
+        """From now on; those read before are forgotten."""
+        if vaes != self._vaes:
+            self._loaded_vaes = {}
+        self._vaes = vaes
+
+    def vae(self) -> FullVAE:
+        """The VAE that encodes, on the device."""
+        vae = self._read_vae(self._full())
+        assert not isinstance(vae, TinyVAE)  # choose_vaes takes none, and a model's folder has none by that name
+        return vae
+
+    def decoder(self) -> tuple[VAEInfo, VAE]:
+        """The VAE or tiny autoencoder that decodes, on the device."""
+        info = self._vaes.tiny or self._full()
+        return info, self._read_vae(info)
+
+    def free_bytes(self) -> int | None:
+        """On the device, beside what is there; None for a CPU. What PyTorch keeps for itself is free too."""
+        if self.device.type != "cuda":
+            return None
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + kept
+
+    def _full(self) -> VAEInfo:
+        space = self._infos[0].spec.latents
+        return self._vaes.full or identify_vae(self._folder.vae(space), space)
+
+    def _read_vae(self, info: VAEInfo) -> VAE:
+        if info not in self._loaded_vaes:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            self._vae = load_vae(identify_vae(self._folder.vae(space), space), dtype=dtype, device=self.device)
-        return self._vae
+            self._loaded_vaes[info] = load_vae(info, dtype=dtype, device=self.device)
+        return self._loaded_vaes[info]
 
     @contextmanager
     def visiting(self, network: nn.Module) -> Iterator[None]:
@@ -111,8 +140,12 @@ class Parts:
             self._applied = ()
         if not self._applied and any(stacks):
             each = zip(self._transformers, self._infos, stacks, strict=True)
-            self._applied = tuple(apply_loras(module, info, stack, how) for module, info, stack in each)
+            self._applied = tuple(
+                apply_loras(module, info, stack, how, device=self.device) for module, info, stack in each
+            )
             self._how = how
         elif [applied.loras for applied in self._applied] != stacks:
             changing = zip(self._transformers, self._applied, stacks, strict=bool(self._applied))
-            self._applied = tuple(change_loras(module, applied, stack) for module, applied, stack in changing)
+            self._applied = tuple(
+                change_loras(module, applied, stack, device=self.device) for module, applied, stack in changing
+            )

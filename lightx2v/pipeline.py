@@ -16,6 +16,7 @@ from lightx2v.cache.figures import given
 from lightx2v.cache.turn import CacheFactory
 from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Cache, Engine, Request, Sampling
+from lightx2v.decoding import Decoding, VAERequest, choose_vaes, decode_video
 from lightx2v.diffuse import Hooks, Start, diffuse, schedule_of
 from lightx2v.experts import require_pair
 from lightx2v.fitting import check_given, check_images, check_task
@@ -30,7 +31,7 @@ from lightx2v.parts import Parts
 from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, size_for_image, snap, to_latent
 from lightx2v.vae.padded import encode_padded
-from lightx2v.vae.stream import decode
+from lightx2v.vae.tiling import Tiling
 
 log = logging.getLogger(__name__)
 CACHE_METHODS = {"none": "none", "nocaching": "none", "tea": "teacache", "mag": "magcache"}
@@ -108,7 +109,7 @@ class LightX2VPipeline:
         self._cache: CacheFactory | None = None
         self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._parts = Parts(folder, infos, chosen)
+        self._folder, self._parts, self._decoding = folder, Parts(folder, infos, chosen), Decoding()
         self._engine, self._loras, self._lora_how = Engine(), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
         scheduler = "distilled" if self._class.distilled else "unipc"
@@ -173,6 +174,26 @@ class LightX2VPipeline:
             fps=fps or (24 if self._info.spec.task == "ti2v" else 16),
             sampling=sampling,
         )
+
+    def enable_lightvae(
+        self,
+        use_lightvae: bool = False,
+        use_tae: bool = False,
+        vae_path: str | Path | None = None,
+        tae_path: str | Path | None = None,
+    ) -> None:
+        """Other VAEs than the folder's, from the next video on; all options at their default: the folder's again.
+
+        vae_path: a VAE or LightVAE, whichever it is; with use_lightvae and no path, lightvaew2_1 of the folder.
+        use_tae: decode with the tiny autoencoder tae_path, or that of the folder; images are still encoded by the VAE.
+        Raises CheckpointError, before weights are read, for a file that is missing, damaged or of other latents.
+        """
+        wanted = VAERequest(use_lightvae, use_tae, vae_path, tae_path)
+        self._parts.use_vaes(choose_vaes(self._folder, self._info.spec.latents, wanted))
+
+    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int = 256, overlap: int = 64) -> None:
+        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be."""
+        self._decoding = Decoding(mode, Tiling(tile_size, overlap))
 
     def enable_offload(self, cpu_offload: bool = False, offload_granularity: str = "block") -> None:
         """cpu_offload: the transformer waits on the CPU and is on the GPU only while it samples.
@@ -363,13 +384,9 @@ class LightX2VPipeline:
         self.cache_reports = (*self.cache_reports, report)
 
     def _decode(self, latents: Tensor, progress: bool) -> Tensor:
-        with tqdm(desc="decode", unit="frame", disable=not progress, leave=False) as bar:
-
-            def on_chunk(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            return to_frames(decode(self._parts.vae(), latents.to(self._parts.device), on_chunk=on_chunk).cpu())
+        info, vae = self._parts.decoder()
+        free = self._parts.free_bytes()
+        return to_frames(decode_video(info, vae, latents, self._decoding, free=free, progress=progress))
 
 
 def _require(name: str, value: str, known: tuple[str, ...]) -> None:
