@@ -134,7 +134,7 @@ class Parts:
 
     def _set_loras(self, loras: Sequence[Lora], how: str) -> None:
         stacks = self._stacks(loras)
-        if self._applied and how != self._how:
+        if self._applied and (how != self._how or not any(stacks)):
             for module, applied in zip(self._transformers, self._applied, strict=True):
                 remove_loras(module, applied)
             self._applied = ()
