@@ -8,14 +8,65 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dev import browser, comfyui
 from dev.environment import ENGINE, HOST, PAGE, REPOSITORY, TEST, prepare
 
-DEMO_MODEL = REPOSITORY / "demo" / "models" / "wan2.1_t2v"
-DEMO_PROMPT = "a red circle moves right over a white background"  # demo/grammar.py knows what can be asked
+DEMO_MODELS = REPOSITORY / "demo" / "models"
+DEMO_MODEL = DEMO_MODELS / "wan2.1_t2v"
 FAST = "not host and not ui and not gpu and not weights"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One way to make a video with the small models. steps None: the model's own, which cannot be changed.
+
+    prompt: of demo/grammar.py. flags: of `lightx2v generate`.
+    """
+
+    about: str
+    prompt: str
+    steps: int | None
+    flags: Mapping[str, object]
+
+
+DEMOS = {
+    "t2v": Demo("text to video", "a red circle moves right over a white background", 20, {"guidance_scale": 4}),
+    "i2v": Demo(
+        "image to video",
+        "a green square moves right over a white background",
+        20,
+        {
+            "task": "i2v",
+            "dit_original_ckpt": DEMO_MODELS / "variants" / "wan_i2v_fp8_scaled.safetensors",
+            "resize_mode": "fixed_shape",
+            "guidance_scale": 2.5,
+        },
+    ),
+    "moe": Demo(
+        "text to video with two experts",
+        "a blue triangle moves up over a gray background",
+        20,
+        {
+            "model_cls": "wan2.2_moe",
+            "high_noise_original_ckpt": DEMO_MODELS / "variants" / "wan_t2v_high_noise_fp8_e4m3.safetensors",
+            "low_noise_original_ckpt": DEMO_MODEL / "diffusion_pytorch_model.safetensors",
+            "guidance_scale": (4, 3),
+        },
+    ),
+    "4step": Demo(
+        "text to video in four steps, by a LoRA",
+        "a yellow cross moves down left over a navy background",
+        None,
+        {
+            "model_cls": "wan2.1_distill",
+            "lora": DEMO_MODELS / "loras" / "wan_t2v_4steps_lora_rank16.safetensors",
+            "guidance_scale": 1,
+        },
+    ),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,10 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
 
     demo = add("demo", "make a video with the small models that come with the pack")
-    demo.add_argument("--prompt", default=DEMO_PROMPT, help="default: %(default)s")
+    kinds = "; ".join(f"{name}: {entry.about}" for name, entry in DEMOS.items())
+    demo.add_argument("kind", nargs="?", choices=DEMOS, default="t2v", help=f"{kinds}; default: %(default)s")
+    demo.add_argument("--prompt", help="a sentence of docs/demo.md; each kind has one of its own")
+    demo.add_argument("--image", type=Path, help="i2v: the first frame; default: one is drawn for the prompt")
     demo.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    demo.add_argument("--steps", type=int, default=20, help="default: %(default)s")
-    demo.add_argument("--out", type=Path, default=REPOSITORY / "out" / "demo.mp4", help="default: out/demo.mp4")
+    demo.add_argument("--steps", type=int, help="default: 20; 4step takes none")
+    demo.add_argument("--out", type=Path, help="default: out/demo.mp4, out/demo_i2v.mp4, ...")
     demo.set_defaults(command=_demo)
     add("test", "ruff, mypy and every test; with arguments: only pytest, with them", "dev.py test [PYTEST ARGUMENTS]")
     check = add("check", "ruff, mypy and the tests that need no ComfyUI, browser or GPU")
@@ -66,30 +120,54 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if not DEMO_MODEL.is_dir():
-        raise SystemExit(f"{DEMO_MODEL} is missing; `git checkout -- demo/models` brings it back")
+    demo = DEMOS[options.kind]
+    if options.image and options.kind != "i2v":
+        _parser().error(f"demo {options.kind} starts from no picture: demo i2v takes --image")
+    if options.steps and demo.steps is None:
+        _parser().error(f"demo {options.kind} has a fixed number of steps: leave --steps out")
+    _require_models(demo)
     python = prepare(ENGINE)
-    out = options.out.resolve()
+    suffix = "" if options.kind == "t2v" else f"_{options.kind}"
+    out = (options.out or REPOSITORY / "out" / f"demo{suffix}.mp4").resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
+    prompt = options.prompt or demo.prompt
+    settings = _demo_settings(demo, prompt, options, out)
+    if options.kind == "i2v":
+        image = options.image and options.image.resolve()
+        if image is None:
+            image = out.with_name(f"{out.stem}_start.png")
+            drawing = ["--prompt", prompt, "--seed", str(options.seed), "--first", str(image)]
+            if status := _python(python, "-m", "demo.picture", *drawing):
+                return status
+        settings["image_path"] = image
     start = time.monotonic()
-    settings = {
-        "model_path": DEMO_MODEL,
-        "task": "t2v",
-        "prompt": options.prompt,
-        "seed": options.seed,
-        "infer_steps": options.steps,
-        "height": 128,
-        "width": 128,
-        "num_frames": 17,
-        "sample_shift": 5,
-        "guidance_scale": 4,
-        "save_result_path": out,
-    }
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    status = _python(python, "-m", "lightx2v", "generate", *flags)
+    status = _python(python, "-m", "lightx2v", "generate", *_flags(settings))
     if status == 0:
-        print(f"Made in {time.monotonic() - start:.0f} s. Open {out}")
+        print(f"{demo.about}: made in {time.monotonic() - start:.0f} s. Open {out}")
     return status
+
+
+def _require_models(demo: Demo) -> None:
+    """SystemExit unless the demo's files are there."""
+    for path in (DEMO_MODEL, *(value for value in demo.flags.values() if isinstance(value, Path))):
+        if not path.exists():
+            raise SystemExit(f"{path} is missing; `git checkout -- demo/models` brings it back")
+
+
+def _demo_settings(demo: Demo, prompt: str, options: argparse.Namespace, out: Path) -> dict[str, object]:
+    """Flags of `lightx2v generate` without their dashes."""
+    steps = {} if demo.steps is None else {"infer_steps": options.steps or demo.steps}
+    size = {"height": 128, "width": 128, "num_frames": 17, "sample_shift": 5}
+    asked = {"model_path": DEMO_MODEL, "prompt": prompt, "seed": options.seed, "save_result_path": out}
+    return {**asked, **size, **steps, **demo.flags}
+
+
+def _flags(settings: Mapping[str, object]) -> list[str]:
+    """{"seed": 3, "guidance_scale": (4, 3)} -> ["--seed", "3", "--guidance_scale", "4", "3"]."""
+    words: list[str] = []
+    for name, value in settings.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def _test(rest: Sequence[str]) -> int:

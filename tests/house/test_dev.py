@@ -9,10 +9,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
-from dev import comfyui, environment
+from dev import comfyui, commands, environment
 from dev.environment import ENGINE, REPOSITORY, Layer
 
 
@@ -34,7 +35,18 @@ def test_every_command_explains_itself(command):
     assert run.returncode == 0 and f"dev.py {command}" in run.stdout
 
 
-@pytest.mark.parametrize("arguments", [["frobnicate"], [], ["demo", "--stepz", "3"], ["check", "tests/house"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        [],
+        ["demo", "--stepz", "3"],
+        ["check", "tests/house"],
+        ["demo", "t2i"],
+        ["demo", "moe", "--image", "picture.png"],
+        ["demo", "4step", "--steps", "8"],
+    ],
+)
 def test_a_wrong_command_is_refused(arguments):
     run = dev(*arguments)
     assert run.returncode == 2 and "usage: dev.py" in run.stderr
@@ -51,6 +63,46 @@ def test_dev_py_parses_on_old_pythons():
     """Far enough to say that they are too old: no syntax newer than Python 3.6."""
     compile_line = "import ast, sys; ast.parse(open(sys.argv[1]).read(), feature_version=(3, 6))"
     subprocess.run([sys.executable, "-c", compile_line, str(REPOSITORY / "dev.py")], check=True)
+
+
+def test_demo_lists_its_kinds():
+    run = dev("demo", "--help")
+    assert all(f"{name}: {entry.about}" in " ".join(run.stdout.split()) for name, entry in commands.DEMOS.items())
+
+
+@pytest.fixture
+def here(monkeypatch) -> None:
+    """Commands run in this environment, with one thread."""
+    monkeypatch.setattr(commands, "prepare", lambda *layers: Path(sys.executable))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("t2v", "1 unipc steps"), ("i2v", "Wan2.2 I2V expert"), ("moe", "1 unipc steps"), ("4step", "4 distilled steps")],
+)
+def test_every_demo_makes_its_video(here, capfd, tmp_path, kind, words):
+    out = tmp_path / "made.mp4"
+    steps = [] if kind == "4step" else ["--steps", "1"]
+    assert commands.main(["demo", kind, *steps, "--out", str(out)]) == 0
+    said = capfd.readouterr().out
+    assert words in said and "128x128, 17 frames" in said and f"Open {out}" in said
+    with av.open(str(out)) as video:
+        assert len(list(video.decode(video=0))) == 17
+    drawn = tmp_path / "made_start.png"
+    assert drawn.exists() == (kind == "i2v")
+    if kind == "i2v":
+        assert commands.main(["demo", "i2v", "--image", str(tmp_path / "gone.png"), "--out", str(out)]) == 1
+        assert commands.main(["demo", "i2v", "--prompt", "a dog", "--out", str(out)]) == 1
+        told = capfd.readouterr().err
+        assert "gone.png: no such picture" in told and "need exactly one shape" in told
+
+
+def test_a_demo_without_its_model_is_told_how_to_get_it(here, monkeypatch, tmp_path):
+    gone = commands.Demo("", "", None, {"dit_original_ckpt": tmp_path / "gone.safetensors"})
+    monkeypatch.setitem(commands.DEMOS, "i2v", gone)
+    with pytest.raises(SystemExit, match=r"gone\.safetensors is missing; `git checkout -- demo/models`"):
+        commands.main(["demo", "i2v"])
 
 
 @pytest.fixture
