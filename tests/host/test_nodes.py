@@ -51,7 +51,7 @@ NODES = {
         ["LATENT"],
     ),
     "LightX2VLoadVAE": (["vae_name"], [], ["VAE"]),
-    "LightX2VDecode": (["latent", "vae"], [], ["IMAGE"]),
+    "LightX2VDecode": (["latent", "vae"], ["mode", "tile_size", "overlap", "tile_frames"], ["IMAGE"]),
 }
 
 
