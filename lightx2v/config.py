@@ -1,6 +1,6 @@
 """How a model is run and what is asked of it, frozen. What a checkpoint is stands in its family's own config."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
@@ -33,7 +33,8 @@ class Engine:
 class Cache:
     """Which steps may reuse the result of an earlier one.
 
-    threshold: the error that may add up before a step is computed again; 0 computes every step; None: the method's own.
+    threshold: the error that may add up before a step is computed again; 0 computes every step; None: what is usual for
+        the checkpoint, or for the method.
     use_ret_steps: TeaCache: compute the first 5 steps, and read the projected embedding.
     max_skips: MagCache: steps skipped in a row at most.
     retention_ratio: MagCache: share of the steps computed at the start.
@@ -58,10 +59,12 @@ class Cache:
                 f"retention_ratio={self.retention_ratio} is a share of the steps from 0 to 1; 0.2 is usual"
             )
 
-    @property
-    def limit(self) -> float:
-        """The threshold in use."""
-        return CACHE_THRESHOLDS[self.method] if self.threshold is None else self.threshold
+    def limit(self, usual: Mapping[str, float]) -> float:
+        """The threshold in use. usual: method -> a checkpoint's own, without use_ret_steps."""
+        if self.threshold is not None:
+            return self.threshold
+        general = CACHE_THRESHOLDS[self.method]
+        return general if self.use_ret_steps else usual.get(self.method, general)
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ class LightX2VCache(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     tooltip="Error that may add up before a step is computed again; 0 is off. TeaCache: 0.05 to "
-                    "0.08 for Wan2.1 1.3B, 0.14 to 0.3 for 14B. MagCache: 0.06 to 0.24.",
+                    "0.08 for Wan2.1 1.3B, 0.15 to 0.3 for 14B. MagCache: 0.06 to 0.24.",
                 ),
                 io.Boolean.Input(
                     "use_ret_steps",
                     default=False,
                     tooltip="TeaCache only: compute the first 5 steps and read the embedding as the blocks do. Has "
-                    "coefficients of its own; thresholds of 0.1 to 0.26 are usual with it.",
+                    "coefficients of its own; thresholds of 0.2 to 0.26 are usual with it.",
                 ),
                 io.Int.Input(
                     "max_skips",

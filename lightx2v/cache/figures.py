@@ -1,6 +1,6 @@
 """Figures: what was measured of one checkpoint, once, so that a cache knows which steps it may skip."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Figures:
     mag: MagCache's ratios of the conditional branch, one a step: mean magnitude of the blocks' residual over that of
         the step before; the first is 1. Empty where none are known.
     mag_uncond: of the unconditional branch; empty: the same as `mag`.
+    usual: method -> threshold for this checkpoint where that is not the method's own; without use_ret_steps.
     steps, shift: of the schedule that they were measured on; 0 where that is not known.
     """
 
@@ -50,6 +51,7 @@ class Figures:
     shift: float = 0.0
     tea_range: tuple[float, float] | None = None
     tea_projected_range: tuple[float, float] | None = None
+    usual: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mag_uncond and len(self.mag_uncond) != len(self.mag):

@@ -95,7 +95,7 @@ class FeatureCache:
                 same = teacache.skipped_steps(
                     time_changes(turn, settings.use_ret_steps),
                     polynomial,
-                    settings.limit,
+                    settings.limit(figures.usual),
                     first=turn.first,
                     use_ret_steps=settings.use_ret_steps,
                 )
@@ -104,7 +104,7 @@ class FeatureCache:
                 found = {
                     branch: magcache.skipped_steps(
                         magcache.nearest(table, len(turn.steps)),
-                        settings.limit,
+                        settings.limit(figures.usual),
                         max_skips=settings.max_skips,
                         retention_ratio=settings.retention_ratio,
                         first=turn.first,

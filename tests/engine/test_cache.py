@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +150,14 @@ def test_branches_skip_on_their_own_with_magcache(transformer: nn.Module) -> Non
     assert skipped == {"cond": (2, 3, 4, 6, 7, 8), "uncond": (2, 4, 6, 8)}
     assert walked.passes == 20 - 10
     assert "cond 3-5, 7-9; uncond 3, 5, 7, 9 of 10; 50%" in reports[0].describe()
+
+
+def test_a_checkpoints_usual_threshold_is_taken_where_none_is_given(transformer: nn.Module) -> None:
+    reports: list[CacheReport] = []
+    careful = replace(EVEN, usual={"teacache": 0.05})
+    for cache in (Cache("teacache"), Cache("teacache", 0.1)):
+        run(transformer, FeatureCache(cache, (careful,), reports.append))
+    assert [report.skipped["cond"] for report in reports] == [(1, 3, 5, 7), (1, 2, 4, 5, 7, 8)]
 
 
 def test_without_guidance_only_one_branch_is_counted(transformer: nn.Module) -> None:

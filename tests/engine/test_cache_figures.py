@@ -245,7 +245,10 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 
 
 def test_each_method_has_its_threshold() -> None:
-    assert (Cache("teacache").limit, Cache("magcache").limit, Cache("magcache", 0.06).limit) == (0.15, 0.24, 0.06)
+    usual = {"teacache": 0.08}
+    caches = (Cache("teacache"), Cache("teacache", 0.2), Cache("teacache", use_ret_steps=True), Cache("magcache"))
+    assert [cache.limit(usual) for cache in caches] == [0.08, 0.2, 0.15, 0.24]
+    assert caches[0].limit({}) == 0.15
 
 
 def test_what_a_cache_keeps_is_counted(checkpoint: CheckpointInfo) -> None:

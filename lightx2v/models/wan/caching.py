@@ -40,6 +40,8 @@ T2V_1_3B = Figures(
         0.97411, 0.97002, 0.96541, 0.95933, 0.95089, 0.94019, 0.92414, 0.9026, 0.86868, 0.81939,
     ),
     steps=50,
+    # 0.05 to 0.08: ComfyUI-WanVideoWrapper's WanVideoTeaCache node; 0.12: LightX2V configs/caching/magcache.
+    usual={"teacache": 0.08, "magcache": 0.12},
 )  # fmt: skip
 T2V_14B = Figures(
     "Wan2.1 T2V 14B, published",
