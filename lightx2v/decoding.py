@@ -94,7 +94,9 @@ def decode_video(
                 raise
             log.warning(SAID, size, "memory ran out for whole frames")
     with _bar("tile", progress) as bar:
-        tiles = decode_tiled(lambda part: decode(vae, part), raw, vae.space.stride, how.tiling, on_tile=_counter(bar))
+        tiles = decode_tiled(
+            lambda part: decode(vae, part, clamp=False), raw, vae.space.stride, how.tiling, on_tile=_counter(bar)
+        )
     return tiles.clamp_(-1, 1)
 
 

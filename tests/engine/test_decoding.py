@@ -83,9 +83,9 @@ def test_wrong_files_are_refused_before_weights_are_read(
         pipe.enable_lightvae(vae_path=vae22)
     with pytest.raises(CheckpointError, match=r"nowhere.pth: no such file"):
         pipe.enable_lightvae(use_tae=True, tae_path="nowhere.pth")
-    with pytest.raises(ValueError, match="tae_path: .* is a Wan2.1 VAE, not a tiny autoencoder; give it as vae_path"):
+    with pytest.raises(ValueError, match=r"tae_path: .* is a Wan2.1 VAE, not a tiny autoencoder; give it as vae_path"):
         pipe.enable_lightvae(use_tae=True, tae_path=folder / "Wan2.1_VAE.safetensors")
-    with pytest.raises(ValueError, match="vae_path: .* cannot replace the VAE; give it as tae_path"):
+    with pytest.raises(ValueError, match=r"vae_path: .* cannot replace the VAE; give it as tae_path"):
         pipe.enable_lightvae(vae_path=folder / "lighttaew2_1.safetensors")
     with caplog.at_level(logging.WARNING):
         pipe.enable_lightvae(tae_path=tae22)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
+from .decoding import FixtureCrampedVae
 from .memory import FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
 from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
@@ -14,6 +15,7 @@ class FixtureExtension(ComfyExtension):
     async def get_node_list(self) -> list[type]:
         return [
             FixtureClipVision,
+            FixtureCrampedVae,
             FixtureHoldMemory,
             FixtureKeep,
             FixtureLoadedModels,
