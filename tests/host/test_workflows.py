@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -70,6 +71,13 @@ def test_there_are_workflows() -> None:
     assert "wan_t2v" in NAMES
     opened = {path.stem for path in FOLDER.glob("*.json") if not path.name.endswith(".api.json")}
     assert opened == set(NAMES) == {path.stem for path in FOLDER.glob("*.md")}
+
+
+def test_every_workflow_is_listed() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| .+ \| (yes|no)\b", (REPOSITORY / "docs" / "workflows.md").read_text("utf-8"), re.M
+    )
+    assert dict(rows) == {name: "no" if name in STAND_INS else "yes" for name in NAMES}
 
 
 @every_workflow
