@@ -14,7 +14,8 @@ from torch import Tensor
 
 from closeness import relative_error
 from lightx2v.models.wan.config import WanConfig
-from lightx2v.models.wan.transformer import WanTransformer, sinusoidal
+from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.tokens import sinusoidal
 from lightx2v_kernels import select
 
 CONFIG = WanConfig(

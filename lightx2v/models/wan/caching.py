@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightx2v.cache.figures import Figures
-from lightx2v.models.wan.transformer import sinusoidal
+from lightx2v.tokens import sinusoidal
 
 
 def time_signal(network: nn.Module, timesteps: Tensor, projected: bool) -> Tensor:

@@ -5,7 +5,6 @@ residual additions compute in float32 (as in Wan2.1 wan/modules/model.py under i
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.models.wan.config import WanConfig
+from lightx2v.tokens import AffineNorm, RMSNorm, rope_table, sinusoidal
 from lightx2v_kernels import Kernels
 
 
@@ -26,55 +26,10 @@ class BlockArgs:
     image: Tensor | None = None  # (B, I, D) image tokens
 
 
-@lru_cache(maxsize=8)
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the 3D rotary embedding, each (T*H*W, head_dim / 2) float32, angles computed in float64.
-
-    The head's pairs are split over (T, H, W) as d - 4*(d//6), 2*(d//6), 2*(d//6) channels: 44, 42, 42 for d = 128.
-    Source: Wan2.1 wan/modules/model.py.
-    """
+def rope_channels(head_dim: int) -> tuple[int, int, int]:
+    """A head's channels that carry T, H and W: 44, 42, 42 of 128. Source: Wan2.1 wan/modules/model.py."""
     sixth = head_dim // 6
-    with torch.inference_mode(False):  # the table outlives the call and may be used under autograd
-        angles = []
-        for axis, (size, channels) in enumerate(zip(grid, (head_dim - 4 * sixth, 2 * sixth, 2 * sixth), strict=True)):
-            frequency = 10000.0 ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-            angle = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
-            view = [1, 1, 1, channels // 2]
-            view[axis] = size
-            angles.append(angle.view(view).expand(*grid, channels // 2))
-        table = torch.cat(angles, dim=-1).flatten(0, 2)
-        return table.cos().float().to(device), table.sin().float().to(device)
-
-
-def sinusoidal(timestep: Tensor, channels: int) -> Tensor:
-    """timestep (B, G) in [0, 1000] -> (B, G, channels) float32: cosines, then sines, of geometric frequencies."""
-    half = channels // 2
-    frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angle = timestep.double()[..., None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-        self._norm = kernels.rms_norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._norm(x, self.weight, self.eps)
-
-
-class AffineNorm(nn.Module):
-    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size))
-        self.eps = eps
-        self._norm = kernels.layer_norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._norm(x, self.weight, self.bias, self.eps)
+    return head_dim - 4 * sixth, 2 * sixth, 2 * sixth
 
 
 class Attention(nn.Module):
@@ -255,7 +210,7 @@ class WanTransformer(nn.Module):
         args = BlockArgs(
             modulation=rearrange(self.time_projection(time).float(), "b g (six d) -> b g six d", six=6),
             context=self.text_embedding(context.to(dtype)),
-            rope=rope_table(grid, config.hidden_size // config.num_heads, latents.device),
+            rope=rope_table(grid, rope_channels(config.hidden_size // config.num_heads), 10000.0, latents.device),
             image=None if clip is None else self.img_emb(clip.to(dtype)),
         )
         tokens = run(list(self.blocks), rearrange(tokens, "b d t h w -> b (t h w) d"), args)
