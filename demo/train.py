@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from demo.stages.colours import fit_colours, write_colours
 from demo.stages.evaluate import evaluate, load_folder
 from demo.stages.export import TRANSFORMER, export_t2v, export_vae, import_t2v, import_vae
 from demo.stages.pool import Pool, grow_pool, load_pool, tokenizer_of
-from demo.stages.run import Run
+from demo.stages.run import Run, start_run
 from demo.stages.t2v import train_t2v, warm_up
 from demo.stages.vae import load_vae, train_vae
 from lightx2v.vae.wan import WanVAE
@@ -49,22 +47,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dry", action="store_true", help="everything in miniature")
     return parser.parse_args(argv)
-
-
-def _start_run(args: argparse.Namespace) -> Run:
-    device = torch.device(args.device)
-    state = args.state or Path(tempfile.mkdtemp(prefix="demo-state-"))
-    for folder in (state, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    return Run(
-        device=device,
-        state=state,
-        out=args.out,
-        deadline=time.monotonic() + args.call_seconds,
-        dry=args.dry,
-        compile=device.type == "cuda" and not args.no_compile,
-        seed=args.seed,
-    )
 
 
 def _start_warm_up(args: argparse.Namespace, run: Run) -> subprocess.Popen | None:
@@ -100,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    run = _start_run(args)
+    run = start_run(args)
     if args.start and not (run.state / "vae.pt").exists():
         import_vae(args.start, run.state)
     vocabulary = len(tokenizer_of(run))

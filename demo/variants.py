@@ -16,8 +16,6 @@ import dataclasses
 import gc
 import subprocess
 import sys
-import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from demo.stages.base import Base, load_base, warm_up
 from demo.stages.evaluate import Loaded, evaluate, load_folder
 from demo.stages.export import import_vae
 from demo.stages.pool import Pool, as_drawn, grow_pool, load_pool
-from demo.stages.run import Run
+from demo.stages.run import Run, start_run
 from demo.stages.vae import load_vae
 from lightx2v.vae.wan import WanVAE
 
@@ -68,22 +66,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dry", action="store_true", help="everything in miniature")
     return parser.parse_args(argv)
-
-
-def _start_run(args: argparse.Namespace) -> Run:
-    device = torch.device(args.device)
-    state = args.state or Path(tempfile.mkdtemp(prefix="demo-variants-"))
-    for folder in (state, args.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    return Run(
-        device=device,
-        state=state,
-        out=args.out,
-        deadline=time.monotonic() + args.call_seconds,
-        dry=args.dry,
-        compile=device.type == "cuda" and not args.no_compile,
-        seed=args.seed,
-    )
 
 
 def _start_warm_up(args: argparse.Namespace, run: Run) -> subprocess.Popen | None:
@@ -200,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    run = _start_run(args)
+    run = start_run(args)
     if not args.warm:
         import_vae(args.start, run.state)
     base = load_base(run, args.start)

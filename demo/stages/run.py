@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +64,23 @@ class Run:
         """Wait for the device, so that a wall-clock reading means something."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def start_run(args: argparse.Namespace) -> Run:
+    """The run that a command line asks for; its folders are made."""
+    device = torch.device(args.device)
+    state = args.state or Path(tempfile.mkdtemp(prefix="demo-state-"))
+    for folder in (state, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    return Run(
+        device=device,
+        state=state,
+        out=args.out,
+        deadline=time.monotonic() + args.call_seconds,
+        dry=args.dry,
+        compile=device.type == "cuda" and not args.no_compile,
+        seed=args.seed,
+    )
 
 
 def save_state(path: Path, value: Any) -> None:

@@ -1,13 +1,12 @@
-"""Our Wan2.1 VAE against diffusers' and ComfyUI's own, on the CPU with random weights.
+"""Our Wan2.1 and Wan2.2 VAEs against diffusers' and ComfyUI's own, on the CPU with random weights.
 
 Float64 tells whether the maths is the same: there no wrong order of frames, channels or padding can hide in rounding.
 Float32 is what runs; through some 40 layers its rounding grows to about 1e-6 (measured on such a network, to float64:
 diffusers and ComfyUI 1.1e-6, ours 1.2e-6; diffusers to ComfyUI 1.0e-6), so we may be at most twice as wrong as they.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
@@ -15,48 +14,72 @@ import torch
 from torch import Tensor, nn
 
 from closeness import assert_close, relative_error
-from lightx2v.vae.layouts import from_diffusers
-from lightx2v.vae.wan import WanVAE, decode, encode
-from tiny_vae import tiny_vae
+from lightx2v.latents import WAN21, WAN22, LatentFormat
+from lightx2v.vae.layouts import from_diffusers, from_diffusers22
+from lightx2v.vae.loading import FullVAE
+from lightx2v.vae.stream import decode, encode
+from tiny_vae import tiny_vae, tiny_vae22
 
-BASE = 8
+WIDTH, DECODER_WIDTH = 8, 12  # the Wan2.1 VAE has one width
 SAME_MATHS = 1e-12
 SAME_BUT_FOR_FLOAT32 = 1e-7  # diffusers' upsampling goes through float32 whatever the network's dtype
 Peer = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # and its encode and decode
 
 
-def clip(dtype: torch.dtype) -> Tensor:
-    """Two clips of 13 frames, higher than wide."""
-    return torch.rand(2, 3, 13, 40, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * 2 - 1
+@dataclass(frozen=True)
+class Case:
+    """One VAE, and how wide latents of real clips are."""
+
+    network: FullVAE
+    spread: float
+
+    @property
+    def space(self) -> LatentFormat:
+        return self.network.space
+
+    def clip(self, dtype: torch.dtype, frames: int = 13, rows: int = 5, columns: int = 3, batch: int = 2) -> Tensor:
+        """Clips of so many latent rows and columns, higher than wide."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (batch, 3, frames, rows * self.space.stride[1], columns * self.space.stride[2])
+        return torch.rand(shape, generator=generator).to(dtype) * 2 - 1
+
+    def latents(self, dtype: torch.dtype, t: int = 4, rows: int = 5, columns: int = 3, batch: int = 2) -> Tensor:
+        generator = torch.Generator().manual_seed(2)
+        return torch.randn(batch, self.space.channels, t, rows, columns, generator=generator).to(dtype) * self.spread
 
 
-def latents(dtype: torch.dtype) -> Tensor:
-    """As wide as raw latents of real clips: a standard deviation of 2."""
-    return torch.randn(2, 16, 4, 5, 3, generator=torch.Generator().manual_seed(2)).to(dtype) * 2
+@pytest.fixture(scope="module", params=["2.1", "2.2"])
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(tiny_vae(WIDTH), 2.0) if request.param == "2.1" else Case(tiny_vae22(WIDTH, DECODER_WIDTH), 1.0)
 
 
 @pytest.fixture(scope="module")
-def ours() -> WanVAE:
-    return tiny_vae(BASE)
-
-
-@pytest.fixture(scope="module")
-def diffusers_vae(ours: WanVAE) -> Peer:
+def diffusers_vae(case: Case) -> Peer:
     from diffusers import AutoencoderKLWan
 
-    peer = AutoencoderKLWan(base_dim=BASE).eval().requires_grad_(False)
-    weights = ours.state_dict()
-    peer.load_state_dict({name: weights[from_diffusers(name)].clone() for name in peer.state_dict()})
+    arguments: dict[str, object] = {"base_dim": WIDTH}
+    if case.space == WAN22:  # the figures that differ from Wan2.1's in vae/config.json of the published TI2V-5B
+        arguments |= {"decoder_base_dim": DECODER_WIDTH, "z_dim": 48, "is_residual": True, "in_channels": 12}
+        arguments |= {"out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    peer = AutoencoderKLWan(**arguments).eval().requires_grad_(False)
+    weights, original = case.network.state_dict(), from_diffusers22 if case.space == WAN22 else from_diffusers
+    peer.load_state_dict({name: weights[original(name)].clone() for name in peer.state_dict()})
     return peer, lambda frames: peer.encode(frames).latent_dist.mode(), lambda raw: peer.decode(raw).sample
 
 
 @pytest.fixture(scope="module")
-def comfy_vae(ours: WanVAE, comfy: ModuleType) -> Peer:
-    from comfy.ldm.wan.vae import WanVAE as ComfyWanVAE
+def comfy_vae(case: Case, comfy: ModuleType) -> Peer:
+    import comfy.ldm.wan.vae
+    import comfy.ldm.wan.vae2_2
 
-    widths = {"dim": BASE, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": []}
-    peer = ComfyWanVAE(**widths, temperal_downsample=[False, True, True], dropout=0.0).eval().requires_grad_(False)
-    peer.load_state_dict({name: tensor.clone() for name, tensor in ours.state_dict().items()})
+    arguments: dict[str, object] = {"dim": WIDTH, "z_dim": case.space.channels, "dim_mult": [1, 2, 4, 4]}
+    arguments |= {"num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0}
+    if case.space == WAN22:
+        peer = comfy.ldm.wan.vae2_2.WanVAE(**arguments, dec_dim=DECODER_WIDTH)
+    else:
+        peer = comfy.ldm.wan.vae.WanVAE(**arguments)
+    peer.eval().requires_grad_(False)
+    peer.load_state_dict({name: tensor.clone() for name, tensor in case.network.state_dict().items()})
     return peer, peer.encode, lambda raw: peer.decode(raw).clamp(-1, 1)
 
 
@@ -65,10 +88,10 @@ def peer(request: pytest.FixtureRequest) -> Peer:
     return request.getfixturevalue(request.param)
 
 
-def test_the_same_maths(ours: WanVAE, peer: Peer) -> None:
-    network, peer_encode, peer_decode = peer
-    frames, raw = clip(torch.float64), latents(torch.float64)
-    out = torch.empty(2, 3, 13, 40, 24, dtype=torch.float64)
+def test_the_same_maths(case: Case, peer: Peer) -> None:
+    (network, peer_encode, peer_decode), ours = peer, case.network
+    frames, raw = case.clip(torch.float64), case.latents(torch.float64)
+    out = torch.empty_like(frames)
     try:
         ours.double(), network.double()
         theirs_encoded, theirs_decoded = peer_encode(frames), peer_decode(raw)
@@ -76,40 +99,50 @@ def test_the_same_maths(ours: WanVAE, peer: Peer) -> None:
         decode(ours, raw, out=out)
     finally:
         ours.float(), network.float()
-    assert 0.05 < out.abs().eq(1).double().mean() < 0.5, "the clamp should be at work, and not everywhere"
+    assert 0.02 < out.abs().eq(1).double().mean() < 0.7, "the clamp should be at work, and not everywhere"
     assert (encoded[:, :, 1:] - encoded[:, :, :-1]).std() > 0.1 * encoded.std(), "latents should differ over time"
     assert relative_error(encoded, theirs_encoded) < SAME_MATHS
     is_comfy = type(network).__name__ == "WanVAE"
     assert relative_error(out, theirs_decoded) < (SAME_MATHS if is_comfy else SAME_BUT_FOR_FLOAT32)
 
 
-def test_as_exact_in_float32(ours: WanVAE, peer: Peer) -> None:
+def test_as_exact_in_float32(case: Case, peer: Peer) -> None:
     network, peer_encode, peer_decode = peer
     try:
         network.double()
-        true_encoded, true_decoded = peer_encode(clip(torch.float64)), peer_decode(latents(torch.float64))
+        true_encoded, true_decoded = peer_encode(case.clip(torch.float64)), peer_decode(case.latents(torch.float64))
     finally:
         network.float()
-    frames, raw = clip(torch.float32), latents(torch.float32)
-    assert_close("encode", encode(ours, frames), true_encoded, peer_encode(frames))
-    assert_close("decode", decode(ours, raw), true_decoded, peer_decode(raw))
+    frames, raw = case.clip(torch.float32), case.latents(torch.float32)
+    assert_close("encode", encode(case.network, frames), true_encoded, peer_encode(frames))
+    assert_close("decode", decode(case.network, raw), true_decoded, peer_decode(raw))
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])
-def test_clip_lengths(ours: WanVAE, comfy_vae: Peer, frames: int) -> None:
+def test_clip_lengths(case: Case, comfy_vae: Peer, frames: int) -> None:
     _, peer_encode, peer_decode = comfy_vae
-    pixels = torch.rand(1, 3, frames, 16, 24) * 2 - 1
-    raw = torch.randn(1, 16, (frames - 1) // 4 + 1, 2, 3)
-    assert relative_error(encode(ours, pixels), peer_encode(pixels)) < 5e-6
-    assert relative_error(decode(ours, raw), peer_decode(raw)) < 5e-6
+    pixels = case.clip(torch.float32, frames, 2, 3, batch=1)
+    raw = case.latents(torch.float32, (frames - 1) // 4 + 1, 2, 3, batch=1)
+    assert relative_error(encode(case.network, pixels), peer_encode(pixels)) < 5e-6
+    assert relative_error(decode(case.network, raw), peer_decode(raw)) < 5e-6
 
 
-def test_posterior_variance(ours: WanVAE, diffusers_vae: Peer) -> None:
-    network, _, _ = diffusers_vae
+def test_posterior_variance(case: Case, diffusers_vae: Peer) -> None:
+    (network, _, _), ours = diffusers_vae, case.network
     try:
         ours.double(), network.double()
-        _, log_variance = ours.posterior(clip(torch.float64))
-        theirs = network.encode(clip(torch.float64)).latent_dist.parameters[:, 16:]
+        _, log_variance = ours.posterior(case.clip(torch.float64))
+        parameters = network.encode(case.clip(torch.float64)).latent_dist.parameters
     finally:
         ours.float(), network.float()
-    assert relative_error(log_variance, theirs) < SAME_MATHS
+    assert relative_error(log_variance, parameters[:, case.space.channels :]) < SAME_MATHS
+
+
+@pytest.mark.parametrize(("space", "name"), [(WAN21, "Wan21"), (WAN22, "Wan22")])
+def test_latent_statistics(comfy: ModuleType, space: LatentFormat, name: str) -> None:
+    import comfy.latent_formats
+
+    theirs = getattr(comfy.latent_formats, name)()
+    raw = torch.randn(1, space.channels, 2, 3, 4)
+    assert relative_error(space.normalize(raw), theirs.process_in(raw)) < 1e-6
+    assert relative_error(space.denormalize(raw), theirs.process_out(raw)) < 1e-6
