@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,21 @@ class Canvas:
         return path
 
 
-@pytest.fixture
-def canvas(host: Server, tmp_path: Path) -> Iterator[Canvas]:
-    """A fresh browser with ComfyUI's page open and an empty canvas."""
+@contextmanager
+def open_canvas(host: Server, profile: Path) -> Iterator[Canvas]:
+    """A fresh browser with ComfyUI's page open and an empty canvas; skips where there is no browser."""
     executable = find_browser()
     if executable is None:
         pytest.skip("no Chromium: install one (`apt-get install chromium`), or set CHROMIUM_PATH")
-    with launch(executable, tmp_path) as page:
+    with launch(executable, profile) as page:
         page.open(host.url)
         page.wait_for("window.app?.graph && window.app?.extensionManager && true")
         page.evaluate("app.graph.clear()")
         yield Canvas(page, host)
+
+
+@pytest.fixture
+def canvas(host: Server, tmp_path: Path) -> Iterator[Canvas]:
+    """A browser for one test."""
+    with open_canvas(host, tmp_path) as canvas:
+        yield canvas

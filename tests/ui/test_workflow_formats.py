@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 
 from dev.environment import REPOSITORY
+from ui.conftest import Canvas, open_canvas
 
 pytestmark = [pytest.mark.host, pytest.mark.ui]
 
 NAMES = sorted(path.name.removesuffix(".api.json") for path in REPOSITORY.glob("workflows/*.api.json"))
+
+
+@pytest.fixture(scope="module")
+def canvas(host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Canvas]:
+    """One browser for all: nothing is run here, so nothing of one workflow is left for the next."""
+    with open_canvas(host, tmp_path_factory.mktemp("browser")) as canvas:
+        yield canvas
 
 
 @pytest.mark.parametrize("name", NAMES)
