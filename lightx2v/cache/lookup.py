@@ -18,6 +18,7 @@ from lightx2v.models import specs
 log = logging.getLogger(__name__)
 FORMAT = "lightx2v-cache-1"
 ENDING = ".cache.json"
+EXPERT_USUAL = {"magcache": 0.06}  # MagCache4Wan2.2, README.md: A14B, with K 2 and retention_ratio 0.4 (T2V), 0.1 (I2V)
 _SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.(safetensors|gguf|pth|pt)(\.index\.json)?$")
 
 
@@ -151,7 +152,7 @@ def read_figures(path: Path, info: CheckpointInfo, role: str = "alone", *, stric
             raise ValueError(f"format {told['format']!r}")
         checkpoint = told["checkpoint"]
         variant, measured_on = checkpoint["variant"], checkpoint["fingerprint"]
-        entries = {name: _entry(path.name, entry) for name, entry in told["roles"].items()}
+        entries = {name: _entry(path.name, name, entry) for name, entry in told["roles"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read as cache figures ({error!r}); {CALIBRATE}") from error
     if variant != info.spec.name:
@@ -165,7 +166,7 @@ def read_figures(path: Path, info: CheckpointInfo, role: str = "alone", *, stric
     return entries[role]
 
 
-def _entry(file: str, entry: Mapping[str, Any]) -> Figures:
+def _entry(file: str, role: str, entry: Mapping[str, Any]) -> Figures:
     measured, tea, mag = entry["measured"], entry["teacache"], entry["magcache"]
     return Figures(
         f"{file} of {measured['date']}",
@@ -177,6 +178,7 @@ def _entry(file: str, entry: Mapping[str, Any]) -> Figures:
         shift=float(measured["shift"]),
         tea_range=_range(tea["time_range"]),
         tea_projected_range=_range(tea["projected_range"]),
+        usual={} if role == "alone" else EXPERT_USUAL,
     )
 
 

@@ -44,6 +44,8 @@ class CacheReport:
         name = f"{self.method}, {self.expert}-noise expert" if self.expert else self.method
         if self.why_off:
             return f"{name}: off: {self.why_off}"
+        if not self.saved:
+            return f"{name}: skips no step of {self.total}"
         lists = {branch: _ranges([step + 1 for step in steps]) for branch, steps in self.skipped.items()}
         same = len(set(lists.values())) == 1
         told = next(iter(lists.values())) if same else "; ".join(f"{branch} {said}" for branch, said in lists.items())

@@ -152,6 +152,12 @@ def test_branches_skip_on_their_own_with_magcache(transformer: nn.Module) -> Non
     assert "cond 3-5, 7-9; uncond 3, 5, 7, 9 of 10; 50%" in reports[0].describe()
 
 
+def test_a_report_of_nothing_skipped_says_so(transformer: nn.Module) -> None:
+    reports: list[CacheReport] = []
+    run(transformer, FeatureCache(Cache("teacache", 0.0), (EVEN,), reports.append))
+    assert reports[0].describe() == "teacache: skips no step of 10"
+
+
 def test_a_checkpoints_usual_threshold_is_taken_where_none_is_given(transformer: nn.Module) -> None:
     reports: list[CacheReport] = []
     careful = replace(EVEN, usual={"teacache": 0.05})
