@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lightx2v.config import Sampling
 from lightx2v.diffuse import Hooks, Model, Start, diffuse, noise_like
 from lightx2v.guidance import Conditioning
-from lightx2v.latents import WAN21
 from lightx2v.models import specs
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer

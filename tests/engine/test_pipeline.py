@@ -122,13 +122,13 @@ def test_original_checkpoint_can_be_named(folder: Path, tmp_path: Path) -> None:
 def test_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_cls='wan3' is not supported yet; known: wan2"):
         LightX2VPipeline(folder, model_cls="wan3")
-    with pytest.raises(ValueError, match="this is Wan2.1 T2V, which does t2v, not i2v"):
+    with pytest.raises(ValueError, match=r"this is Wan2\.1 T2V, which does t2v, not i2v"):
         LightX2VPipeline(folder, task="i2v")
     with pytest.raises(CheckpointError, match="not a folder"):
         LightX2VPipeline(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no transformer here; looked for diffusion_pytorch_model"):
         LightX2VPipeline(tmp_path)
-    with pytest.raises(CheckpointError, match="a Wan2.1 VAE, with 16 latent channels; load it with"):
+    with pytest.raises(CheckpointError, match=r"a Wan2\.1 VAE, with 16 latent channels; load it with"):
         LightX2VPipeline(folder, dit_original_ckpt=folder / "Wan2.1_VAE.safetensors")
     pipe = LightX2VPipeline(folder)
     with pytest.raises(NotImplementedError, match="'block' is not supported yet; use offload_granularity='model'"):

@@ -78,9 +78,9 @@ def test_what_is_no_image_is_refused(encoder, image, words) -> None:
 
 
 def test_unknown_choices_are_refused(encoder) -> None:
-    with pytest.raises(ValueError, match="crop=.centre. is not one of none, center"):
+    with pytest.raises(ValueError, match=r"crop=.centre. is not one of none, center"):
         encoder.encode(picture(), crop="centre")
-    with pytest.raises(ValueError, match="resize=.lanczos. is not one of wan, comfyui"):
+    with pytest.raises(ValueError, match=r"resize=.lanczos. is not one of wan, comfyui"):
         encoder.encode(picture(), resize="lanczos")
 
 
