@@ -1,4 +1,5 @@
-"""Cheap previews: a linear map from latent channels to colour, every few frames, as a looping picture."""
+"""Cheap previews, every few frames, as a looping picture: a linear map from latent channels to colour, or a tiny
+autoencoder."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.vae.stream import decode
+from lightx2v.vae.tae import TinyVAE
 
 MAX_FRAMES = 12
 COLOURS_KEY = "latent_colours"  # in a transformer's metadata, for models whose latents are not Wan's own
@@ -50,6 +53,16 @@ def latent_to_rgb(x0: Tensor, colours: Colours, max_frames: int = MAX_FRAMES) ->
     weight = torch.tensor(colours.factors, dtype=torch.float32, device=x0.device)
     rgb = torch.einsum("cthw,cr->thwr", latents, weight) + torch.tensor(colours.bias, device=x0.device)
     return ((rgb + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def tiny_to_rgb(x0: Tensor, tae: TinyVAE, max_frames: int = MAX_FRAMES) -> Tensor:
+    """The same with a tiny autoencoder, at the video's own size: (F, H, W, 3) uint8, F = at most max_frames of its T.
+
+    Only the latent frames that are shown are decoded, as if they followed each other; of each its last frame is shown.
+    """
+    picked = torch.linspace(0, x0.shape[2] - 1, min(max_frames, x0.shape[2])).round().long()
+    frames = decode(tae, tae.space.denormalize(x0[:1, :, picked.to(x0.device)]))[0, :, ::4]
+    return ((frames.movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 class LoopingPicture:

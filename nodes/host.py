@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.checkpoint.folder import BLOCK, INDEX, NON_BLOCK, SHARD, indexed_files
 from lightx2v.latents import WAN22, LatentFormat
-from lightx2v.preview import Colours, LoopingPicture, latent_to_rgb
+from lightx2v.preview import Colours, LoopingPicture, latent_to_rgb, tiny_to_rgb
 from lightx2v.sampling import Step
+from lightx2v.vae import tae
+from lightx2v.vae.loading import identify_vae
 
 log = logging.getLogger("lightx2v")
 Model = io.Custom("LIGHTX2V_MODEL")
@@ -29,6 +31,7 @@ TextEncoder = io.Custom("LIGHTX2V_TEXT_ENCODER")
 _SCHEMA_FIELDS = {field.name for field in fields(io.Schema)}
 PREVIEW_WIDTH = 384  # pixels
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
+APPROX = "vae_approx"  # the model folder of tiny autoencoders
 DEMO_PREFIX = "lightx2v-demo/"
 
 
@@ -244,17 +247,55 @@ def colours(space: LatentFormat) -> Colours:
     return Colours(known.latent_rgb_factors, known.latent_rgb_factors_bias)
 
 
-def step_progress(steps: int, colours: Colours) -> Callable[[Step, Tensor], None]:
+def picture_of(space: LatentFormat, own: Colours | None) -> Callable[[Tensor], Tensor]:
+    """From latents in model space to preview frames (F, H, W, 3) uint8.
+
+    own: the colours of a checkpoint whose latents are not Wan's. Otherwise, where the user asks for TAESD previews, a
+    tiny autoencoder of models/vae_approx; and ComfyUI's colours where there is none, or no memory for it.
+    """
+    plain = partial(latent_to_rgb, colours=own or colours(space))
+    method = getattr(mm.args, "preview_method", None)
+    if own is not None or method is None or method.value != "taesd":
+        return plain
+    named = asked(APPROX, _tiny_channels).items()
+    name = next((name for name, channels in named if channels == space.channels and _theirs(name)), None)
+    if name is None:
+        log.warning(
+            "TAESD previews: models/vae_approx has no tiny autoencoder of this model's latents; showing colours"
+        )
+        return plain
+    device = mm.get_torch_device()
+    dtype = mm.vae_dtype(device, [torch.bfloat16, torch.float32])
+    tiny = tae.load(locate(APPROX, name), dtype=dtype, device=device)
+
+    def picture(x0: Tensor) -> Tensor:
+        try:
+            return tiny_to_rgb(x0, tiny)
+        except mm.OOM_EXCEPTION:
+            log.warning("Too little GPU memory for a TAESD preview; showing colours")
+        return plain(x0)
+
+    return picture
+
+
+def _theirs(name: str) -> bool:
+    return not name.startswith(DEMO_PREFIX)
+
+
+def _tiny_channels(path: Path) -> int | None:
+    """Latent channels of a tiny autoencoder; None for any other VAE."""
+    info = identify_vae(path)
+    return info.space.channels if info.tiny else None
+
+
+def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[Step, Tensor], None]:
     """Progress with a looping preview of the video so far."""
     bar = comfy.utils.ProgressBar(steps)
     show = mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
 
     def update(step: Step, x0: Tensor) -> None:
         cancel_point()
-        preview = None
-        if show:
-            frames = latent_to_rgb(x0, colours)
-            preview = ("PNG", LoopingPicture(frames, PREVIEW_WIDTH), None)
+        preview = ("PNG", LoopingPicture(picture(x0), PREVIEW_WIDTH), None) if show else None
         bar.update_absolute(step.index + 1, step.total, preview)
 
     return update

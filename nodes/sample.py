@@ -217,7 +217,7 @@ class LightX2VSampler(io.ComfyNode):
         check_images(info, start=_given(positive, "concat_latent_image"), end=False)
         cache = choose(cache_options or Cache(widgets["cache"]), [expert.info for expert in experts])
         space = info.spec.latents
-        colours = read_colours(info.header, space.channels) or host.colours(space)
+        picture = host.picture_of(space, read_colours(info.header, space.channels))
         try:
             out = diffuse(
                 _model(experts, widgets["attention"], samples, cache is not None),
@@ -225,7 +225,7 @@ class LightX2VSampler(io.ComfyNode):
                 sampling,
                 _conditioning(positive, "positive", info, latent),
                 None if negative is None else _conditioning(negative, "negative", info, latent),
-                hooks=Hooks(host.step_progress(sampling.steps, colours), host.cancel_point),
+                hooks=Hooks(host.step_progress(sampling.steps, picture), host.cancel_point),
                 cache=cache,
             )
         finally:

@@ -17,8 +17,6 @@ from lightx2v.vae.tiling import Tiling, decode_tiled, largest_tile
 
 from . import host
 
-APPROX = "vae_approx"
-
 
 class LightX2VLoadVAE(io.ComfyNode):
     @classmethod
@@ -134,14 +132,14 @@ class VAEStage(host.Housed):
 
 
 def _vae_files() -> list[str]:
-    full, approximate = host.files("vae", _is_vae), host.files(APPROX, _is_vae)
-    return [*full, *(f"{APPROX}/{name}" for name in approximate if not name.startswith(host.DEMO_PREFIX))]
+    full, approximate = host.files("vae", _is_vae), host.files(host.APPROX, _is_vae)
+    return [*full, *(f"{host.APPROX}/{name}" for name in approximate if not name.startswith(host.DEMO_PREFIX))]
 
 
 def _place(name: str) -> tuple[str, str]:
     """Model folder and name of a picked file."""
     folder, _, rest = name.partition("/")
-    return (APPROX, rest) if folder == APPROX and rest else ("vae", name)
+    return (host.APPROX, rest) if folder == host.APPROX and rest else ("vae", name)
 
 
 def _is_vae(path: Path) -> bool:

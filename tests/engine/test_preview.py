@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from lightx2v.checkpoint import CheckpointError, Header
-from lightx2v.preview import COLOURS_KEY, Colours, LoopingPicture, latent_to_rgb, read_colours
+from lightx2v.preview import COLOURS_KEY, Colours, LoopingPicture, latent_to_rgb, read_colours, tiny_to_rgb
+from lightx2v.vae.stream import decode
+from tiny_vae import tiny_tae
 
 RED_IS_FIRST = Colours([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 0, -1])
 
@@ -29,6 +31,15 @@ def test_a_long_video_is_thinned_to_its_ends() -> None:
     frames = latent_to_rgb(x0, RED_IS_FIRST, max_frames=12)
     assert len(frames) == 12
     assert frames[0, 0, 0, 0] == 0 and frames[-1, 0, 0, 0] == 255
+
+
+def test_a_tiny_autoencoder_shows_what_it_decodes() -> None:
+    tae = tiny_tae("taew2_1", (12, 10, 8, 6))
+    x0 = torch.randn(2, 16, 30, 2, 3)
+    frames = tiny_to_rgb(x0, tae, max_frames=4)
+    assert frames.shape == (4, 16, 24, 3) and frames.dtype == torch.uint8 and frames.float().std() > 10
+    decoded = decode(tae, tae.space.denormalize(x0[:1, :, [0, 10, 19, 29]]))[0, :, [0, 4, 8, 12]]
+    assert torch.equal(frames, ((decoded.movedim(0, -1) + 1) * 127.5).round().to(torch.uint8))
 
 
 def test_picture_loops() -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from host.graphs import Graph, keep, node
+from host.graphs import Graph, keep, node, our_sampler
+from host.graphs import base as base_graph
 from lightx2v.vae.stream import decode, encode
 from lightx2v.vae.tiling import Tiling, decode_tiled
 from tiny_vae import tiny_tae, tiny_vae
@@ -157,3 +158,30 @@ def test_frames_beyond_4n_1_are_left_out(host, names: dict[str, str], frames: in
     here, there = (result.kept(f"keep_{name}")["samples"] for name in ("ours", "native"))
     assert here.shape[2] == (frames - 1) // 4 + 1
     torch.testing.assert_close(here, there, rtol=0, atol=TOLERANCE * float(there.abs().max()))
+
+
+def previews(host, models, method: str, run: int) -> list[bytes]:
+    """Of two steps with a preview method; back to "latent2rgb" after."""
+    graph = base_graph(models)
+    graph |= {
+        "start": node("FixturePreviewMethod", latent_in=["empty", 0], method=method, run=run),
+        "sample": our_sampler("start", steps=2, seed=11),
+        "after": node("FixturePreviewMethod", latent_in=["sample", 0], method="latent2rgb", run=run),
+    }
+    result = host.run(keep(graph, "after")).expect()
+    shown = [preview.image for preview in result.previews if preview.node == "sample"]
+    assert len(shown) == 2 and all(picture.format == "PNG" and picture.n_frames == 5 for picture in shown)
+    return [picture.convert("RGB").tobytes() for picture in shown]
+
+
+def test_previews_by_a_tiny_autoencoder(host, tiny_models, names: dict[str, str]) -> None:
+    colours = previews(host, tiny_models, "latent2rgb", 1)
+    tiny = previews(host, tiny_models, "taesd", 2)
+    assert colours != tiny
+    path = host.base / "models" / "vae_approx" / "taew2_1.safetensors"
+    path.rename(path.with_suffix(".away"))
+    try:
+        assert previews(host, tiny_models, "taesd", 3) == colours
+    finally:
+        path.with_suffix(".away").rename(path)
+    assert "models/vae_approx has no tiny autoencoder of this model's latents; showing colours" in host.log()

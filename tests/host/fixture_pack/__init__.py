@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
-from .decoding import FixtureCrampedVae
+from .decoding import FixtureCrampedVae, FixturePreviewMethod
 from .memory import FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
 from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
@@ -20,6 +20,7 @@ class FixtureExtension(ComfyExtension):
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
+            FixturePreviewMethod,
             FixtureRandomLatent,
             FixtureTightVae,
             FixtureUmt5Clip,

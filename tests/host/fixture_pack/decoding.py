@@ -1,10 +1,11 @@
-"""VAEs for which there is too little memory."""
+"""VAEs for which there is too little memory, and previews as the user wants them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
+import comfy.cli_args
 import comfy.sd
 import torch
 from comfy_api.latest import io
@@ -41,3 +42,26 @@ def _within(columns: int, decode: Callable[..., torch.Tensor]) -> Callable[..., 
         return decode(latents, **options)
 
     return cramped
+
+
+class FixturePreviewMethod(io.ComfyNode):
+    """Passes a LATENT on; from then on previews are made as ComfyUI's --preview-method says."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixturePreviewMethod",
+            category="tests",
+            not_idempotent=True,
+            inputs=[
+                io.Latent.Input("latent_in"),
+                io.String.Input("method"),
+                io.Int.Input("run", tooltip="Never cached"),
+            ],
+            outputs=[io.Latent.Output("latent")],
+        )
+
+    @classmethod
+    def execute(cls, latent_in: dict, method: str, run: int) -> io.NodeOutput:
+        comfy.cli_args.args.preview_method = comfy.cli_args.LatentPreviewMethod(method)
+        return io.NodeOutput(latent_in)
