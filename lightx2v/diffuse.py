@@ -58,12 +58,17 @@ def noise_like(latents: Tensor, seed: int, batch_index: Sequence[int] | None = N
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model. A network is a function that brings the transformer to `device` and returns it."""
+    """A loaded model. A network is a function that brings the transformer to `device` and returns it.
+
+    around: for transformers whose blocks are not all there, goes around every walk over them; it is told whose pass
+        comes next ("high", "low", or "" of one network), or None after the last.
+    """
 
     spec: ModelSpec
     device: torch.device
     network: Callable[[], nn.Module]  # of two experts the one for high noise
     low: Callable[[], nn.Module] | None = None
+    around: Callable[[RunBlocks, str | None], RunBlocks] = lambda run, following: run
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,11 @@ class _Walking:
         timesteps = self.full.timesteps[steps.start : steps.stop]
         return Turn(expert, steps, timesteps, ran, self.full.total, guided, network, model.spec.time_signal)
 
+    def after(self, turn: Turn) -> str | None:
+        """The expert whose turn follows that one, if this request has another."""
+        more = turn.ran.stop < self.part.first + len(self.part.timesteps)
+        return "low" if turn.expert == "high" and more else None
+
 
 def _guided(
     model: Model,
@@ -174,7 +184,9 @@ def _guided(
         walks: Walks = walking.cache(turn, walking.run) if walking.cache else lambda step, branch: walking.run
 
         def passes(step: Step, branch: Branch) -> Velocity:
-            return velocity_of(turn.network, walks(step.index, branch), share)
+            last = step.index + 1 == turn.ran.stop and branch == turn.branches[-1]
+            walk = model.around(walks(step.index, branch), walking.after(turn) if last else expert)
+            return velocity_of(turn.network, walk, share)
 
         return CFG(passes, cond, uncond, scale)
 

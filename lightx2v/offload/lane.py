@@ -1,0 +1,109 @@
+"""Copies from host memory to a device, beside what the device computes. All that is CUDA's own in streaming is here."""
+
+import logging
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightx2v.offload.slab import PAGE
+
+log = logging.getLogger(__name__)
+
+
+class Lane:
+    """Where copies to one device run: a stream of their own on CUDA, at once elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def buffer(self, nbytes: int) -> "Buffer":
+        """Device memory of that many bytes to be filled again and again."""
+        return Buffer(nbytes, self.device, self._copies)
+
+    def drain(self) -> None:
+        """What the device computes from here on runs after all copies: their targets may be freed."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+
+
+class Buffer:
+    """Device memory whose contents come and go. No call waits on the host; the order is kept by events.
+
+    Fill, `use` before what reads it is started, `release` once that is started; then fill again.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, copies: torch.cuda.Stream | None) -> None:
+        with torch.inference_mode(False):
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._copies = copies
+        if copies is not None:
+            self._filled, self._read = torch.cuda.Event(), torch.cuda.Event()
+        self.release()  # the allocator may hand out memory that earlier work on this stream still reads
+
+    def fill(self, source: Tensor) -> None:
+        """Start copying (n,) bytes to the beginning, after all that reads what is there now."""
+        target = self.memory[: source.numel()]
+        if self._copies is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(self._read)
+            target.copy_(source, non_blocking=True)
+            self._filled.record(self._copies)
+
+    def use(self) -> None:
+        """What the device computes from here on sees the copy."""
+        if self._copies is not None:
+            torch.cuda.current_stream(self.memory.device).wait_event(self._filled)
+
+    def release(self) -> None:
+        """What the device was given to compute until here may still read; what comes later does not."""
+        if self._copies is not None:
+            self._read.record(torch.cuda.current_stream(self.memory.device))
+
+
+def pin(pieces: Iterable[Tensor], owner: object, device: torch.device, limit: int | None = None) -> int:
+    """Pin host memory for as long as `owner` lives, so that copies from it need no processor; returns the bytes.
+
+    pieces: from `host_memory`, each on pages of its own. limit: bytes to pin at most.
+    Where the system refuses, the rest stays as it is, which the log says: copies from there are slower and hold up
+    the host. On devices other than CUDA nothing is pinned.
+    """
+    if device.type != "cuda":
+        return 0
+    pinned: list[Tensor] = []
+    total = 0
+    for piece in pieces:
+        size = -(-piece.numel() // PAGE) * PAGE
+        if not size or (limit is not None and total + size > limit):
+            continue
+        if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)) != 0:
+            _clear_error(device)
+            log.warning(
+                "only %.1f GB of weights could be pinned in memory; copies to the GPU are slower than they could be. "
+                "Close other programs, or raise the limit of locked memory (ulimit -l)",
+                total / 1e9,
+            )
+            break
+        pinned.append(piece)
+        total += size
+    weakref.finalize(owner, _unpin, pinned, device).atexit = False  # CUDA may be gone by then
+    return total
+
+
+def _unpin(pieces: list[Tensor], device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may still be reading
+    for piece in pieces:
+        torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
+
+
+def _clear_error(device: torch.device) -> None:
+    """CUDA repeats the error of a refused call at the next check; take it here, where it is understood."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        log.debug("after a refused pin: %s", error)

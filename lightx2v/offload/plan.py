@@ -1,0 +1,217 @@
+"""What stays on the device and what passes through it, from bytes alone: pure functions, to be tested without a GPU."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightx2v.offload.slab import ALIGNMENT
+from lightx2v.offload.stream import parts_of, spread
+
+GB = 1e9
+# Beside what PyTorch counts: workspaces of matrix kernels, and what an allocator of 2 MB pieces cannot fill.
+RESERVE = 600_000_000
+
+
+class DoesNotFitError(ValueError):
+    """Not even one block at a time has room."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one transformer. rest: of what is no block's."""
+
+    blocks: tuple[int, ...]
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.rest
+
+
+def measure(network: nn.Module) -> Sizes:
+    """Of a network as it is now; it may be on the meta device, before its weights are read."""
+    blocks, beside = parts_of(network)
+    return Sizes(tuple(_bytes(list(block.modules())) for block in blocks), _bytes(beside))
+
+
+def _bytes(modules: list[nn.Module]) -> int:
+    """As a slab lays them out."""
+    tensors = {
+        id(tensor): -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        for module in modules
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    }
+    return sum(tensors.values())
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one request has to have room for, in bytes.
+
+    transformers: one, or the high- and the low-noise expert. activations: of one pass, with what caches keep.
+    text_encoder, image_encoder: weights, and what they compute with. vae: weights. 0 where there is none, or where
+    nothing is known.
+    """
+
+    transformers: tuple[Sizes, ...]
+    activations: int
+    text_encoder: int = 0
+    image_encoder: int = 0
+    vae: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the device and the host have, in bytes.
+
+    free_vram: on the device, counting what this plan may move away. pin_limit: of host memory, at most.
+    link: bytes a second from host to device; None: not measured.
+    """
+
+    free_vram: int
+    free_ram: int
+    pin_limit: int
+    link: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything is while a request runs.
+
+    resident, streamed: blocks of the larger transformer that stay on the device and that pass through it.
+    prefetch: blocks that are copied ahead. together: both experts are on the device at once; else by turns.
+    text_encoder, image_encoder: "visits" the device for its turn, or computes on the "cpu"; "" where there is none.
+    vae: "stays" on the device, or "visits" it.
+    peak: bytes on the device at most, `RESERVE` included; budget: those that it had to keep within.
+    passing: bytes that are copied in each pass. seconds: that this takes; None where the link was not measured.
+    """
+
+    resident: int
+    streamed: int
+    prefetch: int
+    together: bool
+    text_encoder: str
+    image_encoder: str
+    vae: str
+    peak: int
+    budget: int
+    passing: int
+    pinned: int
+    ram: int
+    free_ram: int
+    seconds: float | None = None
+
+    def line(self) -> str:
+        """What a user wants to know, in one line."""
+        count = self.resident + self.streamed
+        if self.streamed:
+            said = f"{self.resident} of {count} blocks stay on the GPU, {self.streamed} pass through it"
+            said += f" ({self.passing / GB:.2f} GB a pass"
+            said += f", {self.seconds:.2f} s of copying)" if self.seconds is not None else ")"
+        else:
+            said = f"all {count} blocks on the GPU"
+            said += ", both experts" if self.together else ""
+        words = [said, f"{self.peak / GB:.1f} of {self.budget / GB:.1f} GB"]
+        for name, place in (("text encoder", self.text_encoder), ("image encoder", self.image_encoder)):
+            words += [f"{name} on the CPU"] if place == "cpu" else []
+        words += ["VAE in RAM meanwhile"] if self.vae == "visits" else []
+        words += [f"{self.ram / GB:.1f} GB in RAM, {self.pinned / GB:.1f} of it pinned"] if self.ram else []
+        if self.ram > self.free_ram:
+            words.append(f"only {self.free_ram / GB:.1f} GB of RAM are free: the system may swap to disk")
+        return "memory: " + "; ".join(words)
+
+
+def plan(
+    needs: Needs, machine: Machine, *, budget_gb: float = 0, least: bool = False, vae_offload: bool = False
+) -> Plan:
+    """The plan that keeps most on the device within its free memory, or within `budget_gb` of it (0: no other limit).
+
+    least: take as little as possible instead, one block at a time and the next. vae_offload: the VAE makes way even
+    where it need not.
+    One block is copied ahead, where there is room for two: a copy has the time of all blocks that stay between two
+    that move to hide behind, and a third piece of memory hides nothing more; it serves better as a block that stays.
+    Raises DoesNotFitError, with the least that is needed, and ValueError for a budget below 0.
+    """
+    if budget_gb < 0:
+        raise ValueError(f"vram_budget_gb={budget_gb:g} must be 0 (all that is free) or more")
+    budget = min(machine.free_vram, int(budget_gb * GB)) if budget_gb else machine.free_vram
+    transformers = needs.transformers
+    beside = needs.activations + RESERVE
+    sums = [sizes.total for sizes in transformers]
+    together = len(transformers) > 1 and not least and sum(sums) + beside <= budget
+    count = max(len(sizes.blocks) for sizes in transformers)
+    if together or (not least and max(sums) + beside <= budget):
+        resident, prefetch, weights = count, 0, sum(sums) if together else max(sums)
+    else:
+        resident, prefetch, weights = _streaming(transformers, budget - beside, least)
+        if weights + beside > budget:
+            raise DoesNotFitError(_too_small(weights, needs.activations, budget))
+    stays = needs.vae if not vae_offload and weights + needs.vae + beside <= budget else 0
+    passing = _passing(transformers, resident)
+    ram = 0 if together or (len(transformers) == 1 and not passing) else sum(sums)
+    return Plan(
+        resident=resident,
+        streamed=count - resident,
+        prefetch=prefetch,
+        together=together,
+        text_encoder=_visitor(needs.text_encoder, budget),
+        image_encoder=_visitor(needs.image_encoder, budget),
+        vae="stays" if stays or (not needs.vae and not vae_offload) else "visits",
+        peak=weights + stays + beside,
+        budget=budget,
+        passing=passing,
+        pinned=min(ram, machine.pin_limit),
+        ram=ram,
+        free_ram=machine.free_ram,
+        seconds=passing / machine.link if machine.link else None,
+    )
+
+
+def _streaming(transformers: tuple[Sizes, ...], room: int, least: bool) -> tuple[int, int, int]:
+    """(blocks that stay, blocks copied ahead, bytes on the device), of what fits or is nearest to it."""
+    count = max(len(sizes.blocks) for sizes in transformers)
+    if least:
+        weights = {prefetch: streamed_bytes(transformers, 0, prefetch) for prefetch in (1, 0)}
+        prefetch = 1 if weights[1] <= room else 0
+        return 0, prefetch, weights[prefetch]
+    for resident in range(count - 1, -1, -1):
+        if (weights_now := streamed_bytes(transformers, resident, 1)) <= room:
+            return resident, 1, weights_now
+    return 0, 0, streamed_bytes(transformers, 0, 0)
+
+
+def streamed_bytes(transformers: tuple[Sizes, ...], resident: int, prefetch: int) -> int:
+    """Device memory that `BlockStream.open` takes."""
+    stays: list[list[int]] = []
+    moves: list[int] = []
+    most = 0
+    for sizes in transformers:
+        moving = spread(len(sizes.blocks), max(0, len(sizes.blocks) - resident))
+        stays.append([size for index, size in enumerate(sizes.blocks) if index not in moving])
+        moves += [sizes.blocks[index] for index in moving]
+        most = max(most, len(moving))
+    own = sum(max(each[i] for each in stays if i < len(each)) for i in range(max(map(len, stays))))
+    shared = min(prefetch + 1, most) * max(moves, default=0)
+    return max(sizes.rest for sizes in transformers) + own + shared
+
+
+def _passing(transformers: tuple[Sizes, ...], resident: int) -> int:
+    moving = (spread(len(sizes.blocks), max(0, len(sizes.blocks) - resident)) for sizes in transformers)
+    pairs = zip(transformers, moving, strict=True)
+    return max(sum(sizes.blocks[index] for index in indices) for sizes, indices in pairs)
+
+
+def _visitor(nbytes: int, budget: int) -> str:
+    if not nbytes:
+        return ""
+    return "visits" if nbytes + RESERVE <= budget else "cpu"
+
+
+def _too_small(weights: int, activations: int, budget: int) -> str:
+    least = weights + activations + RESERVE
+    return (
+        f"{least / GB:.1f} GB of GPU memory are needed at least ({weights / GB:.1f} for one block and what is no "
+        f"block's, {activations / GB:.1f} to compute this size), {budget / GB:.1f} GB may be used: make the video "
+        "smaller or shorter, raise vram_budget, or close what else uses the GPU"
+    )

@@ -1,0 +1,283 @@
+"""Transformers whose blocks pass through the device while it computes.
+
+Every weight rests in host memory, a block's in one piece (`Slab`), and is never written back. Some blocks have device
+memory of their own while their network has its turn; the others take turns in a few pieces that they share, each
+copied while the ones before it compute. The next pass's first blocks are copied while this one's last compute.
+
+A block sees its copy because its modules' dictionaries of parameters and buffers are given views of that memory for the
+call, and the host's views after it. The alternative, one skeleton block a piece that computes in place of the real one,
+would need blocks of one structure (LoRA branches and packed layers differ), a way past whatever wraps a block, and a
+second copy of what a block holds beside tensors. Changing some dictionary entries costs microseconds a block.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v.blocks import Block, RunBlocks
+from lightx2v.offload.lane import Buffer, Lane, pin
+from lightx2v.offload.slab import Slab, Views
+
+
+def spread(count: int, moving: int) -> tuple[int, ...]:
+    """Which of `count` blocks move, evenly between the others, so that each copy has as much to hide behind."""
+    return tuple(index for index in range(count) if (index + 1) * moving // count > index * moving // count)
+
+
+def parts_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks that a network walks, its one list of modules, and every module beside them.
+
+    Raises ValueError for a network without such a list, or with several.
+    """
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    if len(lists) != 1 or not len(lists[0]):
+        raise ValueError(
+            f"{type(network).__name__} has {len(lists)} lists of blocks, one was expected: it cannot be streamed"
+        )
+    inside = {id(module) for block in lists[0] for module in block.modules()}
+    return list(lists[0]), [module for module in network.modules() if id(module) not in inside]
+
+
+@dataclass(frozen=True)
+class _Host:
+    """One network's weights at rest."""
+
+    network: nn.Module
+    rest: Slab  # what is no block's
+    blocks: tuple[Slab, ...]
+
+    @staticmethod
+    def of(network: nn.Module) -> "_Host":
+        blocks, beside = parts_of(network)
+        slabs = tuple(Slab(block.modules()) for block in blocks)
+        return _Host(network, Slab(beside), slabs)
+
+    @property
+    def slabs(self) -> tuple[Slab, ...]:
+        return (*self.blocks, self.rest)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slab.nbytes for slab in self.slabs)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Shared device memory, and how each block's tensors lie in it."""
+
+    buffer: Buffer
+    views: Mapping[tuple[str, int], Views]
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    expert: str
+    block: int
+    slot: _Slot
+
+
+class BlockStream:
+    """One network, or the experts of one model that share the device memory.
+
+    networks: by the name of the expert ("" where there is one), weights read, each with its `blocks`. Constructing
+        moves all their weights to host memory; to change them, do so while closed, and construct a new one where
+        tensors were replaced.
+    pin_limit: bytes to pin at most; None: everything.
+    lane: where copies run; None: as the device has it.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        device: torch.device,
+        *,
+        pin_limit: int | None = None,
+        lane: Lane | None = None,
+    ) -> None:
+        self.device = device
+        self._lane = Lane(device) if lane is None else lane
+        self._hosts = {name: _Host.of(network) for name, network in networks.items()}
+        pieces = (slab.host for host in self._hosts.values() for slab in host.slabs)
+        self.pinned_bytes = pin(pieces, self, device, pin_limit)
+        self._moving: dict[str, tuple[int, ...]] = {}
+        self._rest: Buffer | None = None
+        self._own: list[Buffer] = []
+        self._idle: deque[_Slot] = deque()
+        self._coming: deque[_Fetched] = deque()
+        self._here: str | None = None  # whose turn it is
+
+    @property
+    def host_bytes(self) -> int:
+        """Of all weights at rest."""
+        return sum(host.nbytes for host in self._hosts.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the device memory that is held now; 0 while closed."""
+        fetched = [each.slot for each in self._coming]
+        buffers = [*self._own, *(slot.buffer for slot in (*self._idle, *fetched))]
+        return sum(buffer.memory.numel() for buffer in buffers + ([self._rest] if self._rest else []))
+
+    @contextmanager
+    def open(self, resident: int, prefetch: int = 1) -> Iterator[None]:
+        """Device memory is held within; after it, and whatever happened, every weight is the host's.
+
+        resident: blocks of the network whose turn it is that stay on the device. prefetch: blocks that are copied ahead
+        of the one that computes; 0 copies each when it is needed.
+        Raises ValueError for a number below 0, RuntimeError while it is open already.
+        """
+        if resident < 0 or prefetch < 0:
+            raise ValueError(f"resident={resident} and prefetch={prefetch} must be 0 or more blocks")
+        if self._rest is not None:
+            raise RuntimeError("these weights are streamed already; leave that first")
+        try:
+            self._allocate(resident, prefetch)
+            yield
+        finally:
+            self._close()
+
+    def _allocate(self, resident: int, prefetch: int) -> None:
+        hosts = self._hosts.values()
+        self._rest = self._lane.buffer(max(host.rest.nbytes for host in hosts))
+        stays: dict[str, list[Slab]] = {}
+        moves: list[int] = []
+        for name, host in self._hosts.items():
+            count = len(host.blocks)
+            self._moving[name] = spread(count, max(0, count - resident))
+            stays[name] = [slab for index, slab in enumerate(host.blocks) if index not in self._moving[name]]
+            moves += [host.blocks[index].nbytes for index in self._moving[name]]
+        for position in range(max(map(len, stays.values()))):
+            sizes = [slabs[position].nbytes for slabs in stays.values() if position < len(slabs)]
+            self._own.append(self._lane.buffer(max(sizes)))
+        for _ in range(min(prefetch + 1, max(map(len, self._moving.values())))):
+            self._idle.append(self._slot(max(moves)))
+
+    def _slot(self, nbytes: int) -> _Slot:
+        buffer = self._lane.buffer(nbytes)
+        views = {
+            (name, index): host.blocks[index].views(buffer.memory)
+            for name, host in self._hosts.items()
+            for index in self._moving[name]
+        }
+        return _Slot(buffer, views)
+
+    def _close(self) -> None:
+        self._leave()
+        self._lane.drain()
+        self._rest = None
+        self._own, self._moving = [], {}
+        self._idle.clear()
+        self._coming.clear()
+
+    def bring(self, expert: str = "") -> nn.Module:
+        """The network, with all that is no block's, and the blocks that stay, on the device or on their way there."""
+        if self._rest is None:
+            raise RuntimeError("these weights are at rest; open the stream before the network is used")
+        if self._here != expert:
+            self._leave()
+            self._enter(self._rest, expert)
+        return self._hosts[expert].network
+
+    def _enter(self, memory: Buffer, expert: str) -> None:
+        self._here, host = expert, self._hosts[expert]
+        own = iter(self._own)
+        for slab, buffer in [
+            (host.rest, memory),
+            *((host.blocks[index], next(own)) for index in self._staying(expert)),
+        ]:
+            buffer.release()  # the other network's turn ends here
+            buffer.fill(slab.host)
+            slab.point(slab.views(buffer.memory))
+        memory.use()
+
+    def _staying(self, expert: str) -> list[int]:
+        return [index for index in range(len(self._hosts[expert].blocks)) if index not in self._moving[expert]]
+
+    def _leave(self) -> None:
+        if self._here is not None:
+            for slab in self._hosts[self._here].slabs:
+                slab.point_home()
+        self._here = None
+
+    def around(self, run: RunBlocks, following: str | None) -> RunBlocks:
+        """A walk over the blocks of the network whose turn it is, each on the device for its call.
+
+        Goes around everything else that walks: caches and cancelling see blocks as before, and a pass that runs none
+        of them copies nothing. following: the expert of the next pass, whose first blocks are fetched during this
+        one's last; None: there is none, or nobody knows.
+        """
+
+        def walk(blocks: Sequence[Block], tokens: Tensor, args: Any) -> Tensor:
+            expert = self._here
+            if expert is None or len(blocks) != len(self._hosts[expert].blocks):
+                raise RuntimeError(f"{len(blocks)} blocks are walked whose network was not brought to the device")
+            own = dict(zip(self._staying(expert), self._own, strict=False))
+            staged = [
+                self._staying_block(block, own[index])
+                if index in own
+                else self._moving_block(block, expert, index, following)
+                for index, block in enumerate(blocks)
+            ]
+            return run(staged, tokens, args)
+
+        return walk
+
+    def _staying_block(self, block: Block, buffer: Buffer) -> Block:
+        def call(tokens: Tensor, args: Any) -> Tensor:
+            buffer.use()
+            return block(tokens, args)
+
+        return call
+
+    def _moving_block(self, block: Block, expert: str, index: int, following: str | None) -> Block:
+        def call(tokens: Tensor, args: Any) -> Tensor:
+            with self._visiting(expert, index, following):
+                return block(tokens, args)
+
+        return call
+
+    @contextmanager
+    def _visiting(self, expert: str, index: int, following: str | None) -> Iterator[None]:
+        if not self._coming or (self._coming[0].expert, self._coming[0].block) != (expert, index):
+            # the first pass of all, one after an exception, or one that nobody foresaw
+            self._idle.extend(fetched.slot for fetched in self._coming)
+            self._coming.clear()
+            self._fetch(expert, index)
+        fetched = self._coming.popleft()
+        self._fetch_ahead(fetched, following)
+        slot, slab = fetched.slot, self._hosts[expert].blocks[index]
+        slot.buffer.use()
+        slab.point(slot.views[expert, index])
+        try:
+            yield
+        finally:
+            slab.point_home()
+            slot.buffer.release()
+            self._idle.append(slot)
+        self._fetch_ahead(fetched, following)
+
+    def _fetch(self, expert: str, index: int) -> None:
+        slot = self._idle.popleft()
+        slot.buffer.fill(self._hosts[expert].blocks[index].host)
+        self._coming.append(_Fetched(expert, index, slot))
+
+    def _fetch_ahead(self, last: _Fetched, following: str | None) -> None:
+        """Fill every idle slot with what comes after `last` and after all that was fetched since."""
+        while self._idle:
+            last = self._coming[-1] if self._coming else last
+            order = self._moving[last.expert]
+            position = order.index(last.block) + 1
+            if position < len(order):
+                coming = last.expert, order[position]
+            elif following is not None and self._moving.get(following):
+                coming = following, self._moving[following][0]
+            else:
+                return
+            if any(coming == (fetched.expert, fetched.block) for fetched in self._coming):
+                return  # a whole pass is on its way; nobody knows of the one after it
+            self._fetch(*coming)
