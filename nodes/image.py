@@ -104,7 +104,7 @@ class LightX2VImageEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder: LoadedImageEncoder, image: Tensor, crop: str, resize: str = "wan") -> io.NodeOutput:
-        host.on_gpu(encoder.handle, clip.activation_bytes(encoder.encoder.model.size, len(image)))
+        host.on_gpu(encoder.handle, clip.activation_bytes(encoder.encoder.size, len(image)))
         found = encoder.encoder.features(image, crop=crop, resize=resize, on_block=host.progress())
         return io.NodeOutput(
             _native_features(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightx2v.vision.clip import VisionTransformer
+from lightx2v.vision.clip import empty
 from lightx2v.vision.layout import Sizes
 
 SIZES = Sizes(hidden_size=160, ffn_size=320, num_layers=4, patch_size=14, grid=4, projection_size=64)
@@ -25,8 +25,7 @@ CONFIG = {
 def state_dict(size: Sizes = SIZES, *, seed: int = 0) -> dict[str, Tensor]:
     """As in ComfyUI's clip_vision_h.safetensors; gains far from 1, biases far from 0, attention far from flat."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in VisionTransformer(size).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in empty(size).state_dict().items()}
     state = {}
     for name, shape in shapes.items():
         normal = torch.randn(shape, generator=generator)
@@ -38,7 +37,7 @@ def state_dict(size: Sizes = SIZES, *, seed: int = 0) -> dict[str, Tensor]:
             tensor = normal
         else:
             tensor = normal * normal[0].numel() ** -0.5 * (2 if ".q_proj" in name or ".k_proj" in name else 1)
-        state[name if name.startswith("visual_projection") else f"vision_model.{name}"] = tensor
+        state[name] = tensor
     state["vision_model.embeddings.position_ids"] = torch.arange(size.grid**2 + 1)[None]
     return state
 

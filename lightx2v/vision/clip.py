@@ -1,25 +1,30 @@
-"""Wan2.1's image encoder: the vision transformer of open-clip's XLM-RoBERTa ViT-H/14, and how it is shown a picture."""
+"""Wan2.1's image encoder, the vision tower of open-clip's XLM-RoBERTa ViT-H/14: transformers' network, shown a picture
+as Wan shows it."""
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightx2v.checkpoint import CheckpointError, Header, read_header, read_tensors
 from lightx2v.config import one_of
+from lightx2v.text.resting import Widened
 from lightx2v.vision.layout import QUANTISED, Sizes, convert, shapes, sizes, weights
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
 
 log = logging.getLogger(__name__)
 
 # Of the pictures that CLIP was trained on (openai/CLIP, clip/clip.py), RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-EPS = 1e-5  # of every layer norm
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 CROPS = ("none", "center")
@@ -27,101 +32,6 @@ RESIZES = ("wan", "comfyui")
 
 # Called before each block with (index, number of blocks); raise from it to cancel.
 OnBlock = Callable[[int, int], None]
-
-
-class Attention(nn.Module):
-    """Self-attention over all tokens, heads of 80."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(hidden_size, hidden_size) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # (B, L, D) -> (B, heads, L, head_dim)
-        q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, hidden_size: int, ffn_size: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(hidden_size, ffn_size), nn.Linear(ffn_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # exact GELU: only OpenAI's own ViTs have the sigmoid one
-
-
-class Block(nn.Module):
-    def __init__(self, size: Sizes) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(size.hidden_size, EPS)
-        self.self_attn = Attention(size.hidden_size, size.num_heads)
-        self.layer_norm2 = nn.LayerNorm(size.hidden_size, EPS)
-        self.mlp = FeedForward(size.hidden_size, size.ffn_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class Embeddings(nn.Module):
-    """Patches and a class token, each with its place."""
-
-    def __init__(self, size: Sizes) -> None:
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(size.hidden_size))
-        self.patch_embedding = nn.Conv2d(3, size.hidden_size, size.patch_size, size.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(size.grid**2 + 1, size.hidden_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).mT  # (B, D, h, w) -> (B, h w, D)
-        tokens = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], 1)
-        return tokens + self.position_embedding.weight
-
-
-class Blocks(nn.Module):
-    """Holds the place of `encoder` in the names; the blocks are run one by one from outside."""
-
-    def __init__(self, size: Sizes) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(size) for _ in range(size.num_layers))
-
-
-class VisionTransformer(nn.Module):
-    """The network, with the key names of transformers' CLIPVisionModel.
-
-    Weights rest in their own dtype and are float32 only while their block runs, as ComfyUI computes, so that every kind
-    of file encodes alike. The price is one block's float32 weights at a time: 79 MB for ViT-H.
-    """
-
-    def __init__(self, size: Sizes) -> None:
-        super().__init__()
-        self.size = size
-        self.embeddings = Embeddings(size)
-        self.pre_layrnorm = nn.LayerNorm(size.hidden_size, EPS)  # so it is spelt in every file
-        self.encoder = Blocks(size)
-        self.post_layernorm = nn.LayerNorm(size.hidden_size, EPS)
-        projected = size.projection_size
-        self.visual_projection = nn.Linear(size.hidden_size, projected, bias=False) if projected else nn.Identity()
-
-    def forward(self, pixels: Tensor, on_block: OnBlock | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, 3, S, S), normalised -> hidden states before and after the last block, each (B, L, D), and the
-        picture's place in the joint space with text (B, projection_size, or D where the file has no projection)."""
-        x = penultimate = _widened(self.pre_layrnorm, _widened(self.embeddings, pixels.float()))
-        for index, block in enumerate(self.encoder.layers):
-            if on_block is not None:
-                on_block(index, self.size.num_layers)
-            penultimate, x = x, _widened(block, x)
-        pooled = _widened(self.post_layernorm, x[:, 0])
-        return penultimate, x, _widened(self.visual_projection, pooled)
-
-
-def _widened(module: nn.Module, x: Tensor) -> Tensor:
-    return functional_call(module, {name: weight.float() for name, weight in module.named_parameters()}, (x,))
 
 
 @dataclass(frozen=True)
@@ -143,11 +53,14 @@ class ImageEncoder:
     """A loaded image encoder.
 
     path: the checkpoint, for messages.
-    model: holds every weight; it may be moved between devices between two calls.
+    model: transformers' network; holds every weight and may be moved between devices between two calls. Weights rest in
+        their own dtype and are float32 only while their layer runs, as ComfyUI computes, so that every kind of file
+        encodes alike; for ViT-H that is 79 MB at a time.
     """
 
     path: Path
-    model: VisionTransformer
+    size: Sizes
+    model: "CLIPVisionModelWithProjection"
 
     def encode(
         self, image: Tensor, *, crop: str = "none", resize: str = "wan", on_block: OnBlock | None = None
@@ -166,9 +79,9 @@ class ImageEncoder:
 
         Raises ValueError for a tensor that is no image, CheckpointError where the weights give infinities or NaN.
         """
-        weight = self.model.embeddings.class_embedding
-        pixels = preprocess(image.to(weight.device), self.model.size.image_size, crop=crop, resize=resize)
-        found = ImageFeatures(*self.model(pixels, on_block))
+        weight = next(self.model.parameters())
+        pixels = preprocess(image.to(weight.device), self.size.image_size, crop=crop, resize=resize)
+        found = self._run(pixels, on_block)
         if not torch.isfinite(found.last).all():
             cause = "the file is damaged" if torch.isfinite(pixels).all() else "the image holds NaN or infinities"
             raise CheckpointError(
@@ -176,6 +89,29 @@ class ImageEncoder:
                 f"{weight.dtype}): {cause}"
             )
         return found
+
+    def _run(self, pixels: Tensor, on_block: OnBlock | None) -> ImageFeatures:
+        """Pixels (B, 3, S, S), normalised -> features. What enters and leaves the last block is seen by hooks: how the
+        library itself hands over hidden states has changed between its versions."""
+        layers, seen = self.model.vision_model.encoder.layers, dict[str, Tensor]()
+
+        def before(index: int) -> Callable[[nn.Module, tuple], None]:
+            def hook(layer: nn.Module, given: tuple) -> None:
+                if on_block is not None:
+                    on_block(index, len(layers))
+                seen["before"] = given[0]
+
+            return hook
+
+        def after(layer: nn.Module, given: tuple, result: Tensor | tuple) -> None:
+            seen["after"] = result[0] if isinstance(result, tuple) else result
+
+        with ExitStack() as hooks:
+            for index, layer in enumerate(layers):
+                hooks.callback(layer.register_forward_pre_hook(before(index)).remove)
+            hooks.callback(layers[-1].register_forward_hook(after).remove)
+            embedding = self.model(pixel_values=pixels).image_embeds
+        return ImageFeatures(seen["before"], seen["after"], embedding)
 
 
 def preprocess(image: Tensor, size: int, *, crop: str = "none", resize: str = "wan") -> Tensor:
@@ -217,19 +153,60 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
         raise ValueError(f"dtype {dtype}: expected one of {', '.join(map(str, DTYPES))}, or None for the file's own")
     header = read_header(path)
     size = sizes(header)
-    with torch.device("meta"):
-        model = VisionTransformer(size)
+    model = empty(size)
     _check(header, model)
     if any(header.tensors[name].dtype in QUANTISED for name in weights(header)):
         log.info("%s: 8-bit weights, held as %s from here on", header.path.name, dtype or torch.float16)
     model.load_state_dict(dict(_read(header, dtype, device)), assign=True)
-    return ImageEncoder(header.path, model.eval().requires_grad_(False))
+    vision = model.vision_model
+    # Not in any file, and without numbers on the meta device.
+    vision.embeddings.position_ids = torch.arange(size.grid**2 + 1, device=device)[None]
+    for name in ("embeddings", "pre_layrnorm", "post_layernorm"):
+        setattr(vision, name, Widened(getattr(vision, name)))
+    for index, layer in enumerate(vision.encoder.layers):
+        vision.encoder.layers[index] = Widened(layer)
+    model.visual_projection = Widened(model.visual_projection)  # type: ignore[assignment]
+    return ImageEncoder(header.path, size, model.eval().requires_grad_(False))
+
+
+def empty(size: Sizes) -> "CLIPVisionModelWithProjection":
+    """The network on the meta device; without a projection where the file has none."""
+    try:
+        # Here and not at the top: it takes seconds, and only a load needs it.
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    except ImportError as error:
+        raise ImportError(
+            f"transformers' CLIPVisionModelWithProjection cannot be imported ({error.__cause__ or error}); "
+            f"install transformers >= 4.50, and torchvision (if any) in the build made for torch {torch.__version__}"
+        ) from error
+    config = CLIPVisionConfig(
+        hidden_size=size.hidden_size,
+        intermediate_size=size.ffn_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        image_size=size.image_size,
+        patch_size=size.patch_size,
+        projection_dim=size.projection_size or size.hidden_size,
+        hidden_act="gelu",  # exact: only OpenAI's own ViTs have the sigmoid one
+        layer_norm_eps=1e-5,
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # read by PreTrainedConfig
+    )
+    with torch.device("meta"):
+        model = CLIPVisionModelWithProjection(config)
+    if size.projection_size is None:
+        model.visual_projection = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+def library_name(name: str) -> str:
+    """A name of lightx2v.vision.layout -> the network's."""
+    return name if name.startswith("visual_projection") else f"vision_model.{name}"
 
 
 def _check(header: Header, model: nn.Module) -> None:
     """Every tensor of the network is in the file, in its shape, and nothing else is."""
     found = shapes(header)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name.removeprefix("vision_model."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = next((name for name in sorted(expected) if found.get(name) != expected[name]), None)
     if wrong is not None:
         have = f"is {list(found[wrong])}" if wrong in found else "is missing"
@@ -255,7 +232,10 @@ def _read(header: Header, dtype: torch.dtype | None, device: torch.device | str)
             held = dtype or torch.float16
         for ours, piece in convert(name, tensor):
             # copy: a mapped tensor would keep its file open and mapped for the life of the model
-            yield ours, piece.to(device=device, dtype=held, copy=True, memory_format=torch.contiguous_format)
+            yield (
+                library_name(ours),
+                piece.to(device=device, dtype=held, copy=True, memory_format=torch.contiguous_format),
+            )
 
 
 def activation_bytes(size: Sizes, images: int) -> int:

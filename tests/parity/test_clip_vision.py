@@ -166,7 +166,7 @@ def test_every_layout_gives_the_same_features(encoder, theirs, state, tmp_path) 
     for name in (*files, "image_encoder"):
         other = load(tmp_path / name)
         assert torch.equal(other.encode(image), encoder.encode(image)), name
-        assert (other.model.size.projection_size is None) == (not name.startswith("original"))
+        assert (other.size.projection_size is None) == (not name.startswith("original"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -188,7 +188,7 @@ def test_quantised_files_are_expanded(encoder, state, tmp_path, dtype, caplog) -
     assert "clip-8bit.safetensors: 8-bit weights, held as torch.float16" in caplog.text
     matrix = "visual.transformer.1.attn.to_qkv.weight"
     expected = (packed[matrix].double() * packed[matrix + "_scale"].double())[160:320]
-    found = ours.model.state_dict()["encoder.layers.1.self_attn.k_proj.weight"]
+    found = ours.model.vision_model.encoder.layers[1].block.self_attn.k_proj.weight
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double(), expected, rtol=2**-11, atol=2**-25)
     exact = load(tmp_path / "clip-8bit.safetensors", dtype=torch.float32)
