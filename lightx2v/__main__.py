@@ -128,11 +128,11 @@ def inspect(args: argparse.Namespace) -> None:
         found = recognise(path)
         print(f"{path}: {found.describe()}")
         told = {"kind": found.kind, "family": found.family, "task": found.task, "format": found.layout.format}
-        if found.model is not None:
-            told["variant"] = found.model.spec.name
+        if found.network is not None:
+            told["variant"] = found.network.spec.name
         print("  " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
-        if found.model is not None:
-            print(f"  {found.model.config}")
+        if found.network is not None:
+            print(f"  {found.network.config}")
         for reason, names in _grouped(found.layout.unused).items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             print(f"  not needed: {names[0]}{more} ({reason})")

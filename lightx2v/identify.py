@@ -53,7 +53,8 @@ class CheckpointInfo:
             words.append(
                 {"steps": "distilled to few steps", "cfg": "needs no guidance"}[self.distilled] + " by its name"
             )
-        return f"{self.spec.title} ({', '.join(words)})"
+        title = f"{self.spec.title}; {self.spec.missing}" if self.spec.missing else self.spec.title
+        return f"{title} ({', '.join(words)})"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class FileInfo:
     """Any checkpoint file: a diffusion model that can be run, or something else in words.
 
     kind, family: see `Kind`. task: "t2v", "i2v", "flf2v", "ti2v", "sr" or None where nothing tells.
-    model: the checkpoint, where this version can run it.
+    network: the checkpoint of a diffusion model whose family is here, though perhaps not all of it.
     """
 
     path: Path
@@ -72,11 +73,16 @@ class FileInfo:
     layout: Layout
     expert_hint: str | None
     distilled: str | None
-    model: CheckpointInfo | None
+    network: CheckpointInfo | None
+
+    @property
+    def model(self) -> CheckpointInfo | None:
+        """The checkpoint, where this version can run it."""
+        return self.network if self.network is not None and self.network.spec.missing is None else None
 
     def describe(self) -> str:
-        if self.model is not None:
-            return self.model.describe()
+        if self.network is not None:
+            return self.network.describe()
         size, count = f"{self.layout.header.nbytes / 1e6:,.1f} MB", len(self.layout.header.tensors)
         return f"{self.title} ({count} tensors, {self.layout.scheme}, {size})"
 
@@ -91,9 +97,10 @@ def recognise(path: str | Path) -> FileInfo:
     layout = read_layout(header)
     if spec := _spec(layout.header):
         info = _model(layout, spec)
-        title = spec.title
+        title = f"{spec.title}; {spec.missing}" if spec.missing else spec.title
+        task = spec.task or task_hint(header.path, header.metadata)
         return FileInfo(
-            info.path, "transformer", spec.family, title, spec.task, layout, info.expert_hint, info.distilled, info
+            info.path, "transformer", spec.family, title, task, layout, info.expert_hint, info.distilled, info
         )
     kind = kind_of(layout.header) or kind
     if kind is None:
@@ -107,6 +114,14 @@ def identify(path: str | Path) -> CheckpointInfo:
     if found.model is None:
         raise CheckpointError(f"{found.path}: this file is {found.title}. Supported here: {_supported()}")
     return found.model
+
+
+def identify_network(path: str | Path) -> CheckpointInfo:
+    """The same for every network that is here, whether or not the rest of its family is: to inspect and to test."""
+    found = recognise(path)
+    if found.network is None:
+        raise CheckpointError(f"{found.path}: this file is {found.title}. Networks here: {_networks()}")
+    return found.network
 
 
 def other_kind(header: Header) -> str | None:
@@ -136,17 +151,21 @@ def _model(layout: Layout, spec: ModelSpec) -> CheckpointInfo:
         detail=layout.detail,
         unused=layout.unused,
         expert_hint=expert_hint(header.path),
-        distilled=distilled_hint(header.path, header.metadata),
+        distilled=_distilled(header, spec.family),
     )
 
 
 def _foreign(header: Header, kind: Kind, layout: Layout, task: str | None) -> FileInfo:
     path = header.path
-    # Tencent calls its few-step models "step_distilled", and "distilled" those that need no guidance.
-    distilled = distilled_hint(path, header.metadata, bare="cfg" if kind.family == "hunyuan1.5" else "steps")
-    if "time_r_in.mlp.0.weight" in layout.header.tensors:  # only few-step models take the step's end as well
-        distilled = "steps"
+    distilled = _distilled(layout.header, kind.family)
     return FileInfo(path, kind.name, kind.family, kind.describe(), task, layout, expert_hint(path), distilled, None)
+
+
+def _distilled(header: Header, family: str) -> str | None:
+    if "time_r_in.mlp.0.weight" in header.tensors:  # only few-step models take the step's end as well
+        return "steps"
+    # Tencent calls its few-step models "step_distilled", and "distilled" those that need no guidance.
+    return distilled_hint(header.path, header.metadata, bare="cfg" if family == "hunyuan1.5" else "steps")
 
 
 def _task(header: Header, kind: Kind, layout: Layout) -> str | None:
@@ -163,4 +182,8 @@ def _unknown(header: Header) -> CheckpointError:
 
 
 def _supported() -> str:
+    return ", ".join(spec.title for spec in specs() if spec.missing is None)
+
+
+def _networks() -> str:
     return ", ".join(spec.title for spec in specs())

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.checkpoint import Header
 from lightx2v.kinds import PREFIXES
-from lightx2v.models.wan.names import from_diffusers
+from lightx2v.models import dialects
 from lightx2v.quant import FILE_MARK, LAYER_MARK, METADATA_MARK, SCALES, find_packed
 
 # What else a file with everything in it carries, and what to call it.
@@ -23,7 +23,6 @@ OTHER_PARTS = {
     "conditioner.": "the text encoder",
     "clip_vision.": "the image encoder",
 }
-DIFFUSERS_WAN = "condition_embedder.text_embedder.linear_1"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -58,12 +57,12 @@ class Layout:
 
 def read_layout(header: Header) -> Layout:
     """Raises CheckpointError for mixed layouts and for quantisation that is not known here."""
-    named, others = _named_as_model(header)
+    named, others, dialect = _named_as_model(header)
     found = find_packed(named)
     scheme, detail = _scheme(found.header)
     stored = {name: named.tensors[name].stored or name for name in found.unused}
     unused = others | {stored[name]: reason for name, reason in found.unused.items()}
-    return Layout(found.header, _format(header, found.marks), scheme, detail, unused)
+    return Layout(found.header, _format(header, found.marks, dialect), scheme, detail, unused)
 
 
 def plain_dtype(header: Header) -> torch.dtype:
@@ -75,7 +74,8 @@ def plain_dtype(header: Header) -> torch.dtype:
     return max(total, key=lambda dtype: total[dtype], default=torch.bfloat16)
 
 
-def _named_as_model(header: Header) -> tuple[Header, dict[str, str]]:
+def _named_as_model(header: Header) -> tuple[Header, dict[str, str], str]:
+    """The header under the model's names, what belongs to other models and why, and whose layout it was."""
     prefix = PREFIXES[0]
     others = {name: _other_part(name) for name in header.tensors if not name.startswith(prefix)}
     unused: dict[str, str] = {}
@@ -85,33 +85,19 @@ def _named_as_model(header: Header) -> tuple[Header, dict[str, str]]:
         header = header.renamed(inside)
     else:
         header = header.without_prefix(*PREFIXES)
-    if any(name.startswith(DIFFUSERS_WAN) for name in header.tensors):
-        header = _from_diffusers(header)
-    return header, unused
+    dialect = next((dialect for dialect in dialects() if dialect.matches(header)), None)
+    return (dialect.translate(header), unused, dialect.format) if dialect else (header, unused, "")
 
 
 def _other_part(name: str) -> str | None:
     return next((part for prefix, part in OTHER_PARTS.items() if name.startswith(prefix)), None)
 
 
-def _from_diffusers(header: Header) -> Header:
-    names = {name: from_diffusers(name) for name in header.tensors}
-    owner: dict[str, str] = {}
-    for theirs, ours in names.items():
-        if ours in owner:
-            raise CheckpointError(
-                f"{header.path}: mixes two layouts: '{owner[ours]}' and '{theirs}' are the same weight; "
-                "use a file in Wan's own or in diffusers' layout"
-            )
-        owner[ours] = theirs
-    return header.renamed(names)
-
-
-def _format(file: Header, marks: frozenset[str]) -> str:
+def _format(file: Header, marks: frozenset[str], dialect: str) -> str:
     if file.container in ("gguf", "block-split"):
         return file.container
-    if any(DIFFUSERS_WAN in name for name in file.tensors):
-        return "diffusers"
+    if dialect:
+        return dialect
     if re.search(r"(?i)kijai|_kj\b", file.path.name):
         return "kijai"
     comfyui = {FILE_MARK, LAYER_MARK, METADATA_MARK, SCALES[0]}
@@ -124,7 +110,7 @@ def _scheme(header: Header) -> tuple[str, str]:
     """Scheme and detail of most bytes; a scheme of several kinds (GGUF's K types) is named after the largest."""
     total: dict[tuple[str, str], int] = {}
     for info in header.tensors.values():
-        if info.packed is not None:
+        if info.packed is not None and info.packed.scheme:
             key = (info.packed.scheme, info.packed.detail)
             total[key] = total.get(key, 0) + info.nbytes
     if total:

@@ -1,6 +1,7 @@
 """From an identified checkpoint to a network ready to run."""
 
 import logging
+from collections import Counter
 
 import torch
 from torch import nn
@@ -59,7 +60,8 @@ def fill(transformer: nn.Module, info: CheckpointInfo, device: torch.device) -> 
     """
     dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
     assign(transformer, info.header, dtype=lambda name: dtypes[name], device=device)
-    log.info("%s: %s, computing in %s", info.path.name, info.describe(), dtypes["patch_embedding.weight"])
+    most = Counter(dtypes.values()).most_common(1)[0][0]
+    log.info("%s: %s, computing in %s", info.path.name, info.describe(), most)
 
 
 def load_transformer(

@@ -37,6 +37,7 @@ class TensorInfo:
     shape: of the values, however they are packed.
     stored: its name in the file; empty where it goes by that name.
     span: first byte and number of bytes in the file; None in a .pth.
+    rows: which rows of the stored tensor these are, first and end; None for all of them.
     packed: how the values are restored, where the tensor alone is not they.
     """
 
@@ -46,6 +47,7 @@ class TensorInfo:
     stored: str = ""
     encoding: str = ""
     span: tuple[int, int] | None = None
+    rows: tuple[int, int] | None = None
     packed: "Packed | None" = None
 
     @property
@@ -55,9 +57,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight that is stored in fewer bits.
+    """A weight that is stored in fewer bits, or in several pieces.
 
-    scheme: "fp8", "int8" or "gguf"; detail: what it says beside, e.g. "e4m3, a scale a tensor".
+    scheme: "fp8", "int8" or "gguf"; detail: what it says beside, e.g. "e4m3, a scale a tensor". Both are empty where
+        plain values only lie in several tensors.
     parts: role -> tensor of the file; "weight" always, "scale" where the scheme has one.
     unpack: the parts as they are stored -> the values, float32, in the shape of the weight.
     """
@@ -94,6 +97,18 @@ class Header:
         """The header of the tensors in `names` (name here -> new name), each still found in its file."""
         kept = ((old, new, self.tensors[old]) for old, new in names.items())
         return replace(self, tensors={new: replace(info, stored=info.stored or old) for old, new, info in kept})
+
+    def renamed_by(self, rename: Callable[[str], str]) -> "Header":
+        """The same header under other names; raises CheckpointError where two tensors would get one name."""
+        owner: dict[str, str] = {}
+        for theirs in self.tensors:
+            if (ours := rename(theirs)) in owner:
+                raise CheckpointError(
+                    f"{self.path}: mixes two layouts: '{owner[ours]}' and '{theirs}' are the same weight; "
+                    "use a file in the model's own or in diffusers' layout"
+                )
+            owner[ours] = theirs
+        return self.renamed({theirs: ours for ours, theirs in owner.items()})
 
     def without_prefix(self, *prefixes: str) -> "Header":
         """The same header with the first prefix that every tensor carries removed from the names."""

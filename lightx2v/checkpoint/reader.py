@@ -102,10 +102,13 @@ class _Files:
         file, stored = info.file, info.stored or name
         if file not in self._open:
             self._open[file] = self._opened(file)
-        if file.suffix in pickled.SUFFIXES:
-            return self._open[file][stored]
         if file.suffix == GGUF:
             return gguf.read_raw(self._open[file], info)
+        if file.suffix in pickled.SUFFIXES:
+            whole = self._open[file][stored]
+            return whole[slice(*info.rows)] if info.rows else whole
+        if info.rows:
+            return self._open[file].get_slice(stored)[slice(*info.rows)]
         return self._open[file].get_tensor(stored)
 
     def _opened(self, file: Path) -> Any:

@@ -1,4 +1,5 @@
-"""Every model family is a folder here whose `spec.py` defines SPECS. Adding a folder adds the family."""
+"""Every model family is a folder here whose `spec.py` defines SPECS, and `names.py` DIALECTS. Adding a folder adds the
+family."""
 
 import importlib
 import pkgutil
@@ -37,12 +38,29 @@ class ModelSpec:
     boundary: float | None = None  # sigma from which on down the low-noise expert takes over, where there are two
     time_signal: TimeSignal | None = None  # what TeaCache reads of the timestep; None: no feature caches
     figures: Mapping[str, Figures] = field(default_factory=dict)  # published; key: what tells checkpoints of one layout
+    missing: str | None = None  # what of the family is not here yet, in words; such a model cannot be run
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A layout that another project has for a family's checkpoints, and how it is read as the family's own."""
+
+    format: str  # "diffusers", "comfyui"
+    matches: Callable[[Header], bool]
+    translate: Callable[[Header], Header]
 
 
 @cache
 def specs() -> tuple[ModelSpec, ...]:
     """All variants of all families, in order of family name."""
-    found: list[ModelSpec] = []
-    for family in pkgutil.iter_modules(__path__):
-        found.extend(importlib.import_module(f"{__name__}.{family.name}.spec").SPECS)
-    return tuple(found)
+    return tuple(spec for family in _families() for spec in importlib.import_module(f"{family}.spec").SPECS)
+
+
+@cache
+def dialects() -> tuple[Dialect, ...]:
+    """All layouts of others of all families, in order of family name."""
+    return tuple(dialect for family in _families() for dialect in importlib.import_module(f"{family}.names").DIALECTS)
+
+
+def _families() -> list[str]:
+    return [f"{__name__}.{family.name}" for family in pkgutil.iter_modules(__path__)]

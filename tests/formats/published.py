@@ -4,7 +4,7 @@
 PUBLISHED = {
     "comfyui_byt5_small_glyphxl_fp16": "text_encoder hunyuan1.5 - original fp16 - -",
     "comfyui_clip_vision_h": "image_encoder wan2.1 - original fp16 - -",
-    "comfyui_hunyuan15_fp16": "transformer hunyuan1.5 t2v original fp16 - -",
+    "comfyui_hunyuan15_fp16": "transformer hunyuan1.5 t2v comfyui fp16 - -",
     "comfyui_hunyuan15_fp8_scaled": "transformer hunyuan1.5 i2v comfyui fp8 - cfg",
     "comfyui_hunyuan15_vae_fp16": "vae hunyuan1.5 - original fp16 - -",
     "comfyui_qwen_2.5_vl_7b": "text_encoder hunyuan1.5 - original bf16 - -",
@@ -19,7 +19,7 @@ PUBLISHED = {
     "comfyui_wan2.2_ti2v_5B_fp16": "transformer wan ti2v original fp16 - -",
     "comfyui_wan2.2_vae": "vae wan2.2 - original fp16 - -",
     "comfyui_wan_2.1_vae": "vae wan2.1 - original fp16 - -",
-    "diffusers_hunyuan15": "transformer hunyuan1.5 - original fp32 - -",
+    "diffusers_hunyuan15": "transformer hunyuan1.5 - diffusers fp32 - -",
     "diffusers_hunyuan15_vae": "vae hunyuan1.5 - original fp32 - -",
     "diffusers_wan2.1_i2v_14B": "transformer wan i2v diffusers fp32 - -",
     "diffusers_wan2.1_t2v_1.3B": "transformer wan t2v diffusers fp32 - -",

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from published import PUBLISHED
 from sparse import lay_out, lay_out_split, manifest, names, write
 
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.identify import FileInfo, identify, recognise
+from lightx2v.identify import FileInfo, identify, identify_network, recognise
 from lightx2v.layout import Layout
 from lightx2v_kernels import select
 
 KERNELS = select(device=torch.device("cpu"), dtype=torch.float32, head_dim=128)
 WAN = [name for name, words in PUBLISHED.items() if words.startswith("transformer wan ")]
+HUNYUAN = [name for name, words in PUBLISHED.items() if words.startswith("transformer hunyuan1.5 ")]
+HUNYUAN.remove("hunyuan15_dit_sr")
 FOREIGN = [name for name in PUBLISHED if name not in WAN]
 BLOCK_SPLIT = [name for name in WAN if "block_split" in manifest(name)]
 MARKS = ("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale")
@@ -36,7 +39,10 @@ def files_tensors(layout: Layout) -> list[str]:
     """Every name of the file that a weight is made of or that is listed as not needed."""
     made = []
     for name, info in layout.header.tensors.items():
-        made += [part.stored for part in info.packed.parts.values()] if info.packed else [info.stored or name]
+        parts = list(info.packed.parts.values()) if info.packed else [replace(info, stored=info.stored or name)]
+        # Of a tensor that is cut into several weights the first piece stands for it, and for its scale.
+        if not any(part.rows and part.rows[0] for part in parts) or "0" in (info.packed.parts if info.packed else ()):
+            made += list(dict.fromkeys(part.stored for part in parts))
     return made + list(layout.unused)
 
 
@@ -56,13 +62,31 @@ def test_recognised(name: str, models: Path, caplog: pytest.LogCaptureFixture) -
     assert all(name.endswith(MARKS) and reason for name, reason in found.layout.unused.items())
 
 
-@pytest.mark.parametrize("name", WAN)
+@pytest.mark.parametrize("name", WAN + HUNYUAN)
 def test_every_weight_of_the_model_is_in_the_file(name: str, models: Path) -> None:
-    info = identify(lay_out(name, models))
+    info = identify_network(lay_out(name, models))
     with torch.device("meta"):
         network = info.spec.build(info.config, KERNELS)
     found = {key: tensor.shape for key, tensor in info.header.tensors.items()}
     assert found == {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", HUNYUAN)
+def test_a_family_that_is_not_all_here_is_refused_in_words(name: str, models: Path) -> None:
+    path = lay_out(name, models)
+    found = recognise(path)
+    assert found.network is not None and found.model is None
+    assert found.network.spec.name == "hunyuan1.5" + ("_step_distilled" if "step" in name else "")
+    with pytest.raises(
+        CheckpointError, match=r"HunyuanVideo-1\.5.*; its network is here, its text encoders are not yet"
+    ):
+        identify(path)
+
+
+def test_the_super_resolution_model_is_named(models: Path) -> None:
+    path = lay_out("hunyuan15_dit_sr", models)
+    with pytest.raises(CheckpointError, match=r"the super-resolution model of HunyuanVideo-1\.5; not supported"):
+        identify_network(path)
 
 
 @pytest.mark.parametrize("name", BLOCK_SPLIT)

@@ -6,6 +6,9 @@ it serves checkpoints ("blocks.0.attn1.to_q.weight") and LoRA files ("blocks.0.a
 
 import re
 
+from lightx2v.checkpoint import Header
+from lightx2v.models import Dialect
+
 BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 # Inside a block: Wan's own name, diffusers' name.
 IN_BLOCK = {
@@ -66,3 +69,10 @@ def _renamed(name: str, in_block: dict[str, str], outside: dict[str, str]) -> st
         if found := table.get(".".join(parts[:length])):
             return start + ".".join([found, *parts[length:]])
     return name
+
+
+def _is_diffusers(header: Header) -> bool:
+    return any(name.startswith("condition_embedder.text_embedder.linear_1") for name in header.tensors)
+
+
+DIALECTS = (Dialect("diffusers", _is_diffusers, lambda header: header.renamed_by(from_diffusers)),)
