@@ -28,9 +28,13 @@ LIGHT_VAE = ("lightvaew2_1.safetensors", "lightvaew2_1.pth")
 TOKENIZERS = ("google/umt5-xxl", "tokenizer")
 
 
+class MissingPartError(CheckpointError):
+    """The folder has no file of that part."""
+
+
 @dataclass(frozen=True)
 class ModelFolder:
-    """Finds the parts of a model. Each look-up raises CheckpointError naming the part and the names it looked for."""
+    """Finds the parts of a model. Each look-up raises MissingPartError naming the part and the names it looked for."""
 
     path: Path
 
@@ -82,6 +86,6 @@ class ModelFolder:
         if not patterns:
             raise CheckpointError(f"{self.path}: there is no {part} for the latents of this model; use its own VAE")
         folders = ", ".join(form for form in FORMS if form)
-        raise CheckpointError(
+        raise MissingPartError(
             f"{self.path}: no {part} here; looked for {', '.join(patterns)} there and in its subfolders {folders}"
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ class Parts:
     def __init__(self, folder: ModelFolder, infos: Sequence[CheckpointInfo], device: torch.device) -> None:
         self.device = device
         self._folder, self._infos = folder, tuple(infos)
+        self._encoders: tuple[Path | None, Path | None] = (None, None)
         self._text: umt5.UMT5 | None = None
         self._image: clip.ImageEncoder | None = None
         self._vaes = VAEChoice()
@@ -38,15 +40,26 @@ class Parts:
     def text_encoder(self) -> umt5.UMT5:
         """umT5, on the CPU unless it is visiting."""
         if self._text is None:
-            path, tokenizer = self._folder.text_encoder(), self._folder.tokenizer()
+            path, tokenizer = self._encoders[0] or self._folder.text_encoder(), self._folder.tokenizer()
             self._text = umt5.load(path, tokenizer=tokenizer, dtype=None, device=CPU)
         return self._text
 
     def image_encoder(self) -> clip.ImageEncoder:
         """CLIP, on the CPU unless it is visiting."""
         if self._image is None:
-            self._image = clip.load(self._folder.image_encoder(), device=CPU)
+            self._image = clip.load(self._encoders[1] or self._folder.image_encoder(), device=CPU)
         return self._image
+
+    def use_encoders(self, text: Path | None, image: Path | None) -> None:
+        """Files in place of the folder's, from now on."""
+        if (text, image) != self._encoders:
+            self._text, self._image = None, None
+        self._encoders = (text, image)
+
+    def use_transformers(self, infos: Sequence[CheckpointInfo]) -> None:
+        """From now on; those read before are forgotten."""
+        self._infos = tuple(infos)
+        self.forget_transformers()
 
     def use_vaes(self, vaes: VAEChoice) -> None:
         """From now on; those read before are forgotten."""
@@ -129,7 +142,7 @@ class Parts:
             check_loras(stack, info)
 
     def _stacks(self, loras: Sequence[Lora]) -> list[tuple[Lora, ...]]:
-        names: tuple[str | None, ...] = (None,) if len(self._infos) == 1 else ("high", "low")
+        names: tuple[str | None, ...] = {0: (), 1: (None,), 2: ("high", "low")}[len(self._infos)]
         return [for_expert(loras, name) for name in names]
 
     def _set_loras(self, loras: Sequence[Lora], how: str) -> None:

@@ -2,59 +2,42 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lightx2v.arguments import checked, filled, lora_of, require
 from lightx2v.cache.calibration import Recorder
 from lightx2v.cache.choice import choose, save
 from lightx2v.cache.figures import given
 from lightx2v.cache.turn import CacheFactory
 from lightx2v.cache.walk import CacheReport
+from lightx2v.checkpoint import CheckpointError
+from lightx2v.classes import Pick, model_class
 from lightx2v.config import Cache, Engine, Request, Sampling
-from lightx2v.decoding import Decoding, VAERequest, choose_vaes, decode_video
-from lightx2v.diffuse import Hooks, Start, diffuse, schedule_of
-from lightx2v.experts import require_pair
-from lightx2v.fitting import check_given, check_images, check_task
+from lightx2v.config_json import UNDONE_BY, read_told
+from lightx2v.decoding import Decoding, VAERequest, choose_vaes
+from lightx2v.diffuse import Hooks, Start, diffuse
+from lightx2v.fitting import check_given, check_images
 from lightx2v.folder import ModelFolder
 from lightx2v.guidance import Conditioning
-from lightx2v.identify import identify
+from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import choose_kernels
 from lightx2v.lora import Lora
-from lightx2v.media import read_image, require_mp4, save_mp4, to_frames
-from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, to_model_input
+from lightx2v.media import read_image, require_mp4, save_mp4
 from lightx2v.parts import Parts
+from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
+from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, timed, two_scales
 from lightx2v.sampling import Step
-from lightx2v.shapes import VideoShape, size_for_image, snap, to_latent
-from lightx2v.vae.padded import encode_padded
+from lightx2v.stages import decode, encode, ticker
 from lightx2v.vae.tiling import Tiling
 
 log = logging.getLogger(__name__)
 CACHE_METHODS = {"none": "none", "nocaching": "none", "tea": "teacache", "mag": "magcache"}
 RESIZE_MODES = (None, "fixed_shape")
-EXPERT_NAMES = {"high_noise_model": "high", "low_noise_model": "low"}
-
-
-@dataclass(frozen=True)
-class ModelClass:
-    """What upstream's name of a model class stands for."""
-
-    tasks: tuple[str, ...]
-    experts: bool = False  # two transformers
-    distilled: bool = False  # few steps, of a fixed list
-
-
-CLASSES = {
-    "wan2.1": ModelClass(("t2v", "i2v", "flf2v")),
-    "wan2.1_distill": ModelClass(("t2v", "i2v", "flf2v"), distilled=True),
-    "wan2.2": ModelClass(("t2v", "i2v")),
-    "wan2.2_moe": ModelClass(("t2v", "i2v", "flf2v"), experts=True),
-    "wan2.2_moe_distill": ModelClass(("t2v", "i2v", "flf2v"), experts=True, distilled=True),
-}
 
 
 class LightX2VPipeline:
@@ -70,10 +53,12 @@ class LightX2VPipeline:
         of few steps. task: "t2v", "i2v" or "flf2v" (first and last frame).
     dit_original_ckpt, high_noise_original_ckpt, low_noise_original_ckpt: files or folders to use instead of
         model_path's.
-    Weights are read at the first `generate` and kept. Raises CheckpointError at construction for a folder whose
-    transformers are missing or of another model.
+    support_tasks: other tasks of model_cls that `generate` may be asked for with the same model.
+    Weights are read at the first `generate` and kept. Raises CheckpointError at construction for a transformer of
+    another model; one that is missing may still be named by `enable_quantize` or a config file.
     """
 
+    @checked
     def __init__(
         self,
         model_path: str | Path,
@@ -83,38 +68,36 @@ class LightX2VPipeline:
         dit_original_ckpt: str | Path | None = None,
         low_noise_original_ckpt: str | Path | None = None,
         high_noise_original_ckpt: str | Path | None = None,
+        support_tasks: Sequence[str] = (),
         device: str | torch.device | None = None,
     ) -> None:
-        _require("model_cls", model_cls, tuple(CLASSES))
-        self._class = CLASSES[model_cls]
-        _require(f"task of {model_cls}", task, self._class.tasks)
-        folder = ModelFolder(Path(model_path))
-        paths: tuple[Path, ...]
-        if self._class.experts:
-            paths = (
-                Path(high_noise_original_ckpt) if high_noise_original_ckpt else folder.expert("high"),
-                Path(low_noise_original_ckpt) if low_noise_original_ckpt else folder.expert("low"),
-            )
-        else:
-            paths = (Path(dit_original_ckpt) if dit_original_ckpt else folder.transformer(),)
-        infos = tuple(identify(path) for path in paths)
-        for info in infos:
-            check_task(info, task)
-            if (info.spec.task == "ti2v") != (model_cls == "wan2.2"):
-                right = "'wan2.2'" if info.spec.task == "ti2v" else "'wan2.1' or 'wan2.2_moe'"
-                raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {right}, not {model_cls!r}")
-        if len(infos) == 2:
-            require_pair(*infos)
-        self._infos, self._info, self._task = infos, infos[0], task
+        tasks = (task, *support_tasks)
+        self._class, self._task, self._folder = model_class(model_cls, tasks), task, ModelFolder(Path(model_path))
+        named = {
+            "dit_original_ckpt": dit_original_ckpt,
+            "low_noise_original_ckpt": low_noise_original_ckpt,
+            "high_noise_original_ckpt": high_noise_original_ckpt,
+        }
+        self._originals = {name: Path(path) for name, path in named.items() if path}
+        self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals)
+        self._asked: set[str] = set()  # methods that the caller called: a config file does not undo them
+        self._by_file: tuple[str, ...] = ()  # methods that the last config file called
+        self._infos: tuple[CheckpointInfo, ...] = ()  # none while the transformer is missing
+        self._missing: CheckpointError | None = None
         self._cache: CacheFactory | None = None
+        self._choose_cache: Callable[[Sequence[CheckpointInfo]], CacheFactory | None] = lambda infos: None
         self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._folder, self._parts, self._decoding = folder, Parts(folder, infos, chosen), Decoding()
+        self._parts, self._decoding = Parts(self._folder, (), chosen), Decoding()
+        self._vaes = VAERequest(False, False, None, None)
         self._engine, self._loras, self._lora_how = Engine(), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
         scheduler = "distilled" if self._class.distilled else "unipc"
         self._request = Request("", sampling=Sampling(scheduler=scheduler))
+        self._use(self._pick)
 
+    @checked
+    @filled
     def create_generator(
         self,
         attn_mode: str = "auto",
@@ -132,8 +115,12 @@ class LightX2VPipeline:
         resize_mode: str | None = None,
         scheduler: str | None = None,
         dtype: str = "auto",
+        config_json: str | Path | None = None,
     ) -> None:
         """Choose how to run and what size to make; may be called again to change it.
+
+        config_json: one of LightX2V's JSON files, instead of defaults (docs/config-json.md): it sets offload, LoRAs and
+        the like too, but for methods that were called for that; arguments given here win over it.
 
         attn_mode: "auto" or an attention backend's name. height, width: pixels; with a start image their product is the
         area and the image gives the proportions, unless resize_mode is "fixed_shape". fps: of the file; None: 24 for
@@ -149,7 +136,7 @@ class LightX2VPipeline:
             raise ValueError(f"resize_mode={resize_mode!r} is not supported yet; known: None, 'fixed_shape'")
         engine = replace(self._engine, attention=attn_mode, dtype=dtype)
         choose_kernels(self._info, engine, self._parts.device)  # raises now rather than after the text is encoded
-        high, low = _two_scales(guidance_scale)
+        high, low = two_scales(guidance_scale)
         if boundary_step_index is None and boundary is None and self._class.experts and self._class.distilled:
             boundary_step_index = 2
         sampling = replace(
@@ -163,18 +150,13 @@ class LightX2VPipeline:
             denoising_step_list=tuple(denoising_step_list),
             scheduler=scheduler or self._request.sampling.scheduler,
         )
-        shape = self._snapped(VideoShape(num_frames, height, width))
+        rate = fps or (24 if self._info.spec.task == "ti2v" else 16)
+        size = {"num_frames": num_frames, "height": height, "width": width, "fps": rate}
+        request = snapped(replace(self._request, **size, sampling=sampling), self._info.spec)  # type: ignore[arg-type]
         self._set_engine(engine)
-        self._resize_mode = resize_mode
-        self._request = replace(
-            self._request,
-            num_frames=shape.num_frames,
-            height=shape.height,
-            width=shape.width,
-            fps=fps or (24 if self._info.spec.task == "ti2v" else 16),
-            sampling=sampling,
-        )
+        self._resize_mode, self._request = resize_mode, request
 
+    @checked
     def enable_lightvae(
         self,
         use_lightvae: bool = False,
@@ -189,12 +171,18 @@ class LightX2VPipeline:
         Raises CheckpointError, before weights are read, for a file that is missing, damaged or of other latents.
         """
         wanted = VAERequest(use_lightvae, use_tae, vae_path, tae_path)
-        self._parts.use_vaes(choose_vaes(self._folder, self._info.spec.latents, wanted))
+        if self._infos:
+            self._parts.use_vaes(choose_vaes(self._folder, self._info.spec.latents, wanted))
+        self._vaes = wanted
+        self._asked.add("enable_lightvae")
 
+    @checked
     def enable_vae_tiling(self, mode: str = "tiled", tile_size: int = 256, overlap: int = 64) -> None:
         """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be."""
         self._decoding = Decoding(mode, Tiling(tile_size, overlap))
+        self._asked.add("enable_vae_tiling")
 
+    @checked
     def enable_offload(self, cpu_offload: bool = False, offload_granularity: str = "block") -> None:
         """cpu_offload: the transformer waits on the CPU and is on the GPU only while it samples.
 
@@ -205,7 +193,55 @@ class LightX2VPipeline:
                 f"offload_granularity={offload_granularity!r} is not supported yet; use offload_granularity='model'"
             )
         self._set_engine(replace(self._engine, offload="model" if cpu_offload else "none"))
+        self._asked.add("enable_offload")
 
+    @checked
+    def enable_quantize(
+        self,
+        dit_quantized: bool = False,
+        text_encoder_quantized: bool = False,
+        image_encoder_quantized: bool = False,
+        dit_quantized_ckpt: str | Path | None = None,
+        low_noise_quantized_ckpt: str | Path | None = None,
+        high_noise_quantized_ckpt: str | Path | None = None,
+        text_encoder_quantized_ckpt: str | Path | None = None,
+        image_encoder_quantized_ckpt: str | Path | None = None,
+        quant_scheme: str = "fp8-sgl",
+        text_encoder_quant_scheme: str | None = None,
+        image_encoder_quant_scheme: str | None = None,
+    ) -> None:
+        """Use quantised files from the next video on; all switches off: the plain ones again.
+
+        ..._ckpt: files or folders; None looks through model_path. Weights of the transformer are restored as they are
+        read. quant_scheme: LightX2V's name; the file decides, and a name that does not fit it is warned of.
+        Raises CheckpointError for a file that is missing or not quantised, ValueError for a scheme that is not known.
+        """
+        wanted = Quantize(
+            dit_quantized,
+            text_encoder_quantized,
+            image_encoder_quantized,
+            dit_quantized_ckpt,
+            low_noise_quantized_ckpt,
+            high_noise_quantized_ckpt,
+            text_encoder_quantized_ckpt or None,
+            image_encoder_quantized_ckpt or None,
+            quant_scheme,
+            text_encoder_quant_scheme,
+            image_encoder_quant_scheme,
+        )
+        encoders = quantised_text_encoder(self._folder, wanted), quantised_image_encoder(self._folder, wanted)
+        self._use(replace(self._pick, quantize=wanted))
+        self._parts.use_encoders(*encoders)
+        self._asked.add("enable_quantize")
+
+    @checked
+    def enable_parallel(self, cfg_p_size: int = 1, seq_p_size: int = 1, seq_p_attn_type: str = "ulysses") -> None:
+        """Several GPUs for one video: raises NotImplementedError unless both sizes are 1."""
+        if (cfg_p_size, seq_p_size) != (1, 1):
+            asked = f"cfg_p_size={cfg_p_size}, seq_p_size={seq_p_size}, seq_p_attn_type={seq_p_attn_type!r}"
+            raise NotImplementedError(f"one video on several GPUs is not supported yet: {asked}; leave both sizes at 1")
+
+    @checked
     def enable_cache(
         self,
         cache_method: str = "Tea",
@@ -227,13 +263,20 @@ class LightX2VPipeline:
         magcache_calibration: skip nothing, measure, and write a .cache.json next to the checkpoint after each video.
         Raises ValueError for a checkpoint whose figures nobody has.
         """
-        _require("cache_method", cache_method.lower(), tuple(CACHE_METHODS))
+        require("cache_method", cache_method.lower(), tuple(CACHE_METHODS))
         method = CACHE_METHODS[cache_method.lower()]
         threshold = teacache_thresh if method == "teacache" else magcache_thresh
         cache = Cache(method, threshold, use_ret_steps, magcache_K, magcache_retention_ratio, str(figures))
         told = given(coefficients, magcache_ratios)
-        self._cache = Recorder() if magcache_calibration else choose(cache, self._infos, self._note, told)
 
+        def chosen(infos: Sequence[CheckpointInfo]) -> CacheFactory | None:
+            return Recorder() if magcache_calibration else choose(cache, infos, self._note, told)
+
+        self._cache = chosen(self._infos) if self._infos else None
+        self._choose_cache = chosen
+        self._asked.add("enable_cache")
+
+    @checked
     def calibrate(self, prompts: Sequence[str], seed: int = 42, negative_prompt: str = "", **images: Any) -> list[Path]:
         """Measure the model for its caches: a whole video for each prompt at the settings of `create_generator`.
 
@@ -248,6 +291,7 @@ class LightX2VPipeline:
         finally:
             self._cache = before
 
+    @checked
     def enable_lora(self, lora_configs: Sequence[Mapping[str, object]], lora_dynamic_apply: bool = False) -> None:
         """Use LoRAs: [{"path": ..., "strength": 1.0, "name": "high_noise_model"}, ...].
 
@@ -257,17 +301,21 @@ class LightX2VPipeline:
         step is a little slower.
         Raises CheckpointError, from headers alone, for a file that is missing or for another model.
         """
-        loras = tuple(_lora(config) for config in lora_configs)
+        loras = tuple(lora_of(config) for config in lora_configs)
         self._parts.check_loras(loras)
         self._loras = loras
+        self._asked.add("enable_lora")
         self._lora_how = "branch" if lora_dynamic_apply else "auto"
 
+    @checked
     def switch_lora(self, lora_path: str | Path, strength: float = 1.0) -> None:
         """Use this LoRA instead of all others from the next video on; "" uses none."""
         loras = (Lora(Path(lora_path), strength),) if str(lora_path) else ()
         self._parts.check_loras(loras)
         self._loras = loras
+        self._asked.add("enable_lora")
 
+    @checked
     def generate(
         self,
         seed: int = 42,
@@ -275,100 +323,112 @@ class LightX2VPipeline:
         negative_prompt: str = "",
         save_result_path: str | Path = "lightx2v_gen_result.mp4",
         *,
+        task: str | None = None,
         image_path: str | Path | None = None,
         last_frame_path: str | Path | None = None,
         return_result_tensor: bool = False,
+        infer_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        target_shape: Sequence[int] = (),
+        num_frames: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        sample_shift: float | None = None,
+        fps: int | None = None,
         progress: bool = True,
         on_step: Callable[[Step, Tensor], None] | None = None,
-    ) -> dict[str, Tensor | None]:
+    ) -> Generated:
         """Make one video. Same seed, same video, on any machine to rounding.
 
-        image_path, last_frame_path: pictures of the first and of the last frame, for models that take them.
-        Returns {"video": None} after writing the file, or with return_result_tensor {"video": (F, H, W, 3) float32
-        in [0, 1] on the CPU} and writes nothing. on_step sees (step, x0 in model space) and may raise to cancel.
+        task: one of support_tasks; None: the constructor's. image_path, last_frame_path: pictures of the first and of
+        the last frame, for models that take them.
+        infer_steps to fps: for this video alone, in place of what create_generator said; target_shape: [height, width].
+        Returns `Generated`: {"video": None, "metadata": {...}} after writing the file, or with return_result_tensor
+        {"video": (F, H, W, 3) float32 in [0, 1] on the CPU, ...} and writes nothing. on_step sees (step, x0 in model
+        space) and may raise to cancel.
         Raises CheckpointError, before any weight is read, for a missing image or one that the model cannot use, and
         ValueError where the images are not those of the task.
         """
+        require("task", task or self._task, self._pick.tasks)
         given = {"start": image_path is not None, "end": last_frame_path is not None}
         check_images(self._info, **given)
-        check_given(self._task, **given)
+        check_given(task or self._task, **given)
         start, end = (None if path is None else read_image(path) for path in (image_path, last_frame_path))
-        request = replace(
-            self._request,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            sampling=replace(self._request.sampling, seed=seed),
-        )
+        changes = Changes(infer_steps, height, width, num_frames, guidance_scale, sample_shift, fps)
+        request = changes.shaped(target_shape).of(self._request, self._info.spec)
+        request = replace(request, prompt=prompt, negative_prompt=negative_prompt)
+        request = replace(request, sampling=replace(request.sampling, seed=seed))
         request = self._sized(request, start if start is not None else end)
         if not return_result_tensor:
             require_mp4(save_result_path, request.width, request.height)
-        cond, uncond, begin = self._encode(request, start, end)
-        latents = self._sample(request, cond, uncond, begin, _ticker(request.sampling, progress, on_step))
-        frames = self._decode(latents, progress)
-        if return_result_tensor:
-            return {"video": frames}
-        save_mp4(frames, save_result_path, request.fps, comment=f"prompt: {prompt}\nseed: {seed}")
-        return {"video": None}
+        seconds: dict[str, float] = {}
+        with timed(seconds, "encode"):
+            cond, uncond, begin = encode(self._parts, self._info.spec, request, start, end)
+        with timed(seconds, "sample"):
+            latents = self._sample(request, cond, uncond, begin, ticker(progress, on_step))
+        with timed(seconds, "decode"):
+            frames = decode(self._parts, latents, self._decoding, progress)
+        if not return_result_tensor:
+            with timed(seconds, "save"):
+                save_mp4(frames, save_result_path, request.fps, comment=f"prompt: {prompt}\nseed: {seed}")
+        model = {"model": self._info.spec.title, "model_cls": self._pick.model_cls, "task": task or self._task}
+        metadata = {**model, **described(request), "seconds": seconds}
+        return {"video": frames if return_result_tensor else None, "metadata": metadata}
 
+    @checked
     def describe(self, image_path: str | Path | None = None) -> str:
         """Model, size and steps of the next video, in one line. image_path: the picture that it is to start from."""
         request = self._sized(self._request, None if image_path is None else read_image(image_path))
-        sampling = request.sampling
-        steps = len(schedule_of(sampling).timesteps)
-        size = f"{request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps"
-        return f"{self._info.spec.title}, {size}, {steps} {sampling.scheduler} steps on {self._parts.device}"
+        return f"{self._info.spec.title}, {in_words(request)} on {self._parts.device}"
 
     def _set_engine(self, engine: Engine) -> None:
         if engine != self._engine:
             self._parts.forget_transformers()
         self._engine = engine
 
-    def _snapped(self, video: VideoShape) -> VideoShape:
-        spec = self._info.spec
-        shape, note = snap(video, spec.latents, spec.patch_size)
-        if note:
-            log.warning(note)
-        return shape
-
     def _sized(self, request: Request, image: Tensor | None) -> Request:
         """The request at the size that its image asks for."""
         if image is None or self._resize_mode == "fixed_shape":
             return request
-        spec, area = self._info.spec, request.height * request.width
-        height, width = size_for_image(area, (image.shape[1], image.shape[2]), spec.latents, spec.patch_size)
-        return replace(request, height=height, width=width)
+        return sized_for(image, request, self._info.spec)
 
-    def _encode(
-        self, request: Request, start: Tensor | None, end: Tensor | None
-    ) -> tuple[Conditioning, Conditioning | None, Start]:
-        """Text and images to conditioning, and to the latents that sampling begins with."""
-        parts, spec, guided = self._parts, self._info.spec, request.sampling.guided
-        with parts.visiting(parts.text_encoder().model):
-            context = parts.text_encoder().encode(request.prompt)
-            negative = parts.text_encoder().encode(request.negative_prompt) if guided else None
-        video = VideoShape(request.num_frames, request.height, request.width)
-        begin = Start(torch.zeros(1, spec.latents.channels, *to_latent(video, spec.latents.stride)))
-        image = clip = None
-        given = [picture for picture in (start, end) if picture is not None]
-        if spec.reads_clip:
-            with parts.visiting(parts.image_encoder().model):
-                clip = torch.cat([parts.image_encoder().encode(picture) for picture in given], 1).cpu()
-        if spec.image_channels:
-            known = image_condition(self._padded(), video, spec.latents, start=start, end=end)
-            image = to_model_input(known.latents.cpu(), known.concat_mask.cpu(), spec.latents, begin.latents.shape)
-        elif spec.keeps_frames and start is not None:
-            begin = Start(*image_latent(self._padded(), video, spec.latents, start))
-        uncond = None if negative is None else Conditioning(negative, image, clip)
-        return Conditioning(context, image, clip), uncond, begin
+    @property
+    def _info(self) -> CheckpointInfo:
+        if self._missing is not None:
+            raise self._missing
+        return self._infos[0]
 
-    def _padded(self) -> Encode:
-        vae = self._parts.vae()
+    def _use(self, pick: Pick) -> None:
+        """These checkpoints from now on; what depends on them is chosen again. Changes nothing where it raises."""
+        infos, missing = pick.find()
+        before, cache, vaes = self._infos, self._cache, None
+        if [info.path for info in infos] != [info.path for info in before]:
+            self._parts.use_transformers(infos)
+            try:
+                self._parts.check_loras(self._loras)
+                cache = self._choose_cache(infos) if infos else None
+                vaes = choose_vaes(self._folder, infos[0].spec.latents, self._vaes) if infos else None
+            except Exception:
+                self._parts.use_transformers(before)
+                raise
+        if vaes is not None:
+            self._parts.use_vaes(vaes)
+        self._pick, self._infos, self._missing, self._cache = pick, infos, missing, cache
 
-        def encode(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
-            first, last = (None if frames is None else frames.to(self._parts.device) for frames in (start, end))
-            return encode_padded(vae, num_frames, start=first, end=last)
-
-        return encode
+    def _read_file(self, path: str | Path, given: Mapping[str, object]) -> Mapping[str, Any]:
+        """Do what a config file asks for; returns the arguments of create_generator that it holds."""
+        told = read_told(path, self._folder.path, self._infos, given)
+        asked, originals = frozenset(self._asked), {**told.originals, **self._originals}
+        if not told.calls.get("enable_quantize", {}).get("dit_quantized"):
+            self._use(replace(self._pick, originals=originals))
+        calls = {**{name: UNDONE_BY.get(name, {}) for name in self._by_file}, **told.calls}
+        try:
+            for name, arguments in calls.items():
+                if name not in asked:
+                    getattr(self, name)(**arguments)
+        finally:
+            self._asked, self._by_file = set(asked), tuple(told.calls)
+        return told.generator
 
     def _sample(
         self, request: Request, cond: Conditioning, uncond: Conditioning | None, begin: Start, hooks: Hooks
@@ -382,47 +442,3 @@ class LightX2VPipeline:
 
     def _note(self, report: CacheReport) -> None:
         self.cache_reports = (*self.cache_reports, report)
-
-    def _decode(self, latents: Tensor, progress: bool) -> Tensor:
-        info, vae = self._parts.decoder()
-        free = self._parts.free_bytes()
-        return to_frames(decode_video(info, vae, latents, self._decoding, free=free, progress=progress))
-
-
-def _require(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is not supported yet; known: {', '.join(known)}")
-
-
-def _two_scales(given: float | Sequence[float]) -> tuple[float, float | None]:
-    if isinstance(given, int | float):
-        return float(given), None
-    if len(given) != 2:
-        raise ValueError(f"guidance_scale={given!r}: give one number, or two for the high- and the low-noise expert")
-    return float(given[0]), float(given[1])
-
-
-def _lora(config: Mapping[str, object]) -> Lora:
-    unknown = set(config) - {"path", "strength", "name"}
-    name = config.get("name")
-    if "path" not in config or unknown or (name is not None and name not in EXPERT_NAMES):
-        raise ValueError(
-            f"LoRA {dict(config)!r}: expected path, and perhaps strength and name ({' or '.join(EXPERT_NAMES)})"
-        )
-    expert = "both" if name is None else EXPERT_NAMES[str(name)]
-    return Lora(Path(str(config["path"])), config.get("strength", 1.0), expert)  # type: ignore[arg-type]
-
-
-def _ticker(sampling: Sampling, progress: bool, on_step: Callable[[Step, Tensor], None] | None) -> Hooks:
-    """A progress bar over the steps, with time left, that also calls the caller's hook."""
-    bar = tqdm(desc="sample", unit="step", disable=not progress)
-
-    def tick(step: Step, x0: Tensor) -> None:
-        bar.total = step.total
-        bar.update()
-        if step.index + 1 == step.total:
-            bar.close()
-        if on_step is not None:
-            on_step(step, x0)
-
-    return Hooks(on_step=tick)

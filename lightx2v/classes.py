@@ -1,0 +1,89 @@
+"""LightX2V's names of model classes: what each stands for, and whether checkpoints are of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightx2v.arguments import require
+from lightx2v.checkpoint import CheckpointError
+from lightx2v.experts import require_pair
+from lightx2v.fitting import check_task
+from lightx2v.folder import MissingPartError, ModelFolder
+from lightx2v.identify import CheckpointInfo, identify
+from lightx2v.quantized import Quantize, quantised_transformers
+
+
+@dataclass(frozen=True)
+class ModelClass:
+    """What upstream's name of a model class stands for."""
+
+    tasks: tuple[str, ...]
+    experts: bool = False  # two transformers
+    distilled: bool = False  # few steps, of a fixed list
+
+
+CLASSES = {
+    "wan2.1": ModelClass(("t2v", "i2v", "flf2v")),
+    "wan2.1_distill": ModelClass(("t2v", "i2v", "flf2v"), distilled=True),
+    "wan2.2": ModelClass(("t2v", "i2v")),
+    "wan2.2_moe": ModelClass(("t2v", "i2v", "flf2v"), experts=True),
+    "wan2.2_moe_distill": ModelClass(("t2v", "i2v", "flf2v"), experts=True, distilled=True),
+}
+
+
+def model_class(name: str, tasks: Sequence[str]) -> ModelClass:
+    """The class of that name; raises ValueError for one that is not known, and for a task that it cannot do."""
+    require("model_cls", name, CLASSES)
+    found = CLASSES[name]
+    for task in tasks:
+        require(f"task of {name}", task, found.tasks)
+    return found
+
+
+def check_class(infos: Sequence[CheckpointInfo], model_cls: str, tasks: Sequence[str]) -> None:
+    """Raise CheckpointError or ValueError where checkpoints are not of the class, or cannot do one of the tasks."""
+    for info in infos:
+        for task in tasks:
+            check_task(info, task)
+        if (info.spec.task == "ti2v") != (model_cls == "wan2.2"):
+            right = "'wan2.2'" if info.spec.task == "ti2v" else "'wan2.1' or 'wan2.2_moe'"
+            raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {right}, not {model_cls!r}")
+    if len(infos) == 2:
+        require_pair(*infos)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Which checkpoints a pipeline uses. originals: argument of LightX2VPipeline -> file or folder, in place of the
+    model folder's."""
+
+    folder: ModelFolder
+    model_cls: str
+    kind: ModelClass
+    tasks: tuple[str, ...]
+    originals: Mapping[str, Path] = field(default_factory=dict)
+    quantize: Quantize = field(default_factory=Quantize)
+
+    def find(self) -> tuple[tuple[CheckpointInfo, ...], CheckpointError | None]:
+        """One transformer or two experts, from headers; or none, and the error that says which file is missing.
+
+        Raises CheckpointError or ValueError for files that are damaged, or of another class.
+        """
+        try:
+            infos = self._quantised() if self.quantize.dit else self._plain()
+        except MissingPartError as error:  # a file that is named later may take its place
+            return (), error
+        check_class(infos, self.model_cls, self.tasks)
+        return infos, None
+
+    def _quantised(self) -> tuple[CheckpointInfo, ...]:
+        return quantised_transformers(self.folder, self.quantize, experts=self.kind.experts)
+
+    def _plain(self) -> tuple[CheckpointInfo, ...]:
+        named = self.originals
+        if self.kind.experts:
+            return (
+                identify(named.get("high_noise_original_ckpt") or self.folder.expert("high")),
+                identify(named.get("low_noise_original_ckpt") or self.folder.expert("low")),
+            )
+        return (identify(named.get("dit_original_ckpt") or self.folder.transformer()),)

@@ -1,0 +1,173 @@
+"""Which quantised files a pipeline uses, and whether their scheme is the one that was named."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightx2v.arguments import nearest
+from lightx2v.checkpoint import CheckpointError, read_header
+from lightx2v.folder import EXPERTS, TRANSFORMER, ModelFolder
+from lightx2v.identify import CheckpointInfo, identify
+from lightx2v.text.umt5 import open_encoder
+from lightx2v.vision.layout import QUANTISED, sizes, weights
+
+log = logging.getLogger(__name__)
+GGUF_TYPES = "Q8_0 Q6_K Q5_K_S Q5_K_M Q5_0 Q5_1 Q4_K_S Q4_K_M Q4_0 Q4_1 Q3_K_S Q3_K_M"
+# LightX2V's names (lightx2v/models/networks/base_model.py), each a format and the library that multiplies in it.
+SCHEMES = (
+    *"fp8 fp8-sgl fp8-vllm fp8-triton fp8-torchao fp8-q8f fp8-pertensor".split(),
+    *"int8 int8-sgl int8-vllm int8-triton int8-torchao int8-q8f".split(),
+    *(f"gguf-{kind}" for kind in GGUF_TYPES.split()),
+)
+NOT_READ = (*"nvfp4 mxfp4 mxfp6-mxfp8 mxfp8 fp8-b128-deepgemm int4-g128-marlin".split(),)
+VENDORS = ("musa", "hygon-dcu", "tmo", "npu", "intel-xpu", "iluvatar")
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """The options of `LightX2VPipeline.enable_quantize`. Paths: files or folders; None searches the model's folder."""
+
+    dit: bool = False
+    text: bool = False
+    image: bool = False
+    dit_ckpt: str | Path | None = None
+    low_ckpt: str | Path | None = None
+    high_ckpt: str | Path | None = None
+    text_ckpt: str | Path | None = None
+    image_ckpt: str | Path | None = None
+    scheme: str = "fp8-sgl"
+    text_scheme: str | None = None
+    image_scheme: str | None = None
+
+    def __post_init__(self) -> None:
+        for scheme in (self.scheme, self.text_scheme, self.image_scheme):
+            if scheme is not None:
+                format_of(scheme)
+
+
+def format_of(scheme: str) -> str:
+    """ "fp8", "int8" or "gguf" of one of LightX2V's scheme names; raises ValueError for any other."""
+    if scheme in NOT_READ or scheme.endswith(VENDORS):
+        raise ValueError(
+            f"quant_scheme={scheme!r}: files of this scheme cannot be read here; use an fp8, int8 or GGUF file"
+        )
+    if scheme not in SCHEMES:
+        raise ValueError(f"quant_scheme={scheme!r} is not known; known: {', '.join(SCHEMES)}{nearest(scheme, SCHEMES)}")
+    return scheme.partition("-")[0]
+
+
+def quantised_transformers(folder: ModelFolder, wanted: Quantize, *, experts: bool) -> tuple[CheckpointInfo, ...]:
+    """The quantised transformer, or the high- and the low-noise one.
+
+    Raises CheckpointError where a file is missing or is not quantised.
+    """
+    stated = format_of(wanted.scheme)
+    if experts and wanted.dit_ckpt:
+        raise ValueError(
+            f"dit_quantized_ckpt={str(wanted.dit_ckpt)!r}: this model has two experts; give high_noise_quantized_ckpt "
+            "and low_noise_quantized_ckpt"
+        )
+    if not experts and (wanted.high_ckpt or wanted.low_ckpt):
+        raise ValueError(
+            "high_noise_quantized_ckpt and low_noise_quantized_ckpt are of wan2.2_moe; give dit_quantized_ckpt"
+        )
+    parts: tuple[tuple[str, str | Path | None, str, tuple[str, ...]], ...]
+    if experts:
+        parts = (
+            ("high-noise expert", wanted.high_ckpt, "high_noise_quantized_ckpt", EXPERTS["high"]),
+            ("low-noise expert", wanted.low_ckpt, "low_noise_quantized_ckpt", EXPERTS["low"]),
+        )
+    else:
+        more = (f"*{stated}*.safetensors", "*.gguf")
+        parts = (("transformer", wanted.dit_ckpt, "dit_quantized_ckpt", (*TRANSFORMER, *more)),)
+    infos = []
+    for part, path, argument, patterns in parts:
+        info = _named(argument, path) if path else _found(folder, part, argument, patterns, stated)
+        _compare("quant_scheme", wanted.scheme, info.path, info.scheme)
+        log.info("%s: %s (%s), restored to full precision as it is read", info.path, info.scheme, info.detail)
+        infos.append(info)
+    return tuple(infos)
+
+
+def _named(argument: str, path: str | Path) -> CheckpointInfo:
+    info = identify(path)
+    if not info.quantised:
+        raise CheckpointError(
+            f"{argument}={str(path)!r} is not quantised, it holds {info.scheme}: give a quantised file here, or this "
+            f"one as {argument.replace('quantized', 'original')}"
+        )
+    return info
+
+
+def _found(folder: ModelFolder, part: str, argument: str, patterns: Sequence[str], stated: str) -> CheckpointInfo:
+    places = [folder.path / name for name in ("", stated, f"distill_{stated}", "distill_models", "original")]
+    for path in (path for place in places for pattern in patterns for path in sorted(place.glob(pattern))):
+        try:
+            info = identify(path)
+        except CheckpointError:  # a file of something else, which is none of the candidates
+            continue
+        if info.quantised and info.scheme == stated:
+            return info
+    raise CheckpointError(
+        f"{folder.path}: no {stated} {part} here; looked for {', '.join(patterns)} there and in {stated}, "
+        f"distill_{stated}; give {argument}"
+    )
+
+
+def quantised_text_encoder(folder: ModelFolder, wanted: Quantize) -> Path | None:
+    """The quantised umT5, or None for the folder's plain one."""
+    if not wanted.text:
+        return None
+    scheme = wanted.text_scheme or wanted.scheme
+
+    def stored(path: Path) -> str:
+        packed = [info.packed for info in open_encoder(path)[0].tensors.values() if info.packed]
+        return packed[0].scheme if packed else ""
+
+    patterns = ("models_t5_*-{0}.pth", "models_t5_*-{0}.safetensors", "models_t5_*{0}*")
+    return _encoder(folder, "text_encoder_quantized_ckpt", wanted.text_ckpt, scheme, patterns, stored)
+
+
+def quantised_image_encoder(folder: ModelFolder, wanted: Quantize) -> Path | None:
+    """The quantised CLIP, or None for the folder's plain one."""
+    if not wanted.image:
+        return None
+    scheme = wanted.image_scheme or wanted.scheme
+
+    def stored(path: Path) -> str:
+        header = read_header(path)
+        sizes(header)
+        kinds = {str(header.tensors[name].dtype) for name in weights(header) if header.tensors[name].dtype in QUANTISED}
+        return "int8" if "torch.int8" in kinds else "fp8" if kinds else ""
+
+    patterns = ("models_clip_*-{0}.pth", "models_clip_*-{0}.safetensors", "models_clip_*{0}*")
+    return _encoder(folder, "image_encoder_quantized_ckpt", wanted.image_ckpt, scheme, patterns, stored)
+
+
+def _encoder(
+    folder: ModelFolder,
+    argument: str,
+    given: str | Path | None,
+    scheme: str,
+    patterns: Sequence[str],
+    stored: Callable[[Path], str],
+) -> Path:
+    stated = format_of(scheme)
+    names = [pattern.format(stated) for pattern in patterns]
+    places = [folder.path / name for name in ("", stated, f"distill_{stated}", "original")]
+    found = [Path(given)] if given else [path for at in places for name in names for path in sorted(at.glob(name))]
+    if not found:
+        raise CheckpointError(
+            f"{folder.path}: looked for {', '.join(names)} there and in {stated}, distill_{stated}; give {argument}"
+        )
+    kind = stored(found[0])
+    if not kind:
+        raise CheckpointError(f"{argument}: {found[0]} is not quantised; leave {argument} and its switch out to use it")
+    _compare("the encoder's quant_scheme", scheme, found[0], kind)
+    return found[0]
+
+
+def _compare(name: str, scheme: str, path: Path, kind: str) -> None:
+    if format_of(scheme) != kind:
+        log.warning("%s: %s is %r, the file is %s; the file decides", path, name, scheme, kind)

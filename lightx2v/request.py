@@ -1,0 +1,136 @@
+"""What one video is asked for: changes for a single call, sizes that the model can make, and what it was in the end."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from lightx2v.config import Request
+from lightx2v.diffuse import schedule_of
+from lightx2v.models import ModelSpec
+from lightx2v.shapes import VideoShape, size_for_image, snap
+
+log = logging.getLogger(__name__)
+Scale = float | Sequence[float]
+
+
+class Generated(TypedDict):
+    """What `LightX2VPipeline.generate` returns.
+
+    video: (F, H, W, 3) float32 in [0, 1] on the CPU, or None where it was written to a file.
+    metadata: model, task, prompt, negative_prompt, seed, width and height in pixels, num_frames, fps, steps, scheduler,
+    guidance_scale, sample_shift, and seconds: stage -> wall-clock seconds.
+    """
+
+    video: Tensor | None
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What one call asks for in place of what create_generator said; None leaves that."""
+
+    infer_steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    guidance_scale: Scale | None = None
+    sample_shift: float | None = None
+    fps: int | None = None
+
+    def shaped(self, target_shape: Sequence[int]) -> "Changes":
+        """With target_shape, [height, width] or empty, in place of both; raises ValueError for any other."""
+        if not target_shape:
+            return self
+        if len(target_shape) != 2 or self.height is not None or self.width is not None:
+            raise ValueError(
+                f"target_shape={list(target_shape)!r}: give [height, width] in pixels, and neither of the two alone"
+            )
+        return replace(self, height=int(target_shape[0]), width=int(target_shape[1]))
+
+    def of(self, request: Request, spec: ModelSpec) -> Request:
+        """The request with these changes, at a size that the model can make; says where that is another one.
+
+        Raises ValueError for a number of steps where a list decides it.
+        """
+        sampling = request.sampling
+        if self.infer_steps is not None:
+            if sampling.scheduler == "distilled" and self.infer_steps != len(sampling.denoising_step_list):
+                raise ValueError(
+                    f"infer_steps={self.infer_steps}: a distilled model walks denoising_step_list="
+                    f"{list(sampling.denoising_step_list)}; give another list to create_generator"
+                )
+            sampling = replace(sampling, steps=self.infer_steps)
+        if self.guidance_scale is not None:
+            high, low = two_scales(self.guidance_scale)
+            sampling = replace(sampling, cfg_scale=high, cfg_low=low)
+        if self.sample_shift is not None:
+            sampling = replace(sampling, shift=float(self.sample_shift))
+        asked = {"height": self.height, "width": self.width, "num_frames": self.num_frames, "fps": self.fps}
+        changed = replace(request, sampling=sampling, **{k: v for k, v in asked.items() if v is not None})  # type: ignore[arg-type]
+        return snapped(changed, spec)
+
+
+def two_scales(given: Scale) -> tuple[float, float | None]:
+    """One scale for all, or those of the high- and the low-noise expert."""
+    if isinstance(given, int | float):
+        return float(given), None
+    if len(given) != 2:
+        raise ValueError(f"guidance_scale={given!r}: give one number, or two for the high- and the low-noise expert")
+    return float(given[0]), float(given[1])
+
+
+def snapped(request: Request, spec: ModelSpec) -> Request:
+    """The request at the nearest size below that the model can make; says where that is another one."""
+    video = VideoShape(request.num_frames, request.height, request.width)
+    shape, note = snap(video, spec.latents, spec.patch_size)
+    if note:
+        log.warning(note)
+    return replace(request, num_frames=shape.num_frames, height=shape.height, width=shape.width)
+
+
+def sized_for(image: Tensor, request: Request, spec: ModelSpec) -> Request:
+    """The request at the proportions of its image (1, H, W, 3), with the area that it had."""
+    area = request.height * request.width
+    height, width = size_for_image(area, (image.shape[1], image.shape[2]), spec.latents, spec.patch_size)
+    return replace(request, height=height, width=width)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the wall-clock seconds of what runs within."""
+    began = perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = perf_counter() - began
+
+
+def described(request: Request) -> dict[str, Any]:
+    """The request as `Generated.metadata` holds it."""
+    sampling = request.sampling
+    low = sampling.cfg_low
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": sampling.seed,
+        "width": request.width,
+        "height": request.height,
+        "num_frames": request.num_frames,
+        "fps": request.fps,
+        "steps": len(schedule_of(sampling).timesteps),
+        "scheduler": sampling.scheduler,
+        "guidance_scale": sampling.cfg_scale if low is None else [sampling.cfg_scale, low],
+        "sample_shift": sampling.shift,
+    }
+
+
+def in_words(request: Request) -> str:
+    """Size and steps."""
+    told = described(request)
+    size = f"{request.width}x{request.height}, {request.num_frames} frames at {request.fps} fps"
+    return f"{size}, {told['steps']} {told['scheduler']} steps"

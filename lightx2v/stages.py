@@ -1,0 +1,76 @@
+"""The stages of one video over the parts of a model: text and images to conditioning, latents to frames."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lightx2v.config import Request
+from lightx2v.decoding import Decoding, decode_video
+from lightx2v.diffuse import Hooks, Start
+from lightx2v.guidance import Conditioning
+from lightx2v.media import to_frames
+from lightx2v.models import ModelSpec
+from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, to_model_input
+from lightx2v.parts import Parts
+from lightx2v.sampling import Step
+from lightx2v.shapes import VideoShape, to_latent
+from lightx2v.vae.padded import encode_padded
+
+
+def encode(
+    parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None
+) -> tuple[Conditioning, Conditioning | None, Start]:
+    """Text and images to conditioning, and to the latents that sampling begins with.
+
+    start, end: pictures (1, H, W, 3) of the first and of the last frame.
+    """
+    with parts.visiting(parts.text_encoder().model):
+        context = parts.text_encoder().encode(request.prompt)
+        negative = parts.text_encoder().encode(request.negative_prompt) if request.sampling.guided else None
+    video = VideoShape(request.num_frames, request.height, request.width)
+    begin = Start(torch.zeros(1, spec.latents.channels, *to_latent(video, spec.latents.stride)))
+    image = clip = None
+    given = [picture for picture in (start, end) if picture is not None]
+    if spec.reads_clip:
+        with parts.visiting(parts.image_encoder().model):
+            clip = torch.cat([parts.image_encoder().encode(picture) for picture in given], 1).cpu()
+    if spec.image_channels:
+        known = image_condition(_padded(parts), video, spec.latents, start=start, end=end)
+        image = to_model_input(known.latents.cpu(), known.concat_mask.cpu(), spec.latents, begin.latents.shape)
+    elif spec.keeps_frames and start is not None:
+        begin = Start(*image_latent(_padded(parts), video, spec.latents, start))
+    uncond = None if negative is None else Conditioning(negative, image, clip)
+    return Conditioning(context, image, clip), uncond, begin
+
+
+def _padded(parts: Parts) -> Encode:
+    vae = parts.vae()
+
+    def run(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
+        first, last = (None if frames is None else frames.to(parts.device) for frames in (start, end))
+        return encode_padded(vae, num_frames, start=first, end=last)
+
+    return run
+
+
+def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor:
+    """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU."""
+    info, vae = parts.decoder()
+    return to_frames(decode_video(info, vae, latents, how, free=parts.free_bytes(), progress=progress))
+
+
+def ticker(progress: bool, on_step: Callable[[Step, Tensor], None] | None) -> Hooks:
+    """A progress bar over the steps, with time left, that also calls the caller's hook."""
+    bar = tqdm(desc="sample", unit="step", disable=not progress)
+
+    def tick(step: Step, x0: Tensor) -> None:
+        bar.total = step.total
+        bar.update()
+        if step.index + 1 == step.total:
+            bar.close()
+        if on_step is not None:
+            on_step(step, x0)
+
+    return Hooks(on_step=tick)
