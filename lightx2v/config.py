@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "bf16", "fp16", "fp32")
-OFFLOADS = ("none", "model")
+OFFLOADS = ("none", "model", "block", "auto")
 CACHES = ("none", "teacache", "magcache")
 CACHE_THRESHOLDS = {"none": 0.0, "teacache": 0.15, "magcache": 0.24}  # LightX2V pipeline.py, enable_cache
 SCHEDULERS = ("unipc", "euler", "distilled")
@@ -18,15 +18,25 @@ def one_of(name: str, value: str, known: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Engine:
-    """Resolved once, when the model is built. attention: "auto" or a backend of lightx2v_kernels.attention."""
+    """Resolved once, when the model is built. attention: "auto" or a backend of lightx2v_kernels.attention.
+
+    offload: where weights wait. "none": on the GPU, and of two experts one in RAM. "model": in RAM, all visit the GPU
+        together. "block": in RAM, and pass through the GPU block by block. "auto": on the GPU as far as they fit.
+    vram_budget_gb: GB of GPU memory that "block" and "auto" may take, 0 for the least and for all that is free.
+    vae_offload: the VAE waits in RAM too.
+    """
 
     attention: str = "auto"
     dtype: str = "auto"  # compute and storage dtype of the transformer
-    offload: str = "none"  # "model": weights wait on the CPU and visit the GPU for their stage
+    offload: str = "none"
+    vram_budget_gb: float = 0.0
+    vae_offload: bool = False
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
         one_of("offload", self.offload, OFFLOADS)
+        if not 0 <= self.vram_budget_gb < float("inf"):
+            raise ValueError(f"vram_budget_gb={self.vram_budget_gb} must be 0 (no limit of its own) or more; 8 is 8 GB")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ raw VAE space outside, all-zero means empty, noise drawn on the CPU, half-denois
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class Model:
     device: torch.device
     network: Callable[[], nn.Module]  # of two experts the one for high noise
     low: Callable[[], nn.Module] | None = None
-    around: Callable[[RunBlocks, str | None], RunBlocks] = lambda run, following: run
+    around: Callable[[RunBlocks, str | None], RunBlocks] = field(default=lambda run, following: run, kw_only=True)
 
 
 @dataclass(frozen=True)

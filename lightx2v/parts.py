@@ -1,7 +1,9 @@
 """The networks of one model, read when first needed, and where they wait between their turns."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +16,15 @@ from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
+from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
+from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
+from lightx2v.offload.plan import Plan, has_room
 from lightx2v.text import umt5
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.tae import TinyVAE
 from lightx2v.vision import clip
 
+log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 
 
@@ -36,6 +42,9 @@ class Parts:
         self._transformers: tuple[nn.Module, ...] = ()
         self._applied: tuple[Applied, ...] = ()
         self._how = "auto"
+        self._placing = Placing(device, self.free_bytes)
+        self._engine = Engine()
+        self.plan: Plan | None = None  # of the last request, where one was made
 
     def text_encoder(self) -> umt5.UMT5:
         """umT5, on the CPU unless it is visiting."""
@@ -93,38 +102,91 @@ class Parts:
         if info not in self._loaded_vaes:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
             self._loaded_vaes[info] = load_vae(info, dtype=dtype, device=self.device)
-        return self._loaded_vaes[info]
+        return self._loaded_vaes[info].to(self.device)
+
+    def rest_vaes(self) -> None:
+        """Take every VAE to main memory, until it is asked for."""
+        for vae in self._loaded_vaes.values():
+            vae.to(CPU)
 
     @contextmanager
     def visiting(self, network: nn.Module) -> Iterator[None]:
-        """The network is on the device within, and on the CPU after."""
+        """The network is on the device within, and on the CPU after.
+
+        Where a plan decides, what waits on the device makes way for it, and one that has no room even then computes on
+        the CPU.
+        """
+        if self._engine.vae_offload:
+            self.rest_vaes()
+        needed = held_bytes(network) + TEXT_ENCODER_ACTIVATION_BYTES  # more than what other encoders compute with
+        if planned(self._engine, self.device) and not self._room_for(needed):
+            log.warning("an encoder of %.1f GB does not fit the GPU: it runs on the CPU", held_bytes(network) / 1e9)
+            yield
+            return
         network.to(self.device)
         try:
             yield
         finally:
             network.to(CPU)
 
+    def _room_for(self, nbytes: int) -> bool:
+        free, budget = self.free_bytes(), self._engine.vram_budget_gb
+        if free is None or has_room(nbytes, free, budget):
+            return True
+        for network in self._transformers:
+            network.to(CPU)
+        self.rest_vaes()
+        return has_room(nbytes, self.free_bytes() or 0, budget)
+
+    def use_engine(self, engine: Engine) -> None:
+        """From now on; transformers that were read for another are forgotten."""
+        if engine != self._engine:
+            self.forget_transformers()
+        self._engine = engine
+
     def forget_transformers(self) -> None:
         """They are read again at their next use."""
         self._transformers, self._applied = (), ()
+        self._placing.forget()
 
     @contextmanager
-    def model(self, engine: Engine, loras: Sequence[Lora], how: str) -> Iterator[Model]:
+    def model(self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked | None = None) -> Iterator[Model]:
         """The transformers with their LoRAs, for one pass of the sampler.
 
-        One transformer stays on the device unless it is offloaded; of two the one whose turn it is not waits in RAM.
+        asked: needed where a plan decides ("block", and on a GPU "auto").
+        Where no plan decides, one transformer stays on the device unless it is offloaded, and of two the one whose turn
+        it is not waits in RAM. Raises DoesNotFitError where the plan finds no way.
         """
-        resident = len(self._infos) == 1 and engine.offload == "none"
+        if engine.vae_offload:
+            self.rest_vaes()
+        self.use_engine(engine)
+        plan = self.plan = self._planned(engine, asked) if planned(engine, self.device) else None
+        resident = len(self._infos) == 1 and engine.offload in ("none", "auto") if plan is None else plan.whole
         if not self._transformers:
             wait = self.device if resident else CPU
             self._transformers = tuple(load_transformer(info, engine, self.device, wait) for info in self._infos)
         self._set_loras(loras, how)
-        networks = [self._bringer(transformer) for transformer in self._transformers]
+        if plan is not None:
+            with self._placing.placed(self._transformers, self._applied, plan) as (networks, around):
+                yield Model(self._infos[0].spec, self.device, *networks, around=around)
+            return
+        bringers = [self._bringer(transformer) for transformer in self._transformers]
         try:
-            yield Model(self._infos[0].spec, self.device, *networks)
+            yield Model(self._infos[0].spec, self.device, *bringers)
         finally:
             for transformer in () if resident else self._transformers:
                 transformer.to(CPU)
+
+    def _planned(self, engine: Engine, asked: Asked | None) -> Plan:
+        if asked is None:
+            raise ValueError(f"offload={engine.offload!r} is planned from the size of the video, which was not given")
+        there = [vae for vae in self._loaded_vaes.values() if next(vae.parameters()).device.type == self.device.type]
+        asked = replace(asked, vae=sum(held_bytes(vae) for vae in there))
+        plan = self._placing.plan(engine, self._infos, self._transformers, asked)
+        log.info(plan.line())
+        if plan.vae == "visits":
+            self.rest_vaes()
+        return plan
 
     def _bringer(self, transformer: nn.Module) -> Callable[[], nn.Module]:
         def bring() -> nn.Module:

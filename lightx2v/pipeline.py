@@ -28,6 +28,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import choose_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
+from lightx2v.offload import Asked, Plan, offloaded
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
 from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, timed, two_scales
@@ -87,10 +88,11 @@ class LightX2VPipeline:
         self._cache: CacheFactory | None = None
         self._choose_cache: Callable[[Sequence[CheckpointInfo]], CacheFactory | None] = lambda infos: None
         self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network
+        self.memory_plan: Plan | None = None  # of the last video, where one was made
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._parts, self._decoding = Parts(self._folder, (), chosen), Decoding()
         self._vaes = VAERequest(False, False, None, None)
-        self._engine, self._loras, self._lora_how = Engine(), tuple[Lora, ...](), "auto"
+        self._engine, self._loras, self._lora_how = Engine(offload="auto"), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
         scheduler = "distilled" if self._class.distilled else "unipc"
         self._request = Request("", sampling=Sampling(scheduler=scheduler))
@@ -183,16 +185,19 @@ class LightX2VPipeline:
         self._asked.add("enable_vae_tiling")
 
     @checked
-    def enable_offload(self, cpu_offload: bool = False, offload_granularity: str = "block") -> None:
-        """cpu_offload: the transformer waits on the CPU and is on the GPU only while it samples.
-
-        offload_granularity: only "model" can be used yet; "block" and "phase" raise.
-        """
-        if cpu_offload and offload_granularity != "model":
-            raise NotImplementedError(
-                f"offload_granularity={offload_granularity!r} is not supported yet; use offload_granularity='model'"
-            )
-        self._set_engine(replace(self._engine, offload="model" if cpu_offload else "none"))
+    def enable_offload(
+        self,
+        cpu_offload: bool = True,
+        offload_granularity: str = "block",
+        text_encoder_offload: bool = False,
+        image_encoder_offload: bool = False,
+        vae_offload: bool = False,
+        *,
+        vram_budget_gb: float = 0.0,
+    ) -> None:
+        """Where weights wait; every choice is explained in docs/memory.md. Without this call: "auto"."""
+        engine = offloaded(self._engine, cpu_offload, offload_granularity)
+        self._set_engine(replace(engine, vram_budget_gb=vram_budget_gb, vae_offload=vae_offload))
         self._asked.add("enable_offload")
 
     @checked
@@ -382,8 +387,7 @@ class LightX2VPipeline:
         return f"{self._info.spec.title}, {in_words(request)} on {self._parts.device}"
 
     def _set_engine(self, engine: Engine) -> None:
-        if engine != self._engine:
-            self._parts.forget_transformers()
+        self._parts.use_engine(engine)
         self._engine = engine
 
     def _sized(self, request: Request, image: Tensor | None) -> Request:
@@ -434,7 +438,9 @@ class LightX2VPipeline:
         self, request: Request, cond: Conditioning, uncond: Conditioning | None, begin: Start, hooks: Hooks
     ) -> Tensor:
         self.cache_reports = ()
-        with self._parts.model(self._engine, self._loras, self._lora_how) as model:
+        asked = Asked(begin.latents.shape, self._cache is not None, self._loras)
+        with self._parts.model(self._engine, self._loras, self._lora_how, asked) as model:
+            self.memory_plan = self._parts.plan
             latents = diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks, cache=self._cache)
         if isinstance(self._cache, Recorder):
             save(self._cache, self._infos, request)

@@ -107,3 +107,18 @@ def _clear_error(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         log.debug("after a refused pin: %s", error)
+
+
+def link_rate(device: torch.device) -> float | None:
+    """Bytes a second from pinned host memory to the device, measured on 64 MB; None for devices other than CUDA."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(1 << 26, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    target.copy_(source, non_blocking=True)
+    start.record()
+    target.copy_(source, non_blocking=True)
+    end.record()
+    end.synchronize()
+    return source.numel() / (start.elapsed_time(end) / 1000)

@@ -102,6 +102,11 @@ class Plan:
     free_ram: int
     seconds: float | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether the transformers stay on the device: nothing rests in RAM, nothing is copied."""
+        return not self.ram
+
     def line(self) -> str:
         """What a user wants to know, in one line."""
         count = self.resident + self.streamed
@@ -202,10 +207,15 @@ def _passing(transformers: tuple[Sizes, ...], resident: int) -> int:
     return max(sum(sizes.blocks[index] for index in indices) for sizes, indices in pairs)
 
 
+def has_room(nbytes: int, free: int, budget_gb: float = 0) -> bool:
+    """Whether so much, with `RESERVE`, goes into what is free, and into a budget if there is one."""
+    return nbytes + RESERVE <= (min(free, int(budget_gb * GB)) if budget_gb else free)
+
+
 def _visitor(nbytes: int, budget: int) -> str:
     if not nbytes:
         return ""
-    return "visits" if nbytes + RESERVE <= budget else "cpu"
+    return "visits" if has_room(nbytes, budget) else "cpu"
 
 
 def _too_small(weights: int, activations: int, budget: int) -> str:

@@ -33,19 +33,22 @@ class StrictBuffer(Buffer):
     def __init__(self, nbytes: int, lane: "StrictLane") -> None:
         self._source: Tensor | None = None
         self._lane = lane
+        self._read = False  # by the device, since it was filled
         super().__init__(nbytes, CPU, None)
 
     def fill(self, source: Tensor) -> None:
+        assert not self._read, "filled while the device may still read it"
         self._lane.copied += source.numel()
         self._source = source.clone()
 
     def use(self) -> None:
         if self._source is not None:
             self.memory[: self._source.numel()] = self._source
-        self._source = None
+        self._source, self._read = None, True
 
     def release(self) -> None:
         self.memory.fill_(GARBAGE)
+        self._read = False
 
 
 class StrictLane(Lane):
@@ -69,7 +72,7 @@ def one(network: nn.Module) -> Model:
 
 def streamed(stream: BlockStream, *, low: bool = False) -> Model:
     if low:
-        return Model(T2V, CPU, lambda: stream.bring("high"), lambda: stream.bring("low"), stream.around)
+        return Model(T2V, CPU, lambda: stream.bring("high"), lambda: stream.bring("low"), around=stream.around)
     return Model(T2V, CPU, stream.bring, around=stream.around)
 
 
@@ -123,6 +126,23 @@ def test_made_in_inference_mode_and_changed_outside(expected: Tensor) -> None:
         parameter.mul_(2).mul_(0.5)  # as merging a LoRA does, in place
     with stream.open(1):
         assert torch.equal(video(streamed(stream), THREE), expected)
+
+
+def test_between_passes_a_moving_block_is_at_rest() -> None:
+    network = wan()
+    before = values(network)
+    stream = BlockStream({"": network}, CPU, lane=StrictLane())
+    steps: list[int] = []
+
+    def check(step, x0) -> None:
+        steps.append(step.index)
+        for index in spread(LAYERS, LAYERS - 2):
+            block = network.blocks[index].state_dict()
+            assert all(torch.equal(tensor, before[f"blocks.{index}.{name}"]) for name, tensor in block.items())
+
+    with stream.open(2, 1):
+        video(streamed(stream), THREE, hooks=Hooks(check))
+    assert steps == [0, 1, 2]
 
 
 def test_each_pass_copies_the_moving_blocks_once() -> None:

@@ -77,8 +77,10 @@ def test_offload_and_attention_can_be_changed_between_videos(folder: Path) -> No
     pipe = LightX2VPipeline(folder)
     pipe.create_generator(**SMALL)
     video = tensor(pipe)
-    pipe.enable_offload(cpu_offload=True, offload_granularity="model")
-    assert torch.equal(tensor(pipe), video)
+    for granularity in ("model", "block", "phase", "auto"):
+        pipe.enable_offload(offload_granularity=granularity, vae_offload=granularity == "phase")
+        assert torch.equal(tensor(pipe), video)
+        assert (pipe.memory_plan is None) == (granularity in ("model", "auto"))
     pipe.create_generator(attn_mode="reference", **SMALL)
     torch.testing.assert_close(tensor(pipe), video, rtol=0, atol=1e-3)
 
@@ -131,8 +133,10 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a Wan2\.1 VAE, with 16 latent channels; load it with"):
         LightX2VPipeline(folder, dit_original_ckpt=folder / "Wan2.1_VAE.safetensors")
     pipe = LightX2VPipeline(folder)
-    with pytest.raises(NotImplementedError, match="'block' is not supported yet; use offload_granularity='model'"):
-        pipe.enable_offload(cpu_offload=True)
+    with pytest.raises(ValueError, match="offload_granularity='disk' is not one of block, phase, model, auto"):
+        pipe.enable_offload(offload_granularity="disk")
+    with pytest.raises(ValueError, match="vram_budget_gb=-1 must be 0"):
+        pipe.enable_offload(vram_budget_gb=-1)
     with pytest.raises(UnsupportedBackendError, match="sage_attn2"):
         pipe.create_generator(attn_mode="sage_attn2", **SMALL)
 

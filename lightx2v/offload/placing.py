@@ -1,0 +1,184 @@
+"""The transformers of one model, placed as a plan says, from one request to the next."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightx2v.blocks import RunBlocks
+from lightx2v.cache.choice import kept_bytes
+from lightx2v.config import Engine, one_of
+from lightx2v.identify import CheckpointInfo
+from lightx2v.loading import build_transformer, compute_dtype
+from lightx2v.lora import Applied, Lora
+from lightx2v.memory import transformer_activation_bytes
+from lightx2v.offload.lane import link_rate
+from lightx2v.offload.plan import Machine, Needs, Plan, measure, plan
+from lightx2v.offload.stream import BlockStream
+
+log = logging.getLogger(__name__)
+Networks = Sequence[Callable[[], nn.Module]]
+Around = Callable[[RunBlocks, str | None], RunBlocks]
+PINNED_SHARE = 0.45 if sys.platform == "win32" else 0.9  # of all RAM; Windows lets a process lock half of it
+
+
+GRANULARITIES = ("block", "phase", "model", "auto")
+
+
+def offloaded(engine: Engine, offload: bool, granularity: str) -> Engine:
+    """The engine with LightX2V's two settings. "phase" runs as "block", which the log says.
+
+    LightX2V's phases are parts of a block (self-attention, cross-attention, feed-forward), three of them on the GPU,
+    which is about one block. "block" holds at most one more, 0.7 GB of Wan 14B in bf16, has a whole block's computing
+    to hide each copy behind, and within a budget holds one block alone where two have no room.
+    """
+    one_of("offload_granularity", granularity, GRANULARITIES)
+    if not offload:
+        return replace(engine, offload="none")
+    if granularity == "phase":
+        log.info(
+            "offload_granularity='phase' runs as 'block': at most one block more on the GPU, and fewer, longer copies"
+        )
+        granularity = "block"
+    return replace(engine, offload=granularity)
+
+
+def planned(engine: Engine, device: torch.device) -> bool:
+    """Whether a plan decides. On a device whose free memory is not known, "auto" keeps everything there."""
+    return engine.offload == "block" or (engine.offload == "auto" and device.type == "cuda")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request brings with it that takes memory. shape: of its latents, (B, C, T, H, W); vae: bytes there."""
+
+    shape: Sequence[int]
+    cached: bool = False
+    loras: Sequence[Lora] = ()
+    vae: int = 0
+
+
+class Placing:
+    """free: bytes of the device beside what is there, None where that is not known."""
+
+    def __init__(self, device: torch.device, free: Callable[[], int | None]) -> None:
+        self.device, self._free = device, free
+        self._stream: BlockStream | None = None
+        self._made_with: tuple[object, ...] = ()
+        self._link: float | None = None
+
+    def plan(
+        self, engine: Engine, infos: Sequence[CheckpointInfo], networks: Sequence[nn.Module], asked: Asked
+    ) -> Plan:
+        """networks: those read already, or none. Raises DoesNotFitError where nothing helps."""
+        shown = networks or [build_transformer(info, engine, self.device) for info in infos]
+        info = infos[0]
+        dtype = compute_dtype(engine, info.dtype, self.device)
+        activations = transformer_activation_bytes(info, asked.shape, dtype)
+        activations += kept_bytes(info, asked.shape, dtype) if asked.cached else 0
+        activations += 0 if networks else sum(_file_bytes(lora.path) for lora in asked.loras)
+        here = sum(held_bytes(network) for network in networks if _on(network, self.device))
+        free = self._free()
+        if self._link is None:
+            self._link = link_rate(self.device)
+        ram, total = ram_bytes()
+        machine = Machine(
+            free_vram=sys.maxsize if free is None else free + asked.vae + here,
+            free_ram=ram + sum(held_bytes(network) for network in networks if not _on(network, self.device)),
+            pin_limit=int(PINNED_SHARE * total) if self.device.type == "cuda" else 0,
+            link=self._link,
+        )
+        needs = Needs(tuple(measure(network) for network in shown), activations, vae=asked.vae)
+        least = engine.offload == "block" and not engine.vram_budget_gb
+        return plan(needs, machine, budget_gb=engine.vram_budget_gb, least=least, vae_offload=engine.vae_offload)
+
+    @contextmanager
+    def placed(
+        self, networks: Sequence[nn.Module], applied: Sequence[Applied], plan: Plan
+    ) -> Iterator[tuple[Networks, Around]]:
+        """The transformers for one request, with LoRAs on them as `applied` says."""
+        if plan.whole:
+            self.forget()
+            for network in networks:
+                network.to(self.device)
+            yield [_giver(network) for network in networks], _as_it_is
+            return
+        stream = self._streaming(networks, applied, plan.pinned)
+        names = ("",) if len(networks) == 1 else ("high", "low")
+        with stream.open(plan.resident, plan.prefetch):
+            yield [_bringer(stream, name) for name in names], stream.around
+
+    def forget(self) -> None:
+        """The weights stay where they rest, but are no longer pinned."""
+        self._stream, self._made_with = None, ()
+
+    def _streaming(self, networks: Sequence[nn.Module], applied: Sequence[Applied], pin_limit: int) -> BlockStream:
+        made_with = (*networks, *applied)
+        same = len(made_with) == len(self._made_with)
+        same = same and all(new is old for new, old in zip(made_with, self._made_with, strict=True))
+        if self._stream is None or not same:
+            self.forget()  # before the next is pinned
+            named = {"": networks[0]} if len(networks) == 1 else dict(zip(("high", "low"), networks, strict=True))
+            self._stream, self._made_with = BlockStream(named, self.device, pin_limit=pin_limit), made_with
+        return self._stream
+
+
+def _as_it_is(run: RunBlocks, following: str | None) -> RunBlocks:
+    return run
+
+
+def _giver(network: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: network
+
+
+def _bringer(stream: BlockStream, name: str) -> Callable[[], nn.Module]:
+    return lambda: stream.bring(name)
+
+
+def _on(network: nn.Module, device: torch.device) -> bool:
+    return next(network.parameters()).device.type == device.type
+
+
+def held_bytes(network: nn.Module) -> int:
+    """Of all its weights."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+
+
+def _file_bytes(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def ram_bytes() -> tuple[int, int]:
+    """(what programs may still take, all) of main memory. Where nothing tells what is free, all of it."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+        known = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) >= 2}
+        return known["MemAvailable"], known["MemTotal"]
+    if hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+    return _windows_ram()
+
+
+def _windows_ram() -> tuple[int, int]:
+    import ctypes
+
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "free", "all_page", "page", "all_virtual", "virtual")),
+            ("extended", ctypes.c_ulonglong),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(status.free), int(status.total)
