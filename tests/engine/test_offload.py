@@ -158,6 +158,23 @@ def test_each_pass_copies_the_moving_blocks_once() -> None:
     assert lane.copied == sizes.total - moving + passes * moving
 
 
+def test_the_next_pass_has_its_first_blocks_already() -> None:
+    """Also where the next pass is the other expert's, and of that one after the last nothing is fetched."""
+    networks = {"high": wan(), "low": wan(1)}
+    sampling = Sampling(**{**THREE.__dict__, "steps": 3, "boundary_step": 1})
+    lane = StrictLane()
+    stream = BlockStream(networks, CPU, lane=lane)
+    sizes = measure(networks["high"])
+    block, passes = sizes.blocks[0], 2 * sampling.steps
+    copied: list[int] = []
+    with stream.open(0, 1):
+        video(streamed(stream, low=True), sampling, hooks=Hooks(on_block=lambda: copied.append(lane.copied)))
+    experts = [1, 1, 2, 2, 2, 2]  # brought until then
+    starts = [sizes.rest * experts[index] + (LAYERS * index + 2 * (index > 0)) * block for index in range(passes)]
+    assert copied[::LAYERS] == starts
+    assert lane.copied == 2 * sizes.rest + passes * LAYERS * block
+
+
 def test_device_memory_is_what_the_plan_counts() -> None:
     networks = {"high": wan(), "low": wan(1, layers=3)}
     sizes = tuple(measure(network) for network in networks.values())
