@@ -2,30 +2,29 @@
 
 import argparse
 import logging
-import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lightx2v import __version__
 from lightx2v.cache.calibration import PROMPTS
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.config import DTYPES, SCHEDULERS
+from lightx2v.config import DTYPES, OFFLOADS, SCHEDULERS
 from lightx2v.identify import recognise
 from lightx2v.schedules import parse_step_list
-from lightx2v_kernels import UnsupportedBackendError, registry
+from lightx2v_kernels import UnsupportedBackendError
 
 if TYPE_CHECKING:
     from lightx2v.pipeline import LightX2VPipeline
 
+EPILOG = (
+    "`lightx2v COMMAND --help` lists the flags of a command. Exit status: 0, or 1 after a line that says what to do."
+)
 ROLES = {"high": "high_noise_model", "low": "low_noise_model"}
 
 
-def _pipeline(args: argparse.Namespace) -> "LightX2VPipeline":
+def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) -> "LightX2VPipeline":
+    """cache: arguments of enable_cache; None leaves that to the config file."""
     from lightx2v.pipeline import LightX2VPipeline
 
     pipe = LightX2VPipeline(
@@ -39,40 +38,56 @@ def _pipeline(args: argparse.Namespace) -> "LightX2VPipeline":
     )
     if args.vae_path or args.tae_path:
         pipe.enable_lightvae(vae_path=args.vae_path, use_tae=bool(args.tae_path), tae_path=args.tae_path)
+    if args.offload or args.vram_budget_gb:
+        how = args.offload or "auto"
+        pipe.enable_offload(how != "none", "auto" if how == "none" else how, vram_budget_gb=args.vram_budget_gb)
     if args.lora:
         pipe.enable_lora([parse_lora(text) for text in args.lora])
-    pipe.create_generator(
-        attn_mode=args.attn_mode,
-        infer_steps=args.infer_steps,
-        height=args.height,
-        width=args.width,
-        num_frames=args.num_frames,
-        guidance_scale=args.guidance_scale[0] if len(args.guidance_scale) == 1 else args.guidance_scale,
-        sample_shift=args.sample_shift,
-        fps=args.fps,
-        denoising_step_list=parse_step_list(args.denoising_step_list),
-        boundary=args.boundary,
-        boundary_step_index=args.boundary_step_index,
-        resize_mode=args.resize_mode,
-        scheduler=args.scheduler,
-        dtype=args.dtype,
-    )
+    if cache is not None:
+        pipe.enable_cache(**cache)
+    scale = args.guidance_scale
+    told = {
+        "config_json": args.config_json,
+        "attn_mode": args.attn_mode,
+        "infer_steps": args.infer_steps,
+        "height": args.height,
+        "width": args.width,
+        "num_frames": args.num_frames,
+        "guidance_scale": scale[0] if scale and len(scale) == 1 else scale,
+        "sample_shift": args.sample_shift,
+        "fps": args.fps,
+        "denoising_step_list": args.denoising_step_list and parse_step_list(args.denoising_step_list),
+        "boundary": args.boundary,
+        "boundary_step_index": args.boundary_step_index,
+        "resize_mode": args.resize_mode,
+        "scheduler": args.scheduler,
+        "dtype": args.dtype,
+    }
+    # What is left out is the file's to say, or else the pipeline's own default.
+    pipe.create_generator(**{name: value for name, value in told.items() if value is not None})
     return pipe
+
+
+def _cache(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What the flags say of a cache, as enable_cache takes it; None where they say nothing."""
+    told = {
+        "figures": args.cache_figures,
+        "teacache_thresh": args.teacache_thresh,
+        "use_ret_steps": args.use_ret_steps,
+        "magcache_K": args.magcache_K,
+        "magcache_thresh": args.magcache_thresh,
+        "magcache_retention_ratio": args.magcache_retention_ratio,
+    }
+    given = {name: value for name, value in told.items() if value is not None}
+    if args.cache_method is None and given:
+        raise ValueError(f"{', '.join(given)} without a cache: give --cache_method Tea or --cache_method Mag")
+    return None if args.cache_method is None else {"cache_method": args.cache_method, **given}
 
 
 def generate(args: argparse.Namespace) -> None:
     """One video from a prompt."""
-    pipe = _pipeline(args)
-    pipe.enable_cache(
-        args.cache_method,
-        teacache_thresh=args.teacache_thresh,
-        use_ret_steps=args.use_ret_steps,
-        magcache_K=args.magcache_K,
-        magcache_thresh=args.magcache_thresh,
-        magcache_retention_ratio=args.magcache_retention_ratio,
-        figures=args.cache_figures,
-    )
-    pipe.generate(
+    pipe = _pipeline(args, _cache(args))
+    made = pipe.generate(
         args.seed,
         args.prompt,
         args.negative_prompt,
@@ -83,6 +98,10 @@ def generate(args: argparse.Namespace) -> None:
     )
     described = pipe.describe(args.image_path or args.last_frame_path)
     print(f"{args.save_result_path}: {described}, seed {args.seed}, prompt: {args.prompt}")
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made["metadata"]["seconds"].items())
+    print(f"  {spent}")
+    if pipe.memory_plan is not None:
+        print(f"  {pipe.memory_plan.line()}")
     for report in pipe.cache_reports:
         print(f"  {report.describe()}")
 
@@ -146,28 +165,18 @@ def _grouped(unused: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """What this machine has and which kernels can run on it."""
-    print(f"lightx2v {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "triton", "transformers", "safetensors", "einops", "av"):
-        try:
-            print(f"  {package:<13} {version(package)}")
-        except PackageNotFoundError:
-            print(f"  {package:<13} not installed")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    print(f"  device        {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}")
-    print(f"attention backends for {device}, {str(dtype).removeprefix('torch.')}, head_dim 128:")
-    for name in registry.names("attention"):
-        try:
-            registry.select("attention", name, device, dtype, 128)
-            print(f"  {name:<13} can run")
-        except UnsupportedBackendError as error:
-            print(f"  {name:<13} cannot run: {error}")
-    print(f"  auto takes    {registry.select('attention', 'auto', device, dtype, 128).name}")
+    """What this machine has, which kernels can run on it, and what a model folder holds."""
+    from lightx2v.doctor import backends, machine, parts
+
+    for part in (machine(), backends(), *(parts(path) for path in args.path)):
+        for line in part:
+            print(line)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightx2v", description="Video diffusion with Wan2.1 and Wan2.2.")
+    parser = argparse.ArgumentParser(
+        prog="lightx2v", description="Video diffusion with Wan2.1 and Wan2.2.", epilog=EPILOG
+    )
     parser.add_argument("--verbose", action="store_true", help="log what the engine decides")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -193,8 +202,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=inspect)
     command.add_argument("path", nargs="+", type=Path)
 
-    command = commands.add_parser("doctor", help="say what this machine can run")
+    command = commands.add_parser("doctor", help="say what this machine can run, and what a model folder holds")
     command.set_defaults(run=doctor)
+    command.add_argument("path", nargs="*", type=Path, help="model folders to look through")
     return parser
 
 
@@ -212,8 +222,14 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora", action="append", metavar=shape, help="may be given several times; strength 1 as trained"
     )
-    group.add_argument("--attn_mode", default="auto", help="auto or a backend that `doctor` lists")
-    group.add_argument("--dtype", choices=DTYPES, default="auto")
+    settings = "LightX2V's settings, instead of the defaults of the flags below; flags that are given win"
+    group.add_argument("--config_json", help=settings)
+    group.add_argument("--attn_mode", help="auto (default) or a backend that `doctor` lists")
+    group.add_argument("--dtype", choices=DTYPES, help="default: auto")
+    waits = "auto: on the GPU as far as it fits; block: passes through it; model: visits it; none: stays; default: auto"
+    group.add_argument("--offload", choices=OFFLOADS, default=None, help=waits)
+    budget = "GB of the GPU that auto and block may take; default: all that is free, and the least"
+    group.add_argument("--vram_budget_gb", type=float, default=0.0, metavar="GB", help=budget)
     group.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: cuda where there is one")
 
 
@@ -222,41 +238,43 @@ def _add_request(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image_path", help="the first frame, for i2v and flf2v")
     group.add_argument("--last_frame_path", help="the last frame, for flf2v")
     size = "pixels, a multiple of 16 (TI2V-5B: 32); with an image the two give the area and the image the proportions"
-    group.add_argument("--height", type=int, default=480, help=size)
-    group.add_argument("--width", type=int, default=832, help="see --height")
+    group.add_argument("--height", type=int, help=f"default 480; {size}")
+    group.add_argument("--width", type=int, help="default 832; see --height")
     group.add_argument(
         "--resize_mode", choices=("fixed_shape",), help="exactly --height and --width, cutting the image"
     )
-    group.add_argument("--num_frames", type=int, default=81, help="4n + 1")
+    group.add_argument("--num_frames", type=int, help="4n + 1; default 81")
     group.add_argument("--fps", type=int, default=None, help="of the file; default: 16, TI2V-5B 24")
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--infer_steps", type=int, default=50)
-    cfg = "1 turns guidance off; two numbers: of the high- and of the low-noise expert"
-    group.add_argument("--guidance_scale", type=float, nargs="+", default=[5.0], metavar="SCALE", help=cfg)
-    group.add_argument("--sample_shift", type=float, default=5.0)
+    group.add_argument("--infer_steps", type=int, help="default 50")
+    cfg = "default 5; 1 turns guidance off; two numbers: of the high- and of the low-noise expert"
+    group.add_argument("--guidance_scale", type=float, nargs="+", metavar="SCALE", help=cfg)
+    group.add_argument("--sample_shift", type=float, help="default 5")
     group.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="default: the model class's own")
-    levels = "of the distilled scheduler, in thousandths before the shift; replaces --infer_steps"
-    group.add_argument("--denoising_step_list", default="1000,750,500,250", help=levels)
+    levels = (
+        "default 1000,750,500,250: of the distilled scheduler, in thousandths before the shift; replaces --infer_steps"
+    )
+    group.add_argument("--denoising_step_list", help=levels)
     change = "noise level from 0 to 1 at which the experts change; default: the model's own"
     group.add_argument("--boundary", type=float, help=change)
     group.add_argument("--boundary_step_index", type=int, help="or the number of steps of the high-noise expert")
 
 
 def _add_cache(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--cache_method", choices=("None", "Tea", "Mag"), default="None", help="TeaCache or MagCache")
+    group.add_argument("--cache_method", choices=("None", "Tea", "Mag"), help="TeaCache or MagCache; default: None")
     figures = "a .cache.json or the name of published ones; default: the checkpoint's own"
-    group.add_argument("--cache_figures", default="", help=figures)
+    group.add_argument("--cache_figures", help=figures)
     more = "error that may add up before a step is computed again; 0 is off"
-    group.add_argument("--teacache_thresh", type=float, default=0.15, help=more)
-    group.add_argument("--use_ret_steps", action="store_true", help="TeaCache: compute the first 5 steps")
-    group.add_argument("--magcache_thresh", type=float, default=0.24, help=more)
-    group.add_argument("--magcache_K", type=int, default=6, help="steps skipped in a row at most")
+    group.add_argument("--teacache_thresh", type=float, help=f"default 0.15; {more}")
+    group.add_argument("--use_ret_steps", action="store_true", default=None, help="TeaCache: compute the first 5 steps")
+    group.add_argument("--magcache_thresh", type=float, help=f"default 0.24; {more}")
+    group.add_argument("--magcache_K", type=int, help="default 6; steps skipped in a row at most")
     retention = "share of the steps computed at the start"
-    group.add_argument("--magcache_retention_ratio", type=float, default=0.2, help=retention)
+    group.add_argument("--magcache_retention_ratio", type=float, help=f"default 0.2; {retention}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -265,7 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
         args.run(args)
-    except (CheckpointError, UnsupportedBackendError, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (
+        CheckpointError,
+        UnsupportedBackendError,
+        ValueError,
+        NotImplementedError,
+        FileNotFoundError,
+        FloatingPointError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,0 +1,226 @@
+"""LightX2V's JSON files: every key has a verdict, every file of theirs is translated or refused in words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dev.environment import REPOSITORY
+from lightx2v import config_json
+from lightx2v.config_json import DEAD, HONOURED, KEYS, MODEL, REFUSED, TABLE, VERDICTS, Reading, read_config, read_told
+
+CONFIGS = REPOSITORY.parent / "shared" / "reference" / "configs"
+WHERE = Path("config.json")
+SIZES = {"infer_steps": 40, "target_height": 480, "target_width": 832, "target_video_length": 81}
+
+
+def translate(settings: Mapping[str, Any], **changes: Any) -> config_json.Told:
+    return Reading(WHERE, settings, **changes).translate()
+
+
+def published() -> list[Path]:
+    return sorted(CONFIGS.rglob("*.json"))
+
+
+def refusal(path: Path) -> str:
+    """Why a published file cannot be used here, or nothing; whichever attention it names."""
+    try:
+        Reading(path, read_config(path), given={"attn_mode"}).translate()
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
+
+
+needs_configs = pytest.mark.skipif(not CONFIGS.is_dir(), reason=f"LightX2V's own files are not at {CONFIGS}")
+
+
+@needs_configs
+def test_every_published_file_is_translated_or_refused_in_words() -> None:
+    verdicts = {path: refusal(path) for path in published()}
+    accepted = [path for path, why in verdicts.items() if not why]
+    assert len(accepted) > 45, "the files of one GPU, without paths of their own"
+    known = (
+        r"parallel=.*several GPUs|changing_resolution=|enable_dynamic_cfg=|video_frame_interpolation=|of HunyuanVideo|"
+        r"feature_caching='(Ada|Custom|DualBlock|FirstBlock)' is not supported; known: Tea, Mag, NoCaching|"
+        r"='[^']*' is a placeholder: write the real path|='[^']*': there is no such file; looked for"
+    )
+    assert not [(path, why) for path, why in verdicts.items() if why and not re.search(known, why)]
+    hunyuan = [why for path, why in verdicts.items() if "hunyuan_video_15" in path.parts]
+    assert hunyuan and all(why for why in hunyuan)
+
+
+@needs_configs
+def test_what_published_files_say_is_what_is_asked_for() -> None:
+    def told(name: str) -> config_json.Told:
+        return Reading(CONFIGS / name, read_config(CONFIGS / name), given={"attn_mode"}).translate()
+
+    size = {"infer_steps": 50, "height": 480, "width": 832, "num_frames": 81}
+    plain = told("wan/wan_t2v.json")
+    assert plain.generator == {**size, "sample_shift": 8, "guidance_scale": 6}
+    assert plain.calls == {"enable_offload": {"cpu_offload": False, "offload_granularity": "block"}}
+    assert not plain.unused and not plain.originals
+
+    tea = told("caching/teacache/wan_t2v_1_3b_tea_480p.json").calls["enable_cache"]
+    assert (tea["cache_method"], tea["teacache_thresh"], tea["use_ret_steps"]) == ("Tea", 0.26, True)
+    assert [len(numbers) for numbers in tea["coefficients"]] == [5, 5]
+
+    four = told("distill/wan_i2v_distill_4step_cfg.json").generator
+    assert four["guidance_scale"] == 1.0 and four["denoising_step_list"] == [1000, 750, 500, 250]
+
+    pair = told("wan22/wan_moe_i2v.json").generator
+    assert pair["guidance_scale"] == [3.5, 3.5] and pair["boundary"] == 0.9
+
+    quantised = told("bench/lightx2v_5.json").calls["enable_quantize"]
+    assert quantised["dit_quantized"] is True and quantised["quant_scheme"] == "fp8-sgl"
+
+
+@needs_configs
+def test_an_attention_that_is_not_registered_is_refused_by_name() -> None:
+    known = config_json.registry.names("attention")
+    for path in published():
+        name = read_config(path).get("self_attn_1_type")
+        if name and name not in known and not refusal(path):
+            with pytest.raises(ValueError, match=rf"self_attn_1_type='{name}': no .*attention of that name"):
+                Reading(path, read_config(path)).translate()
+
+
+@needs_configs
+def test_every_key_that_published_files_hold_has_a_verdict() -> None:
+    keys = {key for path in published() for key in read_config(path)}
+    assert len(keys) >= 90 and keys <= KEYS.keys()
+
+
+def test_the_table_has_one_verdict_a_key_and_is_the_documents() -> None:
+    keys = [key for row in TABLE for key in row.keys.split()]
+    assert len(keys) == len(set(keys)), "a key has two rows"
+    assert {row.verdict for row in TABLE} == set(VERDICTS)
+    text = (REPOSITORY / "docs" / "config-json.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    listed = [(" ".join(re.findall("`([^`]+)`", row[0])), row[1], row[2]) for row in rows]
+    assert listed == [(row.keys, row.verdict, row.says) for row in TABLE]
+
+
+def test_honoured_keys_change_what_is_asked_for() -> None:
+    """Each of them, alone or with the switch that it belongs to, makes a difference."""
+    switches: dict[str, dict[str, Any]] = {
+        "clip_": {"clip_quantized": True},
+        "t5_": {"t5_quantized": True},
+        "dit_quant": {"dit_quantized": True},
+        "high_noise_quantized": {"dit_quantized": True},
+        "low_noise_quantized": {"dit_quantized": True},
+        "offload_gran": {"cpu_offload": True},
+        "lora_dynamic": {"lora_configs": [{"path": __file__}]},
+        "coefficients": {"feature_caching": "Tea"},
+        "teacache": {"feature_caching": "Tea"},
+        "use_ret": {"feature_caching": "Tea"},
+        "magcache": {"feature_caching": "Mag"},
+        "tae_path": {"use_tae": True},
+        "cross_attn": {"self_attn_1_type": "torch_sdpa"},
+    }
+    values: dict[str, Any] = {
+        "enable_cfg": False,
+        "scheduler_type": "WanStepDistillScheduler",
+        "feature_caching": "Tea",
+        "lora_configs": [{"path": __file__}],
+        "offload_granularity": "phase",
+        "dit_quant_scheme": "int8-vllm",
+        "t5_quant_scheme": "int8",
+        "clip_quant_scheme": "int8",
+    }
+    attention = {"self_attn_1_type": "torch_sdpa", "cross_attn_1_type": "reference", "cross_attn_2_type": "reference"}
+    for key in (key for key, row in KEYS.items() if row.verdict == HONOURED):
+        switch = next((value for start, value in switches.items() if key.startswith(start)), {})
+        path = __file__ if key.endswith(("ckpt", "_path")) else None
+        value = values.get(key, attention.get(key, path or 1))
+        base = {name: on for name, on in switch.items() if name != key}
+        if key.startswith("cross_attn"):
+            with pytest.raises(ValueError, match="one attention computes all of them"):
+                translate({**base, key: value})
+        else:
+            assert translate({**base, key: value}) != translate(base), key
+
+
+def test_refused_keys_are_refused_unless_switched_off() -> None:
+    for key in (key for key, row in KEYS.items() if row.verdict == REFUSED):
+        on: Any = {"cfg_p_size": 2} if key == "parallel" else True
+        with pytest.raises(ValueError, match=rf"config\.json: {key}=.*remove {key} from the file"):
+            translate({key: on})
+        for off in (False, None, "", 0, {}):
+            assert translate({key: off}) == config_json.Told()
+    assert translate({"parallel": {"cfg_p_size": 1, "seq_p_size": 1, "seq_p_attn_type": "ring"}}) == config_json.Told()
+
+
+def test_dead_keys_are_named_in_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dead = {key: 1 for key, row in KEYS.items() if row.verdict == DEAD}
+    path = tmp_path / "dead.json"
+    path.write_text(json.dumps({**dead, "comment": "mine", "comment_parallel": "mine"}), encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        told = read_told(path, tmp_path, ())
+    assert (told.generator, told.calls, told.originals) == ({}, {}, {})
+    (record,) = caplog.records
+    assert all(f"{key} (" in record.getMessage() for key in dead) and "mine" not in record.getMessage()
+
+
+def test_the_checkpoint_decides_what_it_is() -> None:
+    facts = {key: 7 for key, row in KEYS.items() if row.verdict == MODEL and key not in ("text_len", "model_type")}
+    same = {**facts, "text_len": 512, "model_type": "i2v"}
+    assert translate(same, facts=facts) == config_json.Told()
+    for key in (*facts, "text_len"):
+        (said,) = translate({**same, key: 9}, facts=facts).unused
+        assert said.startswith(f"{key}=9 (")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_heigth": 480}, r"'target_heigth' is no key of these files; did you mean 'target_height'\?"),
+        ({"feature_caching": "TaylorSeer"}, "feature_caching='TaylorSeer' is not supported; known: Tea, Mag"),
+        ({"scheduler_type": "DPM"}, "scheduler_type='DPM' is not supported; known: WanStepDistillScheduler"),
+        ({"self_attn_1_type": "aiter_attn"}, "self_attn_1_type='aiter_attn': no attention of that name is registered"),
+        ({"self_attn_1_type": "draft_attn"}, "no sparse attention of that name is registered here.*write one of auto"),
+        ({"self_attn_1_type": "torch_sdp"}, "did you mean 'torch_sdpa'"),
+        ({"dit_original_ckpt": "/path/to/dit"}, "dit_original_ckpt='/path/to/dit' is a placeholder: write the real"),
+        ({"dit_original_ckpt": "gone.pth"}, r"'gone\.pth': there is no such file; looked for gone\.pth"),
+        ({"lora_configs": [{"path": "/path/to/lora"}]}, "lora_configs='/path/to/lora' is a placeholder"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_in_words(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^config\.json: .*{message}"):
+        translate(settings)
+
+
+def test_stale_names_and_empty_paths() -> None:
+    with pytest.raises(ValueError, match="no sparse attention of that name"):
+        translate({"self_attn_1_type": "spas_sage_attn"})
+    empty = {"dit_original_ckpt": None, "high_noise_original_ckpt": "", "lora_configs": None, "feature_caching": ""}
+    assert translate(empty) == config_json.Told()
+    assert config_json.STALE == {"sage_attn": "sage_attn2", "spas_sage_attn": "spas_sage_attn2"}
+
+
+def test_a_stale_name_is_its_successors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_json.registry, "names", lambda op: ("sage_attn2", "torch_sdpa"))
+    settings = {"self_attn_1_type": "sage_attn", "cross_attn_1_type": "sage_attn2", "cross_attn_2_type": "sage_attn"}
+    assert translate(settings).generator == {"attn_mode": "sage_attn2"}
+
+
+def test_relative_paths_start_at_the_model_or_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "dit.safetensors").touch()
+    told = translate({"dit_original_ckpt": "dit.safetensors"}, folders=(tmp_path, tmp_path / "models"))
+    assert told.originals == {"dit_original_ckpt": tmp_path / "models" / "dit.safetensors"}
+
+
+def test_files_that_are_no_settings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.json' cannot be read: No such file"):
+        read_config(tmp_path / "gone.json")
+    path = tmp_path / "bad.json"
+    for text, message in (("{", "is not JSON: .*correct the file"), ("[1]", "holds a JSON list; expected an object")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_config(path)
