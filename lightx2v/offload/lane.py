@@ -65,19 +65,30 @@ class Buffer:
             self._read.record(torch.cuda.current_stream(self.memory.device))
 
 
-def pin(pieces: Iterable[Tensor], owner: object, device: torch.device, limit: int | None = None) -> int:
-    """Pin host memory for as long as `owner` lives, so that copies from it need no processor; returns the bytes.
+class Pins:
+    """Host memory that is pinned until `release`, or until nobody holds this. nbytes: how much."""
+
+    def __init__(self, pieces: list[Tensor], device: torch.device) -> None:
+        self.nbytes = sum(map(_pages, pieces))
+        self._end = weakref.finalize(self, _unpin, pieces, device)
+        self._end.atexit = False  # CUDA may be gone by then
+
+    def release(self) -> None:
+        """Once; copies that still run are waited for."""
+        self._end()
+
+
+def pin(pieces: Iterable[Tensor], device: torch.device, limit: int | None = None) -> Pins:
+    """Pin host memory, so that copies from it run beside everything else.
 
     pieces: from `host_memory`, each on pages of its own. limit: bytes to pin at most.
     Where the system refuses, the rest stays as it is, which the log says: copies from there are slower and hold up
     the host. On devices other than CUDA nothing is pinned.
     """
-    if device.type != "cuda":
-        return 0
     pinned: list[Tensor] = []
     total = 0
-    for piece in pieces:
-        size = -(-piece.numel() // PAGE) * PAGE
+    for piece in pieces if device.type == "cuda" else ():
+        size = _pages(piece)
         if not size or (limit is not None and total + size > limit):
             continue
         if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)) != 0:
@@ -90,12 +101,16 @@ def pin(pieces: Iterable[Tensor], owner: object, device: torch.device, limit: in
             break
         pinned.append(piece)
         total += size
-    weakref.finalize(owner, _unpin, pinned, device).atexit = False  # CUDA may be gone by then
-    return total
+    return Pins(pinned, device)
+
+
+def _pages(piece: Tensor) -> int:
+    return -(-piece.numel() // PAGE) * PAGE
 
 
 def _unpin(pieces: list[Tensor], device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # a copy may still be reading
+    if pieces:
+        torch.cuda.synchronize(device)  # a copy may still be reading
     for piece in pieces:
         torch.cuda.cudart().cudaHostUnregister(piece.data_ptr())
 

@@ -116,6 +116,8 @@ class Placing:
 
     def forget(self) -> None:
         """The weights stay where they rest, but are no longer pinned."""
+        if self._stream is not None:
+            self._stream.release()
         self._stream, self._made_with = None, ()
 
     def _streaming(self, networks: Sequence[nn.Module], applied: Sequence[Applied], pin_limit: int) -> BlockStream:

@@ -102,14 +102,21 @@ class BlockStream:
         self.device = device
         self._lane = Lane(device) if lane is None else lane
         self._hosts = {name: _Host.of(network) for name, network in networks.items()}
-        pieces = (slab.host for host in self._hosts.values() for slab in host.slabs)
-        self.pinned_bytes = pin(pieces, self, device, pin_limit)
+        self._pins = pin((slab.host for host in self._hosts.values() for slab in host.slabs), device, pin_limit)
         self._moving: dict[str, tuple[int, ...]] = {}
         self._rest: Buffer | None = None
         self._own: list[Buffer] = []
         self._idle: deque[_Slot] = deque()
         self._coming: deque[_Fetched] = deque()
         self._here: str | None = None  # whose turn it is
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._pins.nbytes
+
+    def release(self) -> None:
+        """Pin nothing any longer: the weights stay, and may be given to another stream."""
+        self._pins.release()
 
     @property
     def host_bytes(self) -> int:

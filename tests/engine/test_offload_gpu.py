@@ -1,0 +1,212 @@
+"""Streaming on a CUDA device: bit-equal, within its memory, and copies that run while blocks compute."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightx2v.blocks import run_blocks
+from lightx2v.models.wan.config import WanConfig
+from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.offload.lane import Lane, link_rate, pin
+from lightx2v.offload.plan import measure, streamed_bytes
+from lightx2v.offload.slab import PAGE, host_memory
+from lightx2v.offload.stream import BlockStream
+from lightx2v_kernels import select
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+CONFIG = WanConfig(2048, 8192, 12, 16, 16, 4096, 256, (1, 2, 2))  # 101 MB a block in bf16
+LATENTS = (1, 16, 9, 30, 52)
+
+
+@pytest.fixture(autouse=True)
+def empty_device() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def wan(seed: int = 0, config: WanConfig = CONFIG) -> WanTransformer:
+    torch.manual_seed(seed)
+    kernels = select(device=CUDA, dtype=torch.bfloat16, head_dim=128)
+    return WanTransformer(config, kernels).eval().requires_grad_(False).to(torch.bfloat16)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents, context = torch.randn(LATENTS, generator=generator), torch.randn(1, 64, 4096, generator=generator)
+    return latents.to(CUDA), torch.tensor([500.0], device=CUDA), context.to(CUDA)
+
+
+@torch.inference_mode()
+def passes(bring: Callable[[int], tuple[WanTransformer, Callable]], count: int = 4) -> list[Tensor]:
+    """Passes in a row, without waiting in between, each with other latents."""
+    latents, timestep, context = inputs()
+    outputs = []
+    for index in range(count):
+        network, run = bring(index)
+        outputs.append(network(latents * (1 + index), timestep, context, run))
+    return outputs
+
+
+def streamed(stream: BlockStream, name: str = "") -> Callable[[int], tuple]:
+    return lambda index: (stream.bring(name), stream.around(run_blocks, name))
+
+
+def resident(network: WanTransformer) -> Callable[[int], tuple]:
+    return lambda index: (network, run_blocks)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+@pytest.mark.parametrize("stays", [0, 5, 12])
+def test_streamed_equals_resident(stays: int, prefetch: int) -> None:
+    truth = passes(resident(wan().to(CUDA)))
+    stream = BlockStream({"": wan()}, CUDA)
+    assert stream.pinned_bytes >= stream.host_bytes
+    for _ in range(2):
+        with stream.open(stays, prefetch):
+            found = passes(streamed(stream))
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_without_pinning_too() -> None:
+    truth = passes(resident(wan().to(CUDA)))
+    stream = BlockStream({"": wan()}, CUDA, pin_limit=0)
+    assert stream.pinned_bytes == 0
+    with stream.open(2, 1):
+        assert all(torch.equal(a, b) for a, b in zip(passes(streamed(stream)), truth, strict=True))
+
+
+def test_experts_by_turns() -> None:
+    networks = wan(), wan(1, replace(CONFIG, num_layers=7))
+    truth = [*passes(resident(wan().to(CUDA)))[:2], *passes(resident(wan(1, networks[1].config).to(CUDA)))[2:]]
+    stream = BlockStream(dict(zip(("high", "low"), networks, strict=True)), CUDA)
+    names = ["high", "high", "low", "low", ""]
+
+    def bring(index: int) -> tuple:
+        return stream.bring(names[index]), stream.around(run_blocks, names[index + 1] or None)
+
+    for stays in (0, 3, 12):
+        with stream.open(stays, 1):
+            assert all(torch.equal(a, b) for a, b in zip(passes(bring), truth, strict=True))
+
+
+def test_peak_memory_is_what_the_plan_counts() -> None:
+    latents = inputs()[0]
+    network = wan().to(CUDA)
+    passes(resident(network), 1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    passes(resident(network), 2)
+    activations = torch.cuda.max_memory_allocated() - before
+    network.to("cpu")
+    del latents
+    sizes, stream = measure(network), BlockStream({"": network}, CUDA)
+    for stays in (0, 6):
+        gc.collect()
+        torch.cuda.synchronize()
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with stream.open(stays, 1):
+            passes(streamed(stream), 2)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - base
+        counted = streamed_bytes((sizes,), stays, 1)
+        print(f"{stays} stay: peak {peak / 1e6:.0f} MB, weights {counted / 1e6:.0f}, passes {activations / 1e6:.0f}")
+        assert counted <= peak <= counted + 1.05 * activations + 32e6
+        assert torch.cuda.memory_allocated() <= base + 1e6, "all of it is given back"
+
+
+def elapsed(work: Callable[[], object]) -> float:
+    """Milliseconds on the device, of the second of two calls."""
+    work()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def test_copies_run_while_blocks_compute() -> None:
+    """Printed for the log: how a streamed pass compares with the longer of computing and copying."""
+    network = wan()
+    sizes = measure(network)
+    rate = link_rate(CUDA)
+    assert rate is not None
+    copying = 4 * sum(sizes.blocks) / rate * 1000
+    stream = BlockStream({"": network}, CUDA)
+    times = {}
+    for prefetch in (0, 1, 2):
+        with stream.open(0, prefetch):
+            times[prefetch] = elapsed(lambda: passes(streamed(stream)))
+    stream.release()
+    network.to(CUDA)
+    computing = elapsed(lambda: passes(resident(network)))
+    for prefetch, time in times.items():
+        share = time / max(computing, copying)
+        print(
+            f"prefetch {prefetch}: {time:.1f} ms, {share:.2f} x max(computing {computing:.1f}, copying {copying:.1f})"
+        )
+    print(f"link {rate / 1e9:.1f} GB/s")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        again = BlockStream({"": network.to("cpu")}, CUDA)
+        with again.open(0, 1):
+            passes(streamed(again))
+        torch.cuda.synchronize()
+    assert overlap(profile) > 0
+
+
+def overlap(profile: torch.profiler.profile) -> float:
+    """Microseconds in which a copy to the device and a kernel ran at once."""
+    spans = [
+        (e.time_range.start, e.time_range.end, "HtoD" in e.name) for e in profile.events() if "Memset" not in e.name
+    ]
+    copies = [(start, end) for start, end, copy in spans if copy]
+    kernels = [(start, end) for start, end, copy in spans if not copy]
+    return sum(max(0, min(e, b) - max(s, a)) for s, e in copies for a, b in kernels)
+
+
+def test_a_buffer_is_not_filled_while_it_is_read() -> None:
+    """A long kernel reads the buffer; the next copy must wait for it, the host must not."""
+    lane, size = Lane(CUDA), 1 << 26
+    buffer = lane.buffer(size)
+    ones, twos = host_memory(size).fill_(1), host_memory(size).fill_(2)
+    pins = pin([ones, twos], CUDA)
+    assert pins.nbytes == 2 * size
+    sums = []
+    for source in (ones, twos) * 3:
+        buffer.fill(source)
+        buffer.use()
+        torch.cuda._sleep(20_000_000)
+        sums.append(buffer.memory.sum(dtype=torch.int64))
+        buffer.release()
+    assert [int(total) for total in sums] == [size, 2 * size] * 3
+
+
+def test_pinned_memory_is_given_back() -> None:
+    piece = host_memory(10 * PAGE)
+    for _ in range(3):  # a piece that stayed pinned could not be pinned again
+        pins = pin([piece], CUDA)
+        assert pins.nbytes == 10 * PAGE and piece.is_pinned()
+        pins.release()
+        assert not piece.is_pinned()
+    pins = pin([piece], CUDA)
+    del pins
+    gc.collect()
+    assert not piece.is_pinned()
+
+
+def test_a_pin_that_is_refused_leaves_no_error_behind(caplog: pytest.LogCaptureFixture) -> None:
+    piece = host_memory(10 * PAGE)
+    first = pin([piece], CUDA)
+    assert first.nbytes == 10 * PAGE
+    assert pin([piece], CUDA).nbytes == 0 and "could be pinned" in caplog.text
+    assert torch.ones(4, device=CUDA).sum().item() == 4
