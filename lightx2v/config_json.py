@@ -53,7 +53,7 @@ TABLE = (
     Row("dit_quant_scheme", HONOURED, "quant_scheme of enable_quantize, which compares it with the file"),
     Row("t5_quantized t5_quantized_ckpt t5_quant_scheme", HONOURED, "enable_quantize, text_encoder_..."),
     Row("clip_quantized clip_quantized_ckpt clip_quant_scheme", HONOURED, "enable_quantize, image_encoder_..."),
-    Row("cpu_offload offload_granularity", HONOURED, "enable_offload"),
+    Row("cpu_offload offload_granularity vae_cpu_offload", HONOURED, "enable_offload"),
     Row("lora_configs lora_dynamic_apply", HONOURED, "enable_lora"),
     Row("feature_caching", HONOURED, "enable_cache: Tea, Mag, NoCaching; other methods are refused"),
     Row("coefficients teacache_thresh use_ret_steps", HONOURED, "enable_cache"),
@@ -78,10 +78,9 @@ TABLE = (
     Row("qwen25vl_cpu_offload siglip_cpu_offload byt5_cpu_offload", DEAD, "of HunyuanVideo-1.5"),
     Row("aspect_ratio", DEAD, "of HunyuanVideo-1.5; a Wan has target_height and target_width"),
     Row("t5_cpu_offload clip_cpu_offload", DEAD, OFFLOADED),
-    Row("vae_cpu_offload vae_offload_cache", DEAD, "the VAE stays on the device"),
-    Row("offload_ratio clean_cuda_cache num_disk_workers t5_lazy_load", DEAD, "memory is planned here"),
+    Row("offload_ratio vae_offload_cache clean_cuda_cache num_disk_workers", DEAD, "memory is planned here"),
     Row("lazy_load unload_modules", DEAD, "weights are read when they are first needed, and kept"),
-    Row("empty_cache_min_free_gib empty_cache_min_reclaimable_gib", DEAD, "memory is planned here"),
+    Row("t5_lazy_load empty_cache_min_free_gib empty_cache_min_reclaimable_gib", DEAD, "memory is planned here"),
     Row("rope_type rope_chunk rope_chunk_size rotary_chunk", DEAD, "kernels are chosen by themselves"),
     Row("rms_norm_type layer_norm_type modulate_type", DEAD, "kernels are chosen by themselves"),
     Row("tp_mm_type tp_rms_norm_type mxfp8_fuse_enable", DEAD, "kernels are chosen by themselves"),
@@ -142,6 +141,7 @@ QUANT_SWITCHES = {
 }
 # What undoes a method that a file called, where the next file says nothing about it; {} where its defaults do.
 UNDONE_BY: Mapping[str, Mapping[str, Any]] = {
+    "enable_offload": {"offload_granularity": "auto"},
     "enable_lora": {"lora_configs": ()},
     "enable_cache": {"cache_method": "None"},
     "enable_vae_tiling": {"mode": "auto"},
@@ -307,12 +307,16 @@ class Reading:
         }
 
     def _offload(self) -> dict[str, Mapping[str, Any]]:
-        if "cpu_offload" not in self.settings:
+        if not {"cpu_offload", "vae_cpu_offload"} & self.settings.keys():
             return {}
-        granularity = self.settings.get("offload_granularity") or "block"
-        return {
-            "enable_offload": {"cpu_offload": bool(self.settings["cpu_offload"]), "offload_granularity": granularity}
+        # A file that says nothing of the transformer leaves it to the plan.
+        usual = "block" if "cpu_offload" in self.settings else "auto"
+        how = {
+            "cpu_offload": bool(self.settings.get("cpu_offload", True)),
+            "offload_granularity": self.settings.get("offload_granularity") or usual,
+            "vae_offload": bool(self.settings.get("vae_cpu_offload")),
         }
+        return {"enable_offload": how}
 
     def _lora(self) -> dict[str, Mapping[str, Any]]:
         configs = self.settings.get("lora_configs")

@@ -221,19 +221,14 @@ class LightX2VPipeline:
         read. quant_scheme: LightX2V's name; the file decides, and a name that does not fit it is warned of.
         Raises CheckpointError for a file that is missing or not quantised, ValueError for a scheme that is not known.
         """
-        wanted = Quantize(
-            dit_quantized,
-            text_encoder_quantized,
-            image_encoder_quantized,
-            dit_quantized_ckpt,
-            low_noise_quantized_ckpt,
-            high_noise_quantized_ckpt,
+        switches = (dit_quantized, text_encoder_quantized, image_encoder_quantized)
+        dits = (dit_quantized_ckpt, low_noise_quantized_ckpt, high_noise_quantized_ckpt)
+        others = (
             text_encoder_quantized_ckpt or None,
             image_encoder_quantized_ckpt or None,
-            quant_scheme,
-            text_encoder_quant_scheme,
-            image_encoder_quant_scheme,
-        )
+        )  # False there
+        schemes = (text_encoder_quant_scheme, image_encoder_quant_scheme)
+        wanted = Quantize(*switches, *dits, *others, quant_scheme, *schemes)
         encoders = quantised_text_encoder(self._folder, wanted), quantised_image_encoder(self._folder, wanted)
         self._use(replace(self._pick, quantize=wanted))
         self._parts.use_encoders(*encoders)

@@ -63,7 +63,9 @@ def test_what_published_files_say_is_what_is_asked_for() -> None:
     size = {"infer_steps": 50, "height": 480, "width": 832, "num_frames": 81}
     plain = told("wan/wan_t2v.json")
     assert plain.generator == {**size, "sample_shift": 8, "guidance_scale": 6}
-    assert plain.calls == {"enable_offload": {"cpu_offload": False, "offload_granularity": "block"}}
+    assert plain.calls == {
+        "enable_offload": {"cpu_offload": False, "offload_granularity": "block", "vae_offload": False}
+    }
     assert not plain.unused and not plain.originals
 
     tea = told("caching/teacache/wan_t2v_1_3b_tea_480p.json").calls["enable_cache"]

@@ -183,28 +183,38 @@ def test_metadata(folder: Path, tmp_path: Path) -> None:
 def test_the_order_of_calls_changes_nothing(folder: Path, tmp_path: Path) -> None:
     wan = Path(shutil.copytree(folder, tmp_path / "wan"))
     other = quantised(wan / DIT, wan / "fp8" / "model_fp8.safetensors", "_attn.", "ffn.")
+    parts = {"A": torch.ones(4, 256), "B": torch.full((256, 4), 0.05)}
+    names = {f"diffusion_model.blocks.0.self_attn.q.lora_{part}.weight": matrix for part, matrix in parts.items()}
+    lora = tmp_path / "lora.safetensors"
+    save_file(names, lora)
     figures = {"coefficients": [[1.0, 0.0], [1.0, 0.0]], "teacache_thresh": 0.2}
     calls: dict[str, Callable[[LightX2VPipeline], None]] = {
         "create": lambda pipe: pipe.create_generator(**{**SMALL, "infer_steps": 4}),
         "offload": lambda pipe: pipe.enable_offload(True, "model"),
         "cache": lambda pipe: pipe.enable_cache("Tea", **figures),
+        "lora": lambda pipe: pipe.enable_lora([{"path": lora, "strength": 0.5}]),
         "vae": lambda pipe: pipe.enable_lightvae(vae_path=wan / "Wan2.1_VAE.safetensors"),
         "quantize": lambda pipe: pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=other),
     }
 
-    def made(order: tuple[str, ...]) -> torch.Tensor:
-        pipe = LightX2VPipeline(wan)
+    def made(order: tuple[str, ...], path: Path = wan) -> torch.Tensor:
+        pipe = LightX2VPipeline(path)
         for name in order:
             calls[name](pipe)
         clip = video(pipe)
         assert len(pipe.cache_reports) == 1, "the cache is in use"
         return clip
 
-    orders = [*itertools.islice(itertools.permutations(calls), 0, 120, 31), tuple(reversed(calls))]
+    orders = [*itertools.islice(itertools.permutations(calls), 0, 720, 187), tuple(reversed(calls))]
     first = made(tuple(calls))
     assert not torch.equal(first, video(pipeline(wan, infer_steps=4)))
     for order in orders:
         assert torch.equal(made(order), first), order
+    for name in ("lora", "quantize"):
+        assert not torch.equal(made(tuple(one for one in calls if one != name)), first), f"{name} counts"
+    (wan / DIT).unlink()
+    bare = tuple(name for name in calls if name not in ("create", "quantize"))
+    assert torch.equal(made((*bare, "quantize", "create")), first), "before it is known which transformer it is"
 
 
 def test_quantised_files_are_found_named_and_left_again(
@@ -245,6 +255,28 @@ def _quantised_only(wan: Path, fp8: Path) -> LightX2VPipeline:
     pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=fp8)
     pipe.create_generator(**SMALL)
     return pipe
+
+
+def test_quantised_experts(folder: Path, tmp_path: Path) -> None:
+    wan = Path(shutil.copytree(folder, tmp_path / "wan"))
+    plain = {
+        role: write_transformer(wan / f"{role}_noise_model.safetensors", seed=3 + len(role)) for role in ("high", "low")
+    }
+    fp8 = {role: quantised(path, wan / "fp8" / f"{role}_noise_fp8.safetensors", "ffn.") for role, path in plain.items()}
+    pipe = LightX2VPipeline(wan, "wan2.2_moe")
+    pipe.create_generator(**SMALL)
+    before = video(pipe)
+    pipe.enable_quantize(dit_quantized=True)
+    found = video(pipe)
+    assert not torch.equal(found, before)
+    named = {f"{role}_noise_quantized_ckpt": path for role, path in fp8.items()}
+    pipe.enable_quantize(dit_quantized=True, **named)
+    assert torch.equal(video(pipe), found)
+    with pytest.raises(ValueError, match="this model has two experts; give high_noise_quantized_ckpt"):
+        pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=fp8["high"])
+    fp8["low"].unlink()
+    with pytest.raises(CheckpointError, match=r"no fp8 low-noise expert here.*give low_noise_quantized_ckpt"):
+        pipe.enable_quantize(dit_quantized=True)
 
 
 def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> None:
