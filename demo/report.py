@@ -59,6 +59,11 @@ class Made:
     first_db: float | None = None
     last_db: float | None = None
 
+    def nearness(self) -> str:
+        """In words, where frames were given."""
+        given = (("first", self.first_db), ("last", self.last_db))
+        return "".join(f", {name} frame {value:.1f} dB" for name, value in given if value is not None)
+
 
 def make_clips(args: argparse.Namespace, pairs: Sequence[tuple[str, int]]) -> Iterator[Made]:
     """One a pair, made by the engine."""
@@ -110,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.json:
             found = judge(one.clip)
             mark = "ok" if bool(score(found, [wanted]).everything) else "--"
-            print(f"{mark} {prompt!r} ({seed}): {describe(found, 0)}", flush=True)
+            print(f"{mark} {prompt!r} ({seed}): {describe(found, 0)}{one.nearness()}", flush=True)
     scores = score(judge(torch.cat([one.clip for one in made])), attributes)
     rates = scores.rates()
     if not args.json:
@@ -119,7 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in ("first_db", "last_db"):
         if found_db := [value for one in made if (value := getattr(one, name)) is not None]:
-            rates |= {name: round(min(found_db), 2), f"{name}_mean": round(sum(found_db) / len(found_db), 2)}
+            mean, clear = sum(found_db) / len(found_db), sum(value > 30 for value in found_db) / len(found_db)
+            rates |= {
+                f"{name}_mean": round(mean, 2),
+                f"{name}_least": round(min(found_db), 2),
+                f"{name}_above_30": clear,
+            }
     seconds = round((time.monotonic() - start) / len(pairs), 2)
     print(json.dumps({"count": len(pairs), **settings, **rates, "seconds_a_clip": seconds}))
     return int(args.require and any(rates[name] < goal for name, goal in GOALS.items()))
