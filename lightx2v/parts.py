@@ -21,7 +21,8 @@ from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
 from lightx2v.offload.plan import Plan, has_room
 from lightx2v.text import umt5
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
-from lightx2v.vae.tae import TinyVAE
+from lightx2v.vae.wan import WanVAE
+from lightx2v.vae.wan22 import Wan22VAE
 from lightx2v.vision import clip
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Parts:
         self._transformers: tuple[nn.Module, ...] = ()
         self._applied: tuple[Applied, ...] = ()
         self._how = "auto"
-        self._placing = Placing(device, self.free_bytes)
+        self._placing = Placing(device)
         self._engine = Engine()
         self.plan: Plan | None = None  # of the last request, where one was made
 
@@ -79,7 +80,7 @@ class Parts:
     def vae(self) -> FullVAE:
         """The VAE that encodes, on the device."""
         vae = self._read_vae(self._full())
-        assert not isinstance(vae, TinyVAE)  # choose_vaes takes none, and a model's folder has none by that name
+        assert isinstance(vae, WanVAE | Wan22VAE)  # a model's folder has no others by that name, choose_vaes takes none
         return vae
 
     def decoder(self) -> tuple[VAEInfo, VAE]:
@@ -181,7 +182,7 @@ class Parts:
         if asked is None:
             raise ValueError(f"offload={engine.offload!r} is planned from the size of the video, which was not given")
         there = [vae for vae in self._loaded_vaes.values() if next(vae.parameters()).device.type == self.device.type]
-        asked = replace(asked, vae=sum(held_bytes(vae) for vae in there))
+        asked = replace(asked, free=self.free_bytes(), vae=sum(held_bytes(vae) for vae in there))
         plan = self._placing.plan(engine, self._infos, self._transformers, asked)
         log.info(plan.line())
         if plan.vae == "visits":

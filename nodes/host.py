@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -175,8 +175,13 @@ class Housed(nn.Module):
 class EngineHandle(comfy.model_patcher.ModelPatcher):
     """A network of ours in ComfyUI's books: it can be asked for, evicted by other models and freed.
 
-    It moves as a whole. `model.model_loaded_weight_memory` always says how many bytes are on the load device.
+    It moves as a whole. `model.model_loaded_weight_memory` always says how many bytes are on the load device; while
+    weights pass through it, those that are held for them.
     """
+
+    def tell_host(self, nbytes: int) -> None:
+        """How many bytes are on the load device."""
+        self.model.model_loaded_weight_memory = nbytes
 
     def move(self, device: torch.device) -> None:
         """Take all weights to a device."""
@@ -213,6 +218,16 @@ def on_gpu(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int) -> t
 def room_beside(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int) -> int:
     """Bytes free on a handle's device once its weights are there and others have made way for as much as is asked."""
     return int(mm.get_free_memory(on_gpu(handle, activation_bytes)))
+
+
+def room_if_all_left(handles: Sequence[comfy.model_patcher.ModelPatcher]) -> int:
+    """Bytes beside these handles on their device if every other model made way."""
+    device = handles[0].load_device
+    free = int(mm.get_free_memory(device))
+    if device.type == "cpu":
+        return free
+    others = [loaded for loaded in mm.current_loaded_models if not any(loaded.model is each for each in handles)]
+    return free + sum(int(loaded.model_loaded_memory()) for loaded in others if loaded.device == device)
 
 
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:

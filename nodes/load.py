@@ -15,6 +15,7 @@ from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import build_transformer, compute_dtype, fill, with_attention
 from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
 from lightx2v.memory import transformer_activation_bytes
+from lightx2v.offload import Placing
 from lightx2v.text import umt5
 
 from . import host
@@ -38,11 +39,12 @@ class LoadedTransformer(host.EngineHandle):
         super().__init__(host.Housed(network), device, mm.unet_offload_device())
         self.info, self.engine, self.loras = info, engine, loras
         self.applied: Applied | None = None  # None: the weights are not read yet
+        self.placing = Placing(device)
 
-    def read(self) -> None:
-        """Read the weights to the load device, unless they were."""
+    def read(self, device: torch.device | None = None) -> None:
+        """Read the weights to a device, the load device where none is given, unless they were."""
         if self.applied is None:
-            fill(self.model.network, self.info, self.load_device)
+            fill(self.model.network, self.info, device or self.load_device)
             self.applied = apply_loras(self.model.network, self.info, self.loras, device=self.load_device)
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
@@ -51,11 +53,21 @@ class LoadedTransformer(host.EngineHandle):
 
     def move(self, device: torch.device) -> None:
         if self.applied is not None:
+            if device.type != "cpu":
+                self.placing.forget()
             super().move(device)
 
     def network(self, attention: str) -> nn.Module:
         """The transformer with the attention backend that the sampler asks for; weights are shared, never copied."""
         self.read()
+        return self._with(attention)
+
+    def resting_network(self, attention: str) -> nn.Module:
+        """The same, with its weights in RAM."""
+        self.read(torch.device("cpu"))
+        return self._with(attention)
+
+    def _with(self, attention: str) -> nn.Module:
         if attention != self.engine.attention:
             self.engine = Engine(attention=attention, dtype=self.engine.dtype)
             self.model.network = with_attention(self.model.network, self.info, self.engine, self.load_device)
@@ -176,7 +188,9 @@ class LightX2VLoadModelMoE(io.ComfyNode):
         require_pair(first, second)
         engine = Engine(dtype=dtype)
         high, low = for_expert(lora, "high"), for_expert(lora, "low")
-        return io.NodeOutput(LoadedExperts(_loaded(first, engine, high), _loaded(second, engine, low)))
+        experts = LoadedExperts(_loaded(first, engine, high), _loaded(second, engine, low))
+        experts.low.placing = experts.high.placing  # they share the GPU's memory where they pass through it
+        return io.NodeOutput(experts)
 
 
 def _dtype_input() -> io.Input:

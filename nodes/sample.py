@@ -1,19 +1,16 @@
 """The sampler node: ComfyUI's conditioning and latents in, ComfyUI's latents out."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management as mm
 from comfy_api.latest import io
-from torch import Tensor, nn
 
-from lightx2v.cache.choice import choose, kept_bytes
-from lightx2v.config import CACHES, SCHEDULERS, Cache, Sampling, one_of
-from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
+from lightx2v.cache.choice import choose
+from lightx2v.config import CACHES, SCHEDULERS, Cache, Engine, Sampling, one_of
+from lightx2v.diffuse import Hooks, Start, diffuse, fit_empty, fit_mask
 from lightx2v.fitting import check_images, check_latents
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
-from lightx2v.loading import compute_dtype
 from lightx2v.models.wan.conditioning import to_model_input
 from lightx2v.preview import read_colours
 from lightx2v.schedules import parse_step_list
@@ -22,10 +19,10 @@ from lightx2v_kernels.registry import names
 from . import host
 from .cache import CacheOptions
 from .load import LoadedExperts, LoadedTransformer
+from .offload import OFFLOADS, brought
 
 LAST_STEP = 10000
 STEP_LIST = ", ".join(map(str, Sampling().denoising_step_list))
-OFFLOADS = ("auto", "model")
 NOT_SUPPORTED = (
     *("area", "mask", "hooks", "control", "start_percent", "end_percent"),
     *("concat_mask_index", "reference_latents", "time_dim_concat", "vace_frames", "audio_embed", "camera_conditions"),
@@ -97,8 +94,9 @@ class LightX2VSampler(io.ComfyNode):
                 "offload",
                 options=list(OFFLOADS),
                 default="auto",
-                tooltip="auto: stays on the GPU until ComfyUI needs the room. model: back to RAM after sampling "
-                "(frees 28.6 GB for Wan 14B in bf16).",
+                tooltip="auto: stays on the GPU until ComfyUI needs the room; where it does not fit, some blocks pass "
+                "through. model: back to RAM after sampling (frees 28.6 GB for Wan 14B in bf16). block: rests in RAM "
+                "and passes through the GPU, 1.9 GB of it at a time.",
             ),
             io.Combo.Input(
                 "cache",
@@ -155,6 +153,18 @@ class LightX2VSampler(io.ComfyNode):
                 optional=True,
                 tooltip="From Cache (LightX2V): method, threshold (0.15) and the rest, in place of the cache widget.",
             ),
+            host.advanced(
+                io.Float.Input(
+                    "vram_budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="GB of GPU memory that offload auto and block may take: 8 keeps to 8 GB. 0: auto takes "
+                    "what is free, block as little as can be.",
+                )
+            ),
         ]
 
     @staticmethod
@@ -206,7 +216,7 @@ class LightX2VSampler(io.ComfyNode):
         cache_options: Cache | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
-        sampling = _sampling(widgets)
+        sampling, engine = _sampling(widgets), _engine(widgets)
         if sampling.guided and negative is None:
             raise ValueError(
                 f"cfg is {sampling.cfg_scale:g}, which needs the negative input; connect it or set cfg to 1"
@@ -218,9 +228,9 @@ class LightX2VSampler(io.ComfyNode):
         cache = choose(cache_options or Cache(widgets["cache"]), [expert.info for expert in experts])
         space = info.spec.latents
         picture = host.picture_of(space, read_colours(info.header, space.channels))
-        try:
+        with brought(experts, engine, samples, cache is not None) as ready:
             out = diffuse(
-                _model(experts, widgets["attention"], samples, cache is not None),
+                ready,
                 Start(samples, latent.get("noise_mask"), latent.get("batch_index")),
                 sampling,
                 _conditioning(positive, "positive", info, latent),
@@ -228,39 +238,17 @@ class LightX2VSampler(io.ComfyNode):
                 hooks=Hooks(host.step_progress(sampling.steps, picture), host.cancel_point),
                 cache=cache,
             )
-        finally:
-            if widgets["offload"] == "model":
-                for expert in experts:
-                    host.back_to_ram(expert)
         passed_on = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
         return io.NodeOutput({**passed_on, "samples": out.to(mm.intermediate_device())})
 
 
-def _model(experts: Sequence[LoadedTransformer], attention: str, samples: Tensor, cached: bool) -> Model:
-    """The engine's view of one handle or two; each comes to its device when its turn begins."""
-    here: list[LoadedTransformer] = []
-
-    def network(expert: LoadedTransformer) -> Callable[[], nn.Module]:
-        def bring() -> nn.Module:
-            if here != [expert]:
-                beside = _kept(expert, samples) if cached else 0
-                host.on_gpu(expert, expert.activation_bytes(samples) + beside)
-                here[:] = [expert]
-            return expert.network(attention)
-
-        return bring
-
-    low = network(experts[1]) if len(experts) == 2 else None
-    return Model(experts[0].info.spec, experts[0].load_device, network(experts[0]), low)
-
-
-def _kept(expert: LoadedTransformer, samples: Tensor) -> int:
-    shape = samples.shape if samples.ndim == 5 else samples.unsqueeze(2).shape
-    return kept_bytes(expert.info, shape, compute_dtype(expert.engine, expert.info.dtype, expert.load_device))
+def _engine(widgets: dict[str, Any]) -> Engine:
+    one_of("offload", widgets["offload"], OFFLOADS)  # hosts before 0.4 do not check combos of this schema
+    budget = widgets.get("vram_budget", 0.0)
+    return Engine(attention=widgets["attention"], offload=widgets["offload"], vram_budget_gb=budget)
 
 
 def _sampling(widgets: dict[str, Any]) -> Sampling:
-    one_of("offload", widgets["offload"], OFFLOADS)  # hosts before 0.4 do not check combos of this schema
     one_of("cache", widgets["cache"], CACHES)
     end = widgets.get("end_at_step", LAST_STEP)
     return Sampling(

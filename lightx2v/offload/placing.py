@@ -23,6 +23,7 @@ from lightx2v.offload.plan import Machine, Needs, Plan, measure, plan
 from lightx2v.offload.stream import BlockStream
 
 log = logging.getLogger(__name__)
+CPU = torch.device("cpu")
 Networks = Sequence[Callable[[], nn.Module]]
 Around = Callable[[RunBlocks, str | None], RunBlocks]
 PINNED_SHARE = 0.45 if sys.platform == "win32" else 0.9  # of all RAM; Windows lets a process lock half of it
@@ -56,19 +57,24 @@ def planned(engine: Engine, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request brings with it that takes memory. shape: of its latents, (B, C, T, H, W); vae: bytes there."""
+    """What a request finds, and brings with it that takes memory.
+
+    shape: of its latents, (B, C, T, H, W). free: bytes of the device beside what is there; None: not known.
+    vae: bytes of it on the device.
+    """
 
     shape: Sequence[int]
     cached: bool = False
     loras: Sequence[Lora] = ()
+    free: int | None = None
     vae: int = 0
 
 
 class Placing:
-    """free: bytes of the device beside what is there, None where that is not known."""
+    """Keeps the weights of one model's transformers at rest between requests, where they pass through the device."""
 
-    def __init__(self, device: torch.device, free: Callable[[], int | None]) -> None:
-        self.device, self._free = device, free
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._stream: BlockStream | None = None
         self._made_with: tuple[object, ...] = ()
         self._link: float | None = None
@@ -84,13 +90,12 @@ class Placing:
         activations += kept_bytes(info, asked.shape, dtype) if asked.cached else 0
         activations += 0 if networks else sum(_file_bytes(lora.path) for lora in asked.loras)
         here = sum(held_bytes(network) for network in networks if _on(network, self.device))
-        free = self._free()
         if self._link is None:
             self._link = link_rate(self.device)
         ram, total = ram_bytes()
         machine = Machine(
-            free_vram=sys.maxsize if free is None else free + asked.vae + here,
-            free_ram=ram + sum(held_bytes(network) for network in networks if not _on(network, self.device)),
+            free_vram=sys.maxsize if asked.free is None else asked.free + asked.vae + here,
+            free_ram=ram + sum(held_bytes(network) for network in networks if _on(network, CPU)),
             pin_limit=int(PINNED_SHARE * total) if self.device.type == "cuda" else 0,
             link=self._link,
         )
@@ -113,6 +118,11 @@ class Placing:
         names = ("",) if len(networks) == 1 else ("high", "low")
         with stream.open(plan.resident, plan.prefetch):
             yield [_bringer(stream, name) for name in names], stream.around
+
+    @property
+    def device_bytes(self) -> int:
+        """Held for weights that pass through; 0 between requests."""
+        return self._stream.device_bytes if self._stream is not None else 0
 
     def forget(self) -> None:
         """The weights stay where they rest, but are no longer pinned."""

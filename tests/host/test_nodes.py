@@ -46,7 +46,7 @@ NODES = {
         ["model", "positive", "latent", "seed", "steps", "cfg", "shift", "scheduler", "attention", "offload", "cache"],
         [
             *("negative", "start_at_step", "end_at_step", "add_noise", "denoising_step_list"),
-            *("cfg_low", "boundary", "boundary_step", "cache_options"),
+            *("cfg_low", "boundary", "boundary_step", "cache_options", "vram_budget"),
         ],
         ["LATENT"],
     ),
@@ -159,9 +159,29 @@ def test_every_attention_gives_the_same_picture(host, tiny_models) -> None:
 
 
 def test_offload_changes_nothing_but_memory(host, tiny_models) -> None:
-    graph = keep({**base(tiny_models), "a": our_sampler(), "b": our_sampler(offload="model")}, "a", "b")
-    result = host.run(graph).expect()
+    ways = {
+        "a": our_sampler(),
+        "b": our_sampler(offload="model"),
+        "c": our_sampler(offload="block"),
+        "d": our_sampler(offload="block", attention="reference"),
+        "e": our_sampler(attention="reference"),
+    }
+    result = host.run(keep({**base(tiny_models), **ways}, *ways)).expect()
+    samples = {name: result.kept(f"keep_{name}")["samples"] for name in ways}
+    assert all(torch.equal(samples[name], samples["a"]) for name in "bc")
+    assert torch.equal(samples["d"], samples["e"])
+    log = host.log()
+    assert "memory: 0 of" in log and "pass through it" in log
+
+
+def test_a_memory_budget_is_kept_or_refused_in_words(host, tiny_models) -> None:
+    graph = {**base(tiny_models), "a": our_sampler(), "b": our_sampler(vram_budget=0.7, offload="auto")}
+    graph["c"] = our_sampler(vram_budget=0.7, offload="block")  # all of it fits
+    result = host.run(keep(graph, "a", "b", "c")).expect()
     assert torch.equal(result.kept("keep_a")["samples"], result.kept("keep_b")["samples"])
+    assert torch.equal(result.kept("keep_a")["samples"], result.kept("keep_c")["samples"])
+    graph = keep({**base(tiny_models), "d": our_sampler(vram_budget=0.3)}, "d")
+    assert "0.6 GB of GPU memory are needed at least" in host.run(graph).message
 
 
 def test_four_distilled_steps(host, tiny_models) -> None:
