@@ -191,7 +191,7 @@ KINDS: tuple[Kind, ...] = (
         "vae",
         "hunyuan1.5",
         "the VAE of HunyuanVideo-1.5",
-        NOT_YET,
+        AS_VAE,
         _both(_has("encoder.conv_in.conv.weight"), _size("decoder.conv_in.conv.weight", 1, 32)),
     ),
     Kind(

@@ -6,6 +6,7 @@ import torch
 
 from lightx2v.identify import CheckpointInfo
 from lightx2v.shapes import LatentShape, num_tokens
+from lightx2v.vae.hunyuan15 import HunyuanVAEConfig
 from lightx2v.vae.loading import VAEInfo
 from lightx2v.vae.tae import KINDS, TAEConfig
 from lightx2v.vae.wan22 import Wan22VAEConfig
@@ -34,7 +35,7 @@ def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dt
     """Peak of decoding raw latents (B, C, T, h, w) one latent frame at a time, in bytes: an upper estimate.
 
     frames: whether the decoded video, 12 bytes a pixel and frame, lies on the same device. The rest does not depend on
-    T: numbers a pixel of one frame, counted by running each network on tensors without contents
+    T, or hardly: numbers a pixel of one frame, counted by running each network on tensors without contents
     (tests/engine/test_vae_memory.py), at the stage of the largest frames and with all that the layers remember.
     """
     batch, _, latent_frames, height, width = latent_shape
@@ -45,6 +46,8 @@ def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dt
         numbers = (4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24
     elif isinstance(config, Wan22VAEConfig):
         numbers = 17.5 * config.decoder_channels + 30
+    elif isinstance(config, HunyuanVAEConfig):  # keys and values are kept of every latent frame
+        numbers = 61.5 * config.widths[0] + latent_frames * config.widths[-1] / 128 + 30
     else:
         numbers = 45.5 * config.base_channels + 30
     pixels = batch * height * rows * width * columns
@@ -59,6 +62,8 @@ def vae_encode_bytes(info: VAEInfo, height: int, width: int, dtype: torch.dtype)
         numbers = 12 * (config.encoder_channels or 0) / KINDS[config.kind].patch ** 2 + 60
     elif isinstance(config, Wan22VAEConfig):
         numbers = 10.5 * config.encoder_channels + 30
+    elif isinstance(config, HunyuanVAEConfig):  # what is kept of 32 latent frames, 125 frames of the clip
+        numbers = 54 * config.widths[0] + config.widths[-1] / 4 + 30
     else:
         numbers = 36 * config.base_channels + 30
     return int(VAE_SLACK * numbers * height * width * dtype.itemsize)

@@ -16,8 +16,8 @@ from lightx2v.checkpoint import read_header
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, whole_clips
 from lightx2v.shapes import VideoShape, snap, to_latent
+from lightx2v.vae.loading import FullVAE
 from lightx2v.vae.padded import encode_padded
-from lightx2v.vae.tae import TinyVAE
 from lightx2v.vision import clip, layout
 
 from . import host
@@ -239,7 +239,7 @@ def _encode(vae: comfy.sd.VAE) -> Encode:
     # ComfyUI's VAE objects take frames (F, H, W, 3) in [0, 1].
     whole = whole_clips(lambda frames: vae.encode(frames[0].permute(1, 2, 3, 0) * 0.5 + 0.5))
     network = vae.first_stage_model.network if isinstance(vae, EngineVAE) else None
-    if network is None or isinstance(network, TinyVAE):
+    if not isinstance(network, FullVAE):
         return whole
 
     def padded(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:

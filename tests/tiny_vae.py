@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lightx2v.vae.hunyuan15 import HunyuanVAE, HunyuanVAEConfig
 from lightx2v.vae.tae import Remember, TAEConfig, TinyVAE
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
 from lightx2v.vae.wan22 import Wan22VAE, Wan22VAEConfig
@@ -22,6 +23,15 @@ def tiny_vae(base_channels: int = 8, *, seed: int = 0) -> WanVAE:
 def tiny_vae22(encoder_channels: int = 8, decoder_channels: int = 12, *, seed: int = 0) -> Wan22VAE:
     """A Wan2.2 VAE; 1.8 M parameters at these widths."""
     return randomised(Wan22VAE(Wan22VAEConfig(encoder_channels, decoder_channels)), seed)
+
+
+def tiny_vae15(widths: tuple[int, int, int, int, int] = (16, 32, 64, 128, 128), *, seed: int = 0) -> HunyuanVAE:
+    """A HunyuanVideo-1.5 VAE; 20 M parameters at these widths."""
+    vae = randomised(HunyuanVAE(HunyuanVAEConfig(widths)), seed)
+    for parameter in vae.parameters():  # the memory order of loaded weights: a convolution's last bits depend on it
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
 
 
 def tiny_tae(kind: str = "taew2_1", widths: tuple[int, int, int, int] = (256, 128, 64, 64), seed: int = 0) -> TinyVAE:

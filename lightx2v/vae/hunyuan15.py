@@ -257,7 +257,7 @@ class HunyuanVAE(nn.Module):
 
         F is 4n + 1 for a whole clip or its first chunk, 4n for a later chunk.
         """
-        mean, log_variance = self.encoder(frames, state).chunk(2, 1)
+        mean, log_variance = self.encoder(_rows(frames), state).chunk(2, 1)
         return mean, log_variance
 
     def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor:
@@ -269,7 +269,12 @@ class HunyuanVAE(nn.Module):
 
         F is 4T - 3 for a whole clip or its first chunk, 4T for a later chunk.
         """
-        return self.decoder(raw.to(self.decoder.conv_in.conv.weight.dtype), state)
+        return self.decoder(_rows(raw.to(self.decoder.conv_in.conv.weight.dtype)), state)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """In the memory order that the norms, the attention and a GPU's convolutions work in."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 NAMES = (

@@ -9,11 +9,12 @@ import torch
 
 from lightx2v.checkpoint import CheckpointError, read_header
 from lightx2v.latents import LatentFormat
-from lightx2v.vae import tae, wan, wan22
+from lightx2v.vae import hunyuan15, tae, wan, wan22
 from lightx2v.vae.layouts import PREFIXES, require_any_layout
 
-VAE = wan.WanVAE | wan22.Wan22VAE | tae.TinyVAE
-FullVAE = wan.WanVAE | wan22.Wan22VAE
+VAE = wan.WanVAE | wan22.Wan22VAE | hunyuan15.HunyuanVAE | tae.TinyVAE
+FullVAE = wan.WanVAE | wan22.Wan22VAE  # those that encode clips of which only the ends are given
+Config = wan.WanVAEConfig | wan22.Wan22VAEConfig | hunyuan15.HunyuanVAEConfig | tae.TAEConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class VAEInfo:
     """What a VAE's file says about itself."""
 
     path: Path
-    config: wan.WanVAEConfig | wan22.Wan22VAEConfig | tae.TAEConfig
+    config: Config
 
     @property
     def tiny(self) -> bool:
@@ -32,6 +33,8 @@ class VAEInfo:
     def name(self) -> str:
         if isinstance(self.config, tae.TAEConfig):
             return f"tiny autoencoder {self.config.kind}"
+        if isinstance(self.config, hunyuan15.HunyuanVAEConfig):
+            return "HunyuanVideo-1.5 VAE"
         return "Wan2.2 VAE" if isinstance(self.config, wan22.Wan22VAEConfig) else "Wan2.1 VAE"
 
     @property
@@ -39,6 +42,8 @@ class VAEInfo:
         """The latents that it encodes to and decodes from."""
         if isinstance(self.config, tae.TAEConfig):
             return tae.KINDS[self.config.kind].space
+        if isinstance(self.config, hunyuan15.HunyuanVAEConfig):
+            return hunyuan15.HunyuanVAE.space
         return (wan22.Wan22VAE if isinstance(self.config, wan22.Wan22VAEConfig) else wan.WanVAE).space
 
     def network(self) -> VAE:
@@ -46,6 +51,8 @@ class VAEInfo:
         config = self.config
         if isinstance(config, tae.TAEConfig):
             return tae.TinyVAE(config)
+        if isinstance(config, hunyuan15.HunyuanVAEConfig):
+            return hunyuan15.HunyuanVAE(config)
         return wan22.Wan22VAE(config) if isinstance(config, wan22.Wan22VAEConfig) else wan.WanVAE(config)
 
 
@@ -54,12 +61,14 @@ def identify_vae(path: str | Path, space: LatentFormat | None = None) -> VAEInfo
 
     space: the latents of the model that it is for, if there is one already.
     Raises CheckpointError, which says what the file is, for anything but a Wan2.1 VAE (LightVAE among them), a Wan2.2
-    VAE or a tiny autoencoder of `tae.KINDS`, and for a VAE of other latents than `space`.
+    VAE, a HunyuanVideo-1.5 VAE or a tiny autoencoder of `tae.KINDS`, and for a VAE of other latents than `space`.
     """
     header = read_header(path).without_prefix(*PREFIXES)
-    config: wan.WanVAEConfig | wan22.Wan22VAEConfig | tae.TAEConfig
+    config: Config
     if tae.is_tiny(header):
         config = tae.config_from_header(header)
+    elif hunyuan15.is_hunyuan15(header):
+        config = hunyuan15.config_from_header(header)
     elif require_any_layout(header) == wan22.Wan22VAE.space:
         config = wan22.config_from_header(header)
     else:
@@ -80,5 +89,7 @@ def load_vae(info: VAEInfo, *, dtype: torch.dtype, device: torch.device | str) -
     """
     if isinstance(info.config, tae.TAEConfig):
         return tae.load(info.path, dtype=dtype, device=device)
+    if isinstance(info.config, hunyuan15.HunyuanVAEConfig):
+        return hunyuan15.load(info.path, dtype=dtype, device=device)
     module = wan22 if isinstance(info.config, wan22.Wan22VAEConfig) else wan
     return module.load(info.path, dtype=dtype, device=device)

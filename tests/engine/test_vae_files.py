@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from closeness import relative_error
 from lightx2v.checkpoint import CheckpointError, Header, TensorInfo
 from lightx2v.latents import WAN21, WAN22, LatentFormat
-from lightx2v.vae import wan, wan22
+from lightx2v.vae import hunyuan15, wan, wan22
 from lightx2v.vae.layouts import from_diffusers, from_diffusers22
 from lightx2v.vae.loading import VAE, identify_vae, load_vae
 from lightx2v.vae.stream import decode, encode
-from tiny_vae import tiny_vae, tiny_vae22
+from tiny_vae import tiny_vae, tiny_vae15, tiny_vae22
 
 MANIFESTS = Path(__file__).parents[1] / "formats" / "manifests"
 MAKERS: dict[str, Callable[[], VAE]] = {
@@ -28,6 +28,8 @@ MAKERS: dict[str, Callable[[], VAE]] = {
     "wan2.1 wider": partial(tiny_vae, 12),
     "wan2.2": tiny_vae22,
     "wan2.2 wider": partial(tiny_vae22, 12, 8),
+    "hunyuan1.5": tiny_vae15,
+    "hunyuan1.5 wider": partial(tiny_vae15, (32, 64, 128, 128, 128)),
 }
 
 
@@ -37,9 +39,12 @@ def random_latents(vae: VAE) -> torch.Tensor:
 
 def diffusers_names(vae: VAE) -> dict[str, str]:
     """Name in diffusers' own network -> name in the original."""
-    from diffusers import AutoencoderKLWan
+    from diffusers import AutoencoderKLHunyuanVideo15, AutoencoderKLWan
 
     with torch.device("meta"):
+        if isinstance(vae, hunyuan15.HunyuanVAE):
+            theirs = AutoencoderKLHunyuanVideo15(block_out_channels=vae.config.widths)
+            return {name: hunyuan15.from_diffusers(name) for name in theirs.state_dict()}
         if isinstance(vae, wan.WanVAE):
             return {name: from_diffusers(name) for name in AutoencoderKLWan(vae.config.base_channels).state_dict()}
         widths = {"base_dim": vae.config.encoder_channels, "decoder_base_dim": vae.config.decoder_channels}
@@ -50,7 +55,7 @@ def diffusers_names(vae: VAE) -> dict[str, str]:
 
 def written(folder: Path, layout: str, vae: VAE) -> Path:
     """The VAE as one file: 'pth', 'safetensors', 'prefixed', 'diffusers', or as diffusers' folder 'vae'."""
-    weights = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    weights = {name: t.clone(memory_format=torch.contiguous_format) for name, t in vae.state_dict().items()}
     path = folder / f"vae.{'pth' if layout == 'pth' else 'safetensors'}"
     if layout == "pth":
         torch.save(weights, path)
@@ -97,15 +102,29 @@ def manifest_header(name: str) -> Header:
     return header_of({key: tuple(tensor["shape"]) for key, tensor in tensors.items()})
 
 
-@pytest.mark.parametrize(("name", "family"), [("comfyui_wan_2.1_vae", wan), ("comfyui_wan2.2_vae", wan22)])
+PUBLISHED = [("comfyui_wan_2.1_vae", wan), ("comfyui_wan2.2_vae", wan22), ("hunyuan15_vae", hunyuan15)]
+NETWORKS = {wan: wan.WanVAE, wan22: wan22.Wan22VAE, hunyuan15: hunyuan15.HunyuanVAE}
+
+
+@pytest.mark.parametrize(("name", "family"), [*PUBLISHED, ("comfyui_hunyuan15_vae_fp16", hunyuan15)])
 def test_the_published_checkpoint_fits(name: str, family: ModuleType) -> None:
     header = manifest_header(name)
     config = family.config_from_header(header)
     assert config == type(config)(), "the defaults are the published widths"
     with torch.device("meta"):
-        vae = (wan.WanVAE if family is wan else wan22.Wan22VAE)(config)
+        vae = NETWORKS[family](config)
     assert {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()} == {
         name: info.shape for name, info in header.tensors.items()
+    }
+
+
+def test_diffusers_copy_of_hunyuans_fits() -> None:
+    header = manifest_header("diffusers_hunyuan15_vae")
+    config = hunyuan15.config_from_header(header)
+    with torch.device("meta"):
+        vae = hunyuan15.HunyuanVAE(config)
+    assert {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()} == {
+        hunyuan15.from_diffusers(name): info.shape for name, info in header.tensors.items()
     }
 
 

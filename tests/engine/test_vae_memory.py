@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightx2v.memory import VAE_SLACK, vae_decode_bytes, vae_encode_bytes
+from lightx2v.vae.hunyuan15 import HunyuanVAEConfig
 from lightx2v.vae.loading import VAEInfo
 from lightx2v.vae.stream import decode, encode
 from lightx2v.vae.tae import TAEConfig
@@ -25,6 +26,8 @@ CONFIGS = {
     "LightVAE": WanVAEConfig(24),
     "Wan2.2": Wan22VAEConfig(),
     "Wan2.2, narrow": Wan22VAEConfig(80, 128),
+    "HunyuanVideo-1.5": HunyuanVAEConfig(),
+    "HunyuanVideo-1.5, narrow": HunyuanVAEConfig((64, 128, 256, 512, 512)),
     "taew2_1": TAEConfig(),
     "taew2_2": TAEConfig("taew2_2"),
     "taew2_1, narrow": TAEConfig("taew2_1", (64, 64, 32, 16), 32),

@@ -1,4 +1,4 @@
-"""The Wan2.2 VAE, and diffusers' layouts, in ComfyUI's own nodes: what the engine makes, the nodes make."""
+"""VAEs of Wan2.2 and HunyuanVideo-1.5, and diffusers' layouts, in ComfyUI's own nodes: what the engine makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from host.graphs import Graph, keep, node
 from lightx2v.vae.layouts import from_diffusers
 from lightx2v.vae.loading import VAE
 from lightx2v.vae.stream import decode, encode
-from tiny_vae import tiny_vae, tiny_vae22
+from tiny_vae import tiny_vae, tiny_vae15, tiny_vae22
 
 pytestmark = pytest.mark.host
 TOLERANCE = 1e-4
@@ -31,13 +31,15 @@ def diffusers_names(vae: VAE) -> dict[str, str]:
         return {name: from_diffusers(name) for name in AutoencoderKLWan(8).state_dict()}
 
 
-@pytest.mark.parametrize(("make", "names"), [(tiny_vae22, published_names), (tiny_vae, diffusers_names)])
+@pytest.mark.parametrize(
+    ("make", "names"), [(tiny_vae22, published_names), (tiny_vae, diffusers_names), (tiny_vae15, published_names)]
+)
 def test_native_nodes_run_our_network(host, make: Callable[[], VAE], names: Callable[[VAE], Mapping[str, str]]) -> None:
     vae = make()
     weights = vae.state_dict()
     path: Path = host.base / "models" / "vae" / f"tiny_{make.__name__}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: weights[original].clone() for name, original in names(vae).items()}, path)
+    save_file({name: weights[original].contiguous().clone() for name, original in names(vae).items()}, path)
     cell = vae.space.stride[1]
     size = {"channels": vae.space.channels, "frames": 3, "height": 96 // cell, "width": 128 // cell}
     graph: Graph = {
