@@ -69,6 +69,15 @@ class Pick:
 
         Raises CheckpointError or ValueError for files that are damaged, or of another class.
         """
+        fitting = (
+            ("high_noise_original_ckpt", "low_noise_original_ckpt") if self.kind.experts else ("dit_original_ckpt",)
+        )
+        if astray := sorted(self.originals.keys() - set(fitting)):
+            count = "two experts" if self.kind.experts else "one transformer"
+            raise ValueError(
+                f"{astray[0]}={str(self.originals[astray[0]])!r}: {self.model_cls} has {count}: give "
+                f"{' and '.join(fitting)}, or choose another model_cls"
+            )
         try:
             infos = self._quantised() if self.quantize.dit else self._plain()
         except MissingPartError as error:  # a file that is named later may take its place

@@ -146,6 +146,15 @@ UNDONE_BY: Mapping[str, Mapping[str, Any]] = {
     "enable_cache": {"cache_method": "None"},
     "enable_vae_tiling": {"mode": "auto"},
 }
+SWITCHES = frozenset(
+    "enable_cfg cpu_offload vae_cpu_offload dit_quantized t5_quantized clip_quantized use_lightvae use_tae "
+    "use_tiling_vae use_ret_steps magcache_calibration lora_dynamic_apply".split()
+)
+WHOLE = frozenset(
+    "infer_steps target_height target_width target_video_length fps boundary_step_index magcache_K".split()
+)
+NUMBERS = WHOLE | frozenset("sample_shift boundary teacache_thresh magcache_thresh magcache_retention_ratio".split())
+LISTS = frozenset("denoising_step_list lora_configs coefficients magcache_ratios".split())
 ORIGINALS = ("dit_original_ckpt", "high_noise_original_ckpt", "low_noise_original_ckpt")
 
 
@@ -220,6 +229,8 @@ class Reading:
         if key not in KEYS:
             raise ValueError(f"{self.where}: {key!r} is no key of these files{nearest(key, KEYS)}")
         row = KEYS[key]
+        if value is not None and (wanted := _wanted(key, value)):
+            raise ValueError(f"{self.where}: {key}={value!r}: expected {wanted}")
         if key == "parallel" and isinstance(value, dict):
             value = [name for name, size in value.items() if name.endswith("p_size") and size != 1]
         if row.verdict == REFUSED and value:
@@ -240,7 +251,7 @@ class Reading:
     def _generator(self) -> Iterator[tuple[str, Any]]:
         for key, name in RENAMED.items():
             if self.settings.get(key) is not None:
-                yield name, self.settings[key]
+                yield name, int(self.settings[key]) if key in WHOLE else self.settings[key]
         if self.settings.get("enable_cfg") is False:
             yield "guidance_scale", 1.0
         elif self.settings.get("sample_guide_scale") is not None:
@@ -362,3 +373,15 @@ def read_told(path: str | Path, model_path: Path, infos: Sequence[CheckpointInfo
 
 def _is_comment(key: str) -> bool:
     return key.lstrip("_").startswith(("comment", "//"))
+
+
+def _wanted(key: str, value: object) -> str | None:
+    """What the key's value must be, where this is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key in SWITCHES and value not in (True, False):
+        return "true or false"
+    if key in WHOLE and not (number and value == int(value)):  # type: ignore[call-overload]
+        return "a whole number"
+    if key in NUMBERS and not number:
+        return "a number"
+    return "a list" if key in LISTS and not isinstance(value, list) else None

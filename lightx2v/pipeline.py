@@ -223,10 +223,7 @@ class LightX2VPipeline:
         """
         switches = (dit_quantized, text_encoder_quantized, image_encoder_quantized)
         dits = (dit_quantized_ckpt, low_noise_quantized_ckpt, high_noise_quantized_ckpt)
-        others = (
-            text_encoder_quantized_ckpt or None,
-            image_encoder_quantized_ckpt or None,
-        )  # False there
+        others = (text_encoder_quantized_ckpt or None, image_encoder_quantized_ckpt or None)
         schemes = (text_encoder_quant_scheme, image_encoder_quant_scheme)
         wanted = Quantize(*switches, *dits, *others, quant_scheme, *schemes)
         encoders = quantised_text_encoder(self._folder, wanted), quantised_image_encoder(self._folder, wanted)

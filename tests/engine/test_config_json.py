@@ -108,6 +108,21 @@ def test_the_table_has_one_verdict_a_key_and_is_the_documents() -> None:
     assert listed == [(row.keys, row.verdict, row.says) for row in TABLE]
 
 
+def test_values_become_arguments() -> None:
+    guided = {**SIZES, "fps": 16.0, "sample_shift": 5, "sample_guide_scale": [4.0, 3.0], "enable_cfg": True}
+    size = {"infer_steps": 40, "height": 480, "width": 832, "num_frames": 81, "fps": 16, "sample_shift": 5}
+    assert translate(guided).generator == {**size, "guidance_scale": [4.0, 3.0]}
+    assert translate({**guided, "enable_cfg": False}).generator == {**size, "guidance_scale": 1.0}
+    offload = translate({"cpu_offload": True, "offload_granularity": "phase", "vae_cpu_offload": True}).calls
+    assert offload == {"enable_offload": {"cpu_offload": True, "offload_granularity": "phase", "vae_offload": True}}
+    cache = translate({"feature_caching": "Mag", "magcache_K": 4, "magcache_ratios": [[1.0], [1.0]]}).calls
+    assert cache == {"enable_cache": {"cache_method": "Mag", "magcache_K": 4, "magcache_ratios": [[1.0], [1.0]]}}
+    quantised = translate({"t5_quantized": True, "t5_quant_scheme": "int8", "dit_quantized_ckpt": __file__}).calls
+    assert quantised["enable_quantize"]["text_encoder_quant_scheme"] == "int8"
+    assert not quantised["enable_quantize"]["dit_quantized"]
+    assert "dit_quantized_ckpt" not in quantised["enable_quantize"], "it is not switched on"
+
+
 def test_honoured_keys_change_what_is_asked_for() -> None:
     """Each of them, alone or with the switch that it belongs to, makes a difference."""
     switches: dict[str, dict[str, Any]] = {
@@ -127,6 +142,9 @@ def test_honoured_keys_change_what_is_asked_for() -> None:
     }
     values: dict[str, Any] = {
         "enable_cfg": False,
+        "denoising_step_list": [1000, 500],
+        "coefficients": [1.0],
+        "magcache_ratios": [1.0],
         "scheduler_type": "WanStepDistillScheduler",
         "feature_caching": "Tea",
         "lora_configs": [{"path": __file__}],
@@ -189,6 +207,11 @@ def test_the_checkpoint_decides_what_it_is() -> None:
         ({"self_attn_1_type": "torch_sdp"}, "did you mean 'torch_sdpa'"),
         ({"dit_original_ckpt": "/path/to/dit"}, "dit_original_ckpt='/path/to/dit' is a placeholder: write the real"),
         ({"dit_original_ckpt": "gone.pth"}, r"'gone\.pth': there is no such file; looked for gone\.pth"),
+        ({"cpu_offload": "false"}, "cpu_offload='false': expected true or false"),
+        ({"target_height": "480"}, "target_height='480': expected a whole number"),
+        ({"infer_steps": 4.5}, "infer_steps=4.5: expected a whole number"),
+        ({"sample_shift": True}, "sample_shift=True: expected a number"),
+        ({"denoising_step_list": 4}, "denoising_step_list=4: expected a list"),
         ({"lora_configs": [{"path": "/path/to/lora"}]}, "lora_configs='/path/to/lora' is a placeholder"),
     ],
 )

@@ -115,6 +115,17 @@ def test_what_only_lightx2v_has_is_refused_in_words(folder: Path, caplog: pytest
     assert "aspect_ratio='16:9' changes nothing: height and width" in caplog.text
 
 
+def test_a_checkpoint_that_the_class_has_no_place_for_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"wan2\.1 has one transformer: give dit_original_ckpt, or choose another"):
+        LightX2VPipeline(folder, high_noise_original_ckpt=folder / DIT)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"low_noise_original_ckpt": str(folder / DIT)}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"low_noise_original_ckpt=.*wan2\.1 has one transformer"):
+        LightX2VPipeline(folder).create_generator(config_json=path)
+    with pytest.raises(ValueError, match=r"wan2\.2_moe has two experts: give high_noise_original_ckpt and low_noise"):
+        LightX2VPipeline(folder, "wan2.2_moe", dit_original_ckpt=folder / DIT)
+
+
 def test_support_tasks(folder: Path) -> None:
     pipe = LightX2VPipeline(folder, support_tasks=["t2v"])
     pipe.create_generator(**SMALL)
