@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -18,57 +17,19 @@ from typing import Any
 import pytest
 import tomllib
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dev.environment import REPOSITORY
-from host.tiny_models import write_tiny_models, write_transformer
+from host.tiny_models import write_transformer
 from lightx2v import LightX2VPipeline
 from lightx2v.__main__ import main
 from lightx2v.checkpoint import CheckpointError
-
-SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "infer_steps": 2}
-T5, DIT = "models_t5_umt5-xxl-enc.safetensors", "diffusion_pytorch_model.safetensors"
+from tiny_wan import DIT, SMALL, T5, pipeline, quantised, video, write_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan2.1 folder of small random weights."""
-    models, wan = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("wan")
-    names = write_tiny_models(models)
-    (models / "diffusion_models" / names.diffusion_model).rename(wan / DIT)
-    (models / "text_encoders" / names.text_encoder).rename(wan / T5)
-    (models / "vae" / names.vae).rename(wan / "Wan2.1_VAE.safetensors")
-    return wan
-
-
-def quantised(source: Path, target: Path, *parts: str, dtype: torch.dtype = torch.float8_e4m3fn) -> Path:
-    """LightX2V's layout: `weight` in 8 bits with a `weight_scale` a row, where a name holds one of parts."""
-    limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-    tensors = {}
-    for name, tensor in load_file(source).items():
-        if name.endswith(".weight") and tensor.ndim == 2 and any(part in name for part in parts):
-            scale = tensor.abs().amax(1, keepdim=True).clamp(min=1e-8).float() / limit
-            scaled = tensor / scale
-            tensors[name] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
-            tensors[f"{name}_scale"] = scale
-        else:
-            tensors[name] = tensor
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target)
-    return target
-
-
-def video(pipe: LightX2VPipeline, **changes: Any) -> torch.Tensor:
-    arguments = {"seed": 1, "prompt": "a red circle", "return_result_tensor": True, "progress": False, **changes}
-    made = pipe.generate(**arguments)["video"]
-    assert made is not None and made.std() > 0.01
-    return made
-
-
-def pipeline(folder: Path, **changes: Any) -> LightX2VPipeline:
-    pipe = LightX2VPipeline(folder)
-    pipe.create_generator(**{**SMALL, **changes})
-    return pipe
+    return write_folder(tmp_path_factory.mktemp("models"))
 
 
 PUBLIC = [name for name, _ in inspect.getmembers(LightX2VPipeline, inspect.isfunction) if not name.startswith("_")]
@@ -228,95 +189,6 @@ def test_the_order_of_calls_changes_nothing(folder: Path, tmp_path: Path) -> Non
     assert torch.equal(made((*bare, "quantize", "create")), first), "before it is known which transformer it is"
 
 
-def test_quantised_files_are_found_named_and_left_again(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    wan = Path(shutil.copytree(folder, tmp_path / "wan"))
-    fp8 = quantised(wan / DIT, wan / "fp8" / DIT, "_attn.", "ffn.")
-    int8 = quantised(wan / DIT, tmp_path / "int8.safetensors", "_attn.", "ffn.", dtype=torch.int8)
-    text = quantised(wan / T5, wan / "fp8" / "models_t5_umt5-xxl-enc-fp8.safetensors", "attn.", "ffn.")
-    pipe = pipeline(wan)
-    plain = video(pipe)
-    with caplog.at_level(logging.INFO):
-        pipe.enable_quantize(dit_quantized=True)
-    assert re.search(rf"{re.escape(str(fp8))}: fp8 \(e4m3, .*restored to full precision as it is read", caplog.text)
-    found = video(pipe)
-    assert 0 < (found - plain).abs().mean() < 0.05
-    assert torch.equal(found, video(_quantised_only(wan, fp8)))
-    pipe.enable_quantize(text_encoder_quantized=True)
-    packed = video(pipe)
-    assert not torch.equal(packed, plain)
-    pipe.enable_quantize(text_encoder_quantized=True, text_encoder_quantized_ckpt=text, text_encoder_quant_scheme="fp8")
-    assert torch.equal(video(pipe), packed)
-    pipe.enable_quantize()
-    assert torch.equal(video(pipe), plain)
-    caplog.clear()
-    pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=int8, quant_scheme="fp8-sgl")
-    assert f"{int8}: quant_scheme is 'fp8-sgl', the file is int8; the file decides" in caplog.text
-
-
-def _quantised_only(wan: Path, fp8: Path) -> LightX2VPipeline:
-    """Of a folder that has no plain transformer."""
-    bare = wan.parent / "bare"
-    if not bare.exists():
-        shutil.copytree(wan, bare, ignore=lambda root, names: [DIT, "fp8"])
-    pipe = LightX2VPipeline(bare)
-    with pytest.raises(CheckpointError, match="no transformer here"):
-        pipe.create_generator(**SMALL)
-    pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=fp8)
-    pipe.create_generator(**SMALL)
-    return pipe
-
-
-def test_quantised_experts(folder: Path, tmp_path: Path) -> None:
-    wan = Path(shutil.copytree(folder, tmp_path / "wan"))
-    plain = {
-        role: write_transformer(wan / f"{role}_noise_model.safetensors", seed=3 + len(role)) for role in ("high", "low")
-    }
-    fp8 = {role: quantised(path, wan / "fp8" / f"{role}_noise_fp8.safetensors", "ffn.") for role, path in plain.items()}
-    pipe = LightX2VPipeline(wan, "wan2.2_moe")
-    pipe.create_generator(**SMALL)
-    before = video(pipe)
-    pipe.enable_quantize(dit_quantized=True)
-    found = video(pipe)
-    assert not torch.equal(found, before)
-    named = {f"{role}_noise_quantized_ckpt": path for role, path in fp8.items()}
-    pipe.enable_quantize(dit_quantized=True, **named)
-    assert torch.equal(video(pipe), found)
-    with pytest.raises(ValueError, match="this model has two experts; give high_noise_quantized_ckpt"):
-        pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=fp8["high"])
-    fp8["low"].unlink()
-    with pytest.raises(CheckpointError, match=r"no fp8 low-noise expert here.*give low_noise_quantized_ckpt"):
-        pipe.enable_quantize(dit_quantized=True)
-
-
-def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> None:
-    pipe = pipeline(folder)
-    plain = video(pipe)
-    for arguments, error, message in (
-        ({"dit_quantized": True}, CheckpointError, "no fp8 transformer here; looked for .*give dit_quantized_ckpt"),
-        ({"dit_quantized": True, "dit_quantized_ckpt": folder / DIT}, CheckpointError, "is not quantised, it holds"),
-        ({"dit_quantized": True, "dit_quantized_ckpt": tmp_path / "gone.safetensors"}, CheckpointError, "gone"),
-        (
-            {"dit_quantized": True, "high_noise_quantized_ckpt": "a"},
-            ValueError,
-            "are of wan2.2_moe; give dit_quantized",
-        ),
-        ({"quant_scheme": "fp8-sgI"}, ValueError, "quant_scheme='fp8-sgI' is not known; .*did you mean 'fp8-sgl'"),
-        ({"quant_scheme": "nvfp4"}, ValueError, "nvfp4.*cannot be read here"),
-        ({"text_encoder_quantized": True}, CheckpointError, "looked for models_t5_.*give text_encoder_quantized_ckpt"),
-        (
-            {"text_encoder_quantized": True, "text_encoder_quantized_ckpt": folder / T5},
-            CheckpointError,
-            "is not quantised; leave text_encoder_quantized_ckpt",
-        ),
-        ({"image_encoder_quantized": True}, CheckpointError, "looked for models_clip_.*give image_encoder_quantized"),
-    ):
-        with pytest.raises(error, match=message):
-            pipe.enable_quantize(**arguments)
-    assert torch.equal(video(pipe), plain), "what was refused changed nothing"
-
-
 def test_a_config_file_makes_what_its_arguments_make(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -395,7 +267,8 @@ def test_pipelines_of_different_dtypes_share_nothing(folder: Path) -> None:
     def settings() -> tuple[object, ...]:
         return torch.get_default_dtype(), torch.backends.cudnn.deterministic, torch.get_rng_state().tolist()
 
-    alone, before = {dtype: made(dtype) for dtype in ("fp32", "bf16")}, settings()
+    before = settings()
+    alone = {dtype: made(dtype) for dtype in ("fp32", "bf16")}
     assert not torch.equal(alone["fp32"], alone["bf16"])
     both = {dtype: pipeline(folder, dtype=dtype) for dtype in alone}
     for dtype in (*alone, *alone):

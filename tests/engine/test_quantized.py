@@ -1,0 +1,110 @@
+"""Quantised checkpoints of the pipeline: found, named, left again, refused."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from host.tiny_models import write_transformer
+from lightx2v import LightX2VPipeline
+from lightx2v.checkpoint import CheckpointError
+from tiny_wan import DIT, SMALL, T5, pipeline, quantised, video, write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models"))
+
+
+def test_quantised_files_are_found_named_and_left_again(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wan = Path(shutil.copytree(folder, tmp_path / "wan"))
+    fp8 = quantised(wan / DIT, wan / "fp8" / DIT, "_attn.", "ffn.")
+    int8 = quantised(wan / DIT, tmp_path / "int8.safetensors", "_attn.", "ffn.", dtype=torch.int8)
+    text = quantised(wan / T5, wan / "fp8" / "models_t5_umt5-xxl-enc-fp8.safetensors", "attn.", "ffn.")
+    pipe = pipeline(wan)
+    plain = video(pipe)
+    with caplog.at_level(logging.INFO):
+        pipe.enable_quantize(dit_quantized=True)
+    assert re.search(rf"{re.escape(str(fp8))}: fp8 \(e4m3, .*restored to full precision as it is read", caplog.text)
+    found = video(pipe)
+    assert 0 < (found - plain).abs().mean() < 0.05
+    assert torch.equal(found, video(_quantised_only(wan, fp8)))
+    pipe.enable_quantize(text_encoder_quantized=True)
+    packed = video(pipe)
+    assert not torch.equal(packed, plain)
+    pipe.enable_quantize(text_encoder_quantized=True, text_encoder_quantized_ckpt=text, text_encoder_quant_scheme="fp8")
+    assert torch.equal(video(pipe), packed)
+    pipe.enable_quantize()
+    assert torch.equal(video(pipe), plain)
+    caplog.clear()
+    pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=int8, quant_scheme="fp8-sgl")
+    assert f"{int8}: quant_scheme is 'fp8-sgl', the file is int8; the file decides" in caplog.text
+
+
+def _quantised_only(wan: Path, fp8: Path) -> LightX2VPipeline:
+    """Of a folder that has no plain transformer."""
+    bare = wan.parent / "bare"
+    if not bare.exists():
+        shutil.copytree(wan, bare, ignore=lambda root, names: [DIT, "fp8"])
+    pipe = LightX2VPipeline(bare)
+    with pytest.raises(CheckpointError, match="no transformer here"):
+        pipe.create_generator(**SMALL)
+    pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=fp8)
+    pipe.create_generator(**SMALL)
+    return pipe
+
+
+def test_quantised_experts(folder: Path, tmp_path: Path) -> None:
+    wan = Path(shutil.copytree(folder, tmp_path / "wan"))
+    plain = {
+        role: write_transformer(wan / f"{role}_noise_model.safetensors", seed=3 + len(role)) for role in ("high", "low")
+    }
+    fp8 = {role: quantised(path, wan / "fp8" / f"{role}_noise_fp8.safetensors", "ffn.") for role, path in plain.items()}
+    pipe = LightX2VPipeline(wan, "wan2.2_moe")
+    pipe.create_generator(**SMALL)
+    before = video(pipe)
+    pipe.enable_quantize(dit_quantized=True)
+    found = video(pipe)
+    assert not torch.equal(found, before)
+    named = {f"{role}_noise_quantized_ckpt": path for role, path in fp8.items()}
+    pipe.enable_quantize(dit_quantized=True, **named)
+    assert torch.equal(video(pipe), found)
+    with pytest.raises(ValueError, match="this model has two experts; give high_noise_quantized_ckpt"):
+        pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=fp8["high"])
+    fp8["low"].unlink()
+    with pytest.raises(CheckpointError, match=r"no fp8 low-noise expert here.*give low_noise_quantized_ckpt"):
+        pipe.enable_quantize(dit_quantized=True)
+
+
+def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> None:
+    pipe = pipeline(folder)
+    plain = video(pipe)
+    for arguments, error, message in (
+        ({"dit_quantized": True}, CheckpointError, "no fp8 transformer here; looked for .*give dit_quantized_ckpt"),
+        ({"dit_quantized": True, "dit_quantized_ckpt": folder / DIT}, CheckpointError, "is not quantised, it holds"),
+        ({"dit_quantized": True, "dit_quantized_ckpt": tmp_path / "gone.safetensors"}, CheckpointError, "gone"),
+        (
+            {"dit_quantized": True, "high_noise_quantized_ckpt": "a"},
+            ValueError,
+            "are of wan2.2_moe; give dit_quantized",
+        ),
+        ({"quant_scheme": "fp8-sgI"}, ValueError, "quant_scheme='fp8-sgI' is not known; .*did you mean 'fp8-sgl'"),
+        ({"quant_scheme": "nvfp4"}, ValueError, "nvfp4.*cannot be read here"),
+        ({"text_encoder_quantized": True}, CheckpointError, "looked for models_t5_.*give text_encoder_quantized_ckpt"),
+        (
+            {"text_encoder_quantized": True, "text_encoder_quantized_ckpt": folder / T5},
+            CheckpointError,
+            "is not quantised; leave text_encoder_quantized_ckpt",
+        ),
+        ({"image_encoder_quantized": True}, CheckpointError, "looked for models_clip_.*give image_encoder_quantized"),
+    ):
+        with pytest.raises(error, match=message):
+            pipe.enable_quantize(**arguments)
+    assert torch.equal(video(pipe), plain), "what was refused changed nothing"
