@@ -1,8 +1,8 @@
 """Our HunyuanVideo-1.5 VAE against diffusers' and ComfyUI's own, on the CPU, random weights.
 
 In the middle of the network a frame attends to itself and to what was before. In this release of ComfyUI it attends to
-what comes after too, so ComfyUI is compared where there is nothing after: on clips of one latent frame. The original
-(hyvideo/models/autoencoders) and diffusers do as we do.
+what comes after too, so ComfyUI is compared where there is nothing after, on clips of one latent frame, and on whole
+clips once its attention is told to look back only. diffusers, which ports the original's mask, does as we do.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """What a HunyuanVideo-1.5 transformer reads beside the video: prompt, glyphs and image, brought to its own width."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightx2v.models.hunyuan_video_15.config import HunyuanConfig
-from lightx2v.tokens import AffineNorm, sinusoidal
+from lightx2v.tokens import AffineNorm
 from lightx2v_kernels import AttentionFn, Kernels
 
 
@@ -53,6 +54,18 @@ def attend(attention: AttentionFn, q: Tensor, k: Tensor, v: Tensor, lengths: tup
         own = slice(i, i + 1), slice(0, length)
         y[own] = attention(q[own], k[own], v[own])
     return y
+
+
+def sinusoidal(timestep: Tensor, channels: int) -> Tensor:
+    """timestep (B,) in [0, 1000] -> (B, channels) float32: cosines, then sines, of geometric frequencies.
+
+    In float32, as all that run this model compute them (diffusers models/embeddings.py, get_timestep_embedding; ComfyUI
+    comfy/ldm/flux/layers.py, timestep_embedding). In float64, as Wan does, angles at timestep 1000 are up to 3e-5 off.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angle = timestep.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class Embedder(nn.Module):

@@ -1,4 +1,4 @@
-"""The HunyuanVideo-1.5 diffusion transformer (arXiv:2511.18870), with the parameter names of the original checkpoints.
+"""The HunyuanVideo-1.5 diffusion transformer (8.3 B parameters), with the parameter names of the original checkpoints.
 
 Video and text are two streams with weights of their own that attend to each other in every block. Between blocks they
 lie in one tensor, the video first, so that whoever wraps the walk sees tokens like any other family's.
