@@ -102,14 +102,15 @@ def test_each_expert_gets_its_own(host, tiny_models, loras: Path) -> None:
         graph[f"native_{role}"] = node("LoraLoaderModelOnly", model=["native", 0], **inputs)
     graph["theirs_high"] = native_sampler(end=3, model=["native_high", 0])
     graph["theirs"] = native_sampler("theirs_high", start=3, model=["native_low", 0])
-    graph["mine"] = our_sampler()
+    graph["mine"], graph["passing"] = our_sampler(), our_sampler(offload="block")
     try:
-        result = host.run(keep(graph, "theirs", "mine")).expect()
+        result = host.run(keep(graph, "theirs", "mine", "passing")).expect()
     finally:
         for path in experts.values():
             path.unlink()
-    theirs, mine = (result.kept(f"keep_{name}")["samples"] for name in ("theirs", "mine"))
+    theirs, mine, passing = (result.kept(f"keep_{name}")["samples"] for name in ("theirs", "mine", "passing"))
     assert (mine - theirs).abs().max() < TOLERANCE
+    assert torch.equal(passing, mine)
 
 
 @pytest.mark.parametrize(

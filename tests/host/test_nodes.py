@@ -174,6 +174,30 @@ def test_offload_changes_nothing_but_memory(host, tiny_models) -> None:
     assert "memory: 0 of" in log and "pass through it" in log
 
 
+def test_nothing_stays_on_the_device_of_blocks_that_passed(host, tiny_models) -> None:
+    host.post("/free", {"unload_models": True})  # what earlier tests left
+    graph = keep({**base(tiny_models), "sample": our_sampler(steps=2, seed=17, offload="block")}, "sample")
+    graph["loaded"] = node("FixtureLoadedModels", after=["sample", 0])
+    first = host.run(graph).expect()
+    assert '"bytes": ' not in first.text("loaded").replace('"bytes": 0', "")
+    graph["sample"] = our_sampler(steps=2, seed=17)
+    whole = host.run(graph).expect()
+    assert '"bytes": ' in whole.text("loaded").replace('"bytes": 0', ""), "as a whole it stays, and the host knows"
+    assert torch.equal(whole.kept("keep_sample")["samples"], first.kept("keep_sample")["samples"])
+    host.post("/free", {"unload_models": True})
+    graph["sample"] = our_sampler(steps=2, seed=17, offload="block", vram_budget=0.62)
+    again = host.run(graph).expect()
+    assert torch.equal(again.kept("keep_sample")["samples"], first.kept("keep_sample")["samples"])
+
+
+def test_cancel_while_blocks_pass(host, tiny_models) -> None:
+    graph = keep({**base(tiny_models), "sample": our_sampler(steps=900, offload="block")}, "sample")
+    host.run(graph, interrupt_after=2).expect("interrupted")
+    one = {**base(tiny_models), "a": our_sampler(steps=1, offload="block"), "b": our_sampler(steps=1)}
+    result = host.run(keep(one, "a", "b")).expect()
+    assert torch.equal(result.kept("keep_a")["samples"], result.kept("keep_b")["samples"])
+
+
 def test_a_memory_budget_is_kept_or_refused_in_words(host, tiny_models) -> None:
     graph = {**base(tiny_models), "a": our_sampler(), "b": our_sampler(vram_budget=0.7, offload="auto")}
     graph["c"] = our_sampler(vram_budget=0.7, offload="block")  # all of it fits
