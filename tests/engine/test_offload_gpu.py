@@ -3,11 +3,13 @@
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightx2v import LightX2VPipeline
 from lightx2v.blocks import run_blocks
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
+DEMO = Path(__file__).parents[2] / "demo" / "models" / "wan2.1_t2v"
 CONFIG = WanConfig(2048, 8192, 12, 16, 16, 4096, 256, (1, 2, 2))  # 101 MB a block in bf16
 LATENTS = (1, 16, 9, 30, 52)
 
@@ -172,6 +175,26 @@ def overlap(profile: torch.profiler.profile) -> float:
     copies = [(start, end) for start, end, copy in spans if copy]
     kernels = [(start, end) for start, end, copy in spans if not copy]
     return sum(max(0, min(e, b) - max(s, a)) for s, e in copies for a, b in kernels)
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="needs the demo models")
+def test_the_same_demo_video_however_it_is_placed() -> None:
+    pipe = LightX2VPipeline(DEMO, device="cuda")
+    pipe.create_generator(infer_steps=4, height=128, width=128, num_frames=17, guidance_scale=4.0)
+
+    def video() -> Tensor:
+        made = pipe.generate(7, "a red circle moves right", progress=False, return_result_tensor=True)["video"]
+        assert made is not None
+        return made
+
+    whole = video()
+    assert pipe.memory_plan is not None and pipe.memory_plan.whole
+    for granularity in ("block", "model", "auto"):
+        pipe.enable_offload(offload_granularity=granularity, vae_offload=True)
+        assert torch.equal(video(), whole), granularity
+    pipe.enable_offload()
+    assert torch.equal(video(), whole)
+    assert pipe.memory_plan.streamed and pipe.memory_plan.pinned and pipe.memory_plan.seconds
 
 
 def test_a_buffer_is_not_filled_while_it_is_read() -> None:
