@@ -226,8 +226,10 @@ class LightX2VPipeline:
         others = (text_encoder_quantized_ckpt or None, image_encoder_quantized_ckpt or None)
         schemes = (text_encoder_quant_scheme, image_encoder_quant_scheme)
         wanted = Quantize(*switches, *dits, *others, quant_scheme, *schemes)
-        encoders = quantised_text_encoder(self._folder, wanted), quantised_image_encoder(self._folder, wanted)
-        self._use(replace(self._pick, quantize=wanted))
+        pick, folder = replace(self._pick, quantize=wanted), self._folder
+        image = quantised_image_encoder(folder, wanted, pick.find()[0])
+        encoders = quantised_text_encoder(folder, wanted), image
+        self._use(pick)
         self._parts.use_encoders(*encoders)
         self._asked.add("enable_quantize")
 

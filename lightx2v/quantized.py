@@ -129,9 +129,12 @@ def quantised_text_encoder(folder: ModelFolder, wanted: Quantize) -> Path | None
     return _encoder(folder, "text_encoder_quantized_ckpt", wanted.text_ckpt, scheme, patterns, stored)
 
 
-def quantised_image_encoder(folder: ModelFolder, wanted: Quantize) -> Path | None:
-    """The quantised CLIP, or None for the folder's plain one."""
+def quantised_image_encoder(folder: ModelFolder, wanted: Quantize, models: Sequence[CheckpointInfo]) -> Path | None:
+    """The quantised CLIP, or None for the folder's plain one, and for models that look at no image through it."""
     if not wanted.image:
+        return None
+    if models and not models[0].spec.reads_clip:
+        log.info("%s has no image encoder: image_encoder_quantized changes nothing", models[0].spec.title)
         return None
     scheme = wanted.image_scheme or wanted.scheme
 

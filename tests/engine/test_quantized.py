@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from host.tiny_models import write_transformer
+import tiny_clip
+from host.tiny_models import Input, write_transformer
 from lightx2v import LightX2VPipeline
 from lightx2v.checkpoint import CheckpointError
 from tiny_wan import DIT, SMALL, T5, pipeline, quantised, video, write_folder
+
+WIDTH = tiny_clip.SIZES.hidden_size
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +108,39 @@ def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> N
             CheckpointError,
             "is not quantised; leave text_encoder_quantized_ckpt",
         ),
-        ({"image_encoder_quantized": True}, CheckpointError, "looked for models_clip_.*give image_encoder_quantized"),
     ):
         with pytest.raises(error, match=message):
             pipe.enable_quantize(**arguments)
     assert torch.equal(video(pipe), plain), "what was refused changed nothing"
+
+
+def test_the_image_encoder_is_looked_for_where_there_is_one(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LightX2V's files of text-to-video switch it on too."""
+    with caplog.at_level(logging.INFO):
+        pipeline(folder).enable_quantize(image_encoder_quantized=True)
+    assert "Wan2.1 T2V has no image encoder: image_encoder_quantized changes nothing" in caplog.text
+    dit = write_transformer(tmp_path / "i2v.safetensors", Input(channels=36, clip=WIDTH), num_layers=1)
+    pipe = LightX2VPipeline(folder, task="i2v", dit_original_ckpt=dit)
+    with pytest.raises(CheckpointError, match=r"looked for models_clip_.*give image_encoder_quantized_ckpt"):
+        pipe.enable_quantize(image_encoder_quantized=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tiny_clip.original(tiny_clip.state_dict()).items()}
+    plain = tmp_path / "models_clip_tiny.safetensors"
+    save_file(tensors, plain)
+    with pytest.raises(CheckpointError, match="is not quantised; leave image_encoder_quantized_ckpt"):
+        pipe.enable_quantize(image_encoder_quantized=True, image_encoder_quantized_ckpt=plain)
+    packed = quantised(plain, tmp_path / "models_clip_tiny-int8.safetensors", "attn.", "mlp.", dtype=torch.int8)
+    caplog.clear()
+    pipe.enable_quantize(image_encoder_quantized=True, image_encoder_quantized_ckpt=packed)
+    assert "quant_scheme is 'fp8-sgl', the file is int8" in caplog.text
+    pipe.create_generator(**SMALL, resize_mode="fixed_shape")
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (48, 32), "red").save(picture)
+    seen = video(pipe, image_path=picture)
+    plain.rename(folder / plain.name)
+    pipe.enable_quantize()
+    try:
+        assert not torch.equal(video(pipe, image_path=picture), seen)
+    finally:
+        (folder / plain.name).unlink()
