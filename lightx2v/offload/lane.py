@@ -10,6 +10,7 @@ from torch import Tensor
 from lightx2v.offload.slab import PAGE
 
 log = logging.getLogger(__name__)
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process
 
 
 class Lane:
@@ -91,7 +92,7 @@ def pin(pieces: Iterable[Tensor], device: torch.device, limit: int | None = None
         size = _pages(piece)
         if not size or (limit is not None and total + size > limit):
             continue
-        if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, 0)) != 0:
+        if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, PORTABLE)) != 0:
             _clear_error(device)
             log.warning(
                 "only %.1f GB of weights could be pinned in memory; copies to the GPU are slower than they could be. "
@@ -132,8 +133,8 @@ def link_rate(device: torch.device) -> float | None:
     target = torch.empty_like(source, device=device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     target.copy_(source, non_blocking=True)
-    start.record()
+    start.record(torch.cuda.current_stream(device))
     target.copy_(source, non_blocking=True)
-    end.record()
+    end.record(torch.cuda.current_stream(device))
     end.synchronize()
     return source.numel() / (start.elapsed_time(end) / 1000)
