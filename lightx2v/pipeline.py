@@ -187,7 +187,7 @@ class LightX2VPipeline:
     @checked
     def enable_offload(
         self,
-        cpu_offload: bool = True,
+        cpu_offload: bool = False,
         offload_granularity: str = "block",
         text_encoder_offload: bool = False,
         image_encoder_offload: bool = False,

@@ -66,7 +66,7 @@ def test_a_budget_lets_some_blocks_stay(folder: Path) -> None:
     pipe = pipeline(folder)
     expected = video(pipe)
     assert pipe.memory_plan is None, "nothing is planned on a CPU unless it is asked for"
-    pipe.enable_offload()
+    pipe.enable_offload(True)
     assert torch.equal(video(pipe), expected)
     least = plan_of(pipe)
     assert (least.resident, least.prefetch) == (0, 1) and least.streamed == 2 and least.ram
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_said_and_the_pipeline_goes_on(folder: Path) -> Non
     pipe.enable_offload(vram_budget_gb=0.1)
     with pytest.raises(DoesNotFitError, match=r"0\.6 GB of GPU memory are needed at least .* 0\.1 GB may be used"):
         video(pipe)
-    pipe.enable_offload()
+    pipe.enable_offload(True)
     assert torch.equal(video(pipe), expected)
 
 
@@ -121,7 +121,7 @@ def test_two_experts(folder: Path, tmp_path: Path) -> None:
     pipe.enable_lora([{"path": str(change), "name": "low_noise_model"}])
     pipe.create_generator(**SMALL, boundary_step_index=1)
     expected = video(pipe)
-    pipe.enable_offload()
+    pipe.enable_offload(True)
     assert torch.equal(video(pipe), expected) and torch.equal(video(pipe), expected)
     assert plan_of(pipe).ram == sum(measure(network).total for network in pipe._parts._transformers)
 
