@@ -75,7 +75,7 @@ def test_a_budget_lets_some_blocks_stay(folder: Path) -> None:
     sizes, vae = measure(network), held_bytes(pipe._parts.vae())
     whole = least.peak - vae - 2 * max(sizes.blocks) + sum(sizes.blocks)
     for budget, stays in ((whole, 2), (whole - 1, 0)):
-        pipe.enable_offload(vram_budget_gb=(budget + 0.5) / GB)
+        pipe.enable_offload(True, vram_budget_gb=(budget + 0.5) / GB)
         assert torch.equal(video(pipe), expected)
         made = plan_of(pipe)
         assert made.peak <= budget and made.resident == stays and made.vae == "visits"
@@ -86,7 +86,7 @@ def test_a_budget_lets_some_blocks_stay(folder: Path) -> None:
 def test_what_does_not_fit_is_said_and_the_pipeline_goes_on(folder: Path) -> None:
     pipe = pipeline(folder)
     expected = video(pipe)
-    pipe.enable_offload(vram_budget_gb=0.1)
+    pipe.enable_offload(True, vram_budget_gb=0.1)
     with pytest.raises(DoesNotFitError, match=r"0\.6 GB of GPU memory are needed at least .* 0\.1 GB may be used"):
         video(pipe)
     pipe.enable_offload(True)

@@ -78,7 +78,7 @@ def test_offload_and_attention_can_be_changed_between_videos(folder: Path) -> No
     pipe.create_generator(**SMALL)
     video = tensor(pipe)
     for granularity in ("model", "block", "phase", "auto"):
-        pipe.enable_offload(offload_granularity=granularity, vae_offload=granularity == "phase")
+        pipe.enable_offload(True, offload_granularity=granularity, vae_offload=granularity == "phase")
         assert torch.equal(tensor(pipe), video)
         assert (pipe.memory_plan is None) == (granularity in ("model", "auto"))
     pipe.create_generator(attn_mode="reference", **SMALL)
@@ -134,9 +134,11 @@ def test_refused(folder: Path, tmp_path: Path) -> None:
         LightX2VPipeline(folder, dit_original_ckpt=folder / "Wan2.1_VAE.safetensors")
     pipe = LightX2VPipeline(folder)
     with pytest.raises(ValueError, match="offload_granularity='disk' is not one of block, phase, model, auto"):
-        pipe.enable_offload(offload_granularity="disk")
+        pipe.enable_offload(True, offload_granularity="disk")
     with pytest.raises(ValueError, match="vram_budget_gb=-1 must be 0"):
-        pipe.enable_offload(vram_budget_gb=-1)
+        pipe.enable_offload(True, vram_budget_gb=-1)
+    with pytest.raises(ValueError, match="vram_budget_gb=8 without cpu_offload=True changes nothing"):
+        pipe.enable_offload(vram_budget_gb=8)
     with pytest.raises(UnsupportedBackendError, match="sage_attn2"):
         pipe.create_generator(attn_mode="sage_attn2", **SMALL)
 
