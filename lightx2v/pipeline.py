@@ -197,9 +197,7 @@ class LightX2VPipeline:
     ) -> None:
         """Where weights wait; every choice is explained in docs/memory.md. Without this call: "auto"."""
         if vram_budget_gb > 0 and not cpu_offload:
-            raise ValueError(
-                f"vram_budget_gb={vram_budget_gb:g} without cpu_offload=True would change nothing; set both"
-            )
+            raise ValueError(f"vram_budget_gb={vram_budget_gb:g} without cpu_offload=True changes nothing; set both")
         engine = offloaded(self._engine, cpu_offload, offload_granularity)
         self._set_engine(replace(engine, vram_budget_gb=vram_budget_gb, vae_offload=vae_offload))
         self._asked.add("enable_offload")
