@@ -58,3 +58,14 @@ class AffineNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._norm(x, self.weight, self.bias, self.eps)
+
+
+def image_projector(image_dim: int, hidden_size: int, kernels: Kernels) -> nn.Sequential:
+    """An image encoder's tokens (B, I, image_dim) -> (B, I, hidden_size), as Wan and HunyuanVideo-1.5 both have it."""
+    return nn.Sequential(
+        AffineNorm(image_dim, 1e-5, kernels),
+        nn.Linear(image_dim, image_dim),
+        nn.GELU(),
+        nn.Linear(image_dim, hidden_size),
+        AffineNorm(hidden_size, 1e-5, kernels),
+    )

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightx2v.models.hunyuan_video_15.config import HunyuanConfig
-from lightx2v.tokens import AffineNorm
+from lightx2v.tokens import AffineNorm, image_projector
 from lightx2v_kernels import AttentionFn, Kernels
 
 
@@ -182,14 +182,7 @@ class ImageProjector(nn.Module):
 
     def __init__(self, config: HunyuanConfig, kernels: Kernels) -> None:
         super().__init__()
-        inner, size = config.image_dim, config.hidden_size
-        self.proj = nn.Sequential(
-            AffineNorm(inner, 1e-5, kernels),
-            nn.Linear(inner, inner),
-            nn.GELU(),
-            nn.Linear(inner, size),
-            AffineNorm(size, 1e-5, kernels),
-        )
+        self.proj = image_projector(config.image_dim, config.hidden_size, kernels)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.proj(tokens)

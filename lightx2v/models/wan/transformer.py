@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.models.wan.config import WanConfig
-from lightx2v.tokens import AffineNorm, RMSNorm, rope_table, sinusoidal
+from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, rope_table, sinusoidal
 from lightx2v_kernels import Kernels
 
 
@@ -138,16 +138,9 @@ class ImageEmbedding(nn.Module):
 
     def __init__(self, config: WanConfig, kernels: Kernels) -> None:
         super().__init__()
-        inner, size = config.image_dim, config.hidden_size
-        self.proj = nn.Sequential(
-            AffineNorm(inner, 1e-5, kernels),
-            nn.Linear(inner, inner),
-            nn.GELU(),
-            nn.Linear(inner, size),
-            AffineNorm(size, 1e-5, kernels),
-        )
+        self.proj = image_projector(config.image_dim, config.hidden_size, kernels)
         if config.image_positions:
-            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, inner))
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, config.image_dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if hasattr(self, "emb_pos"):
