@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
 from lightx2v.layout import plain_dtype
+from lightx2v.library import from_transformers
 from lightx2v.quant import find_packed
 from lightx2v.text.layout import Sizes, renames, sizes
 from lightx2v.text.resting import Widened, stay_packed
@@ -138,15 +139,8 @@ def load(
 
 def _empty(found: Sizes) -> "UMT5EncoderModel":
     """The network on the meta device, without the second name of its tied embedding."""
-    try:
-        # Here and not at the top: it takes seconds, and only a load needs it.
-        from transformers import UMT5Config, UMT5EncoderModel
-    except ImportError as error:
-        raise ImportError(
-            f"transformers' UMT5EncoderModel cannot be imported ({error.__cause__ or error}); "
-            f"install transformers >= 4.50, and torchvision (if any) in the build made for torch {torch.__version__}"
-        ) from error
-    config = UMT5Config(
+    make_config, make_network = from_transformers("UMT5Config", "UMT5EncoderModel")
+    config = make_config(
         vocab_size=found.vocab_size,
         d_model=found.hidden_size,
         d_kv=found.head_dim,
@@ -155,9 +149,9 @@ def _empty(found: Sizes) -> "UMT5EncoderModel":
         num_heads=found.num_heads,
         relative_attention_num_buckets=found.num_buckets,
         feed_forward_proj="gated-gelu",
-        attn_implementation="eager",  # type: ignore[call-arg]  # read by PreTrainedConfig
+        attn_implementation="eager",  # read by PreTrainedConfig
     )
     with torch.device("meta"):
-        model = UMT5EncoderModel(config)
+        model = make_network(config)
     model.encoder.set_input_embeddings(None)
     return model

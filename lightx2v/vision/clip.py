@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError, Header, read_header, read_tensors
 from lightx2v.config import one_of
+from lightx2v.library import from_transformers
 from lightx2v.text.resting import Widened
 from lightx2v.vision.layout import QUANTISED, Sizes, convert, shapes, sizes, weights
 
@@ -171,15 +172,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
 
 def empty(size: Sizes) -> "CLIPVisionModelWithProjection":
     """The network on the meta device; without a projection where the file has none."""
-    try:
-        # Here and not at the top: it takes seconds, and only a load needs it.
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-    except ImportError as error:
-        raise ImportError(
-            f"transformers' CLIPVisionModelWithProjection cannot be imported ({error.__cause__ or error}); "
-            f"install transformers >= 4.50, and torchvision (if any) in the build made for torch {torch.__version__}"
-        ) from error
-    config = CLIPVisionConfig(
+    make_config, make_network = from_transformers("CLIPVisionConfig", "CLIPVisionModelWithProjection")
+    config = make_config(
         hidden_size=size.hidden_size,
         intermediate_size=size.ffn_size,
         num_hidden_layers=size.num_layers,
@@ -189,12 +183,12 @@ def empty(size: Sizes) -> "CLIPVisionModelWithProjection":
         projection_dim=size.projection_size or size.hidden_size,
         hidden_act="gelu",  # exact: only OpenAI's own ViTs have the sigmoid one
         layer_norm_eps=1e-5,
-        attn_implementation="sdpa",  # type: ignore[call-arg]  # read by PreTrainedConfig
+        attn_implementation="sdpa",  # read by PreTrainedConfig
     )
     with torch.device("meta"):
-        model = CLIPVisionModelWithProjection(config)
+        model = make_network(config)
     if size.projection_size is None:
-        model.visual_projection = nn.Identity()  # type: ignore[assignment]
+        model.visual_projection = nn.Identity()
     return model
 
 
