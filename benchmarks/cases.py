@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.cases_linear import PACKED, flops, gguf, scaled
 from lightx2v_kernels import registry
 from lightx2v_kernels.quantized import tensors
 
@@ -51,6 +53,11 @@ class Case:
             # Every 257th query and the last one against all keys: the whole score matrix in fp64 would not fit.
             rows = torch.unique(torch.tensor([*range(0, args[0].shape[1], 257), args[0].shape[1] - 1])).to(out.device)
             out, args = out[:, rows], (args[0][:, rows], *args[1:])
+        if self.op.endswith("_linear"):
+            # Every 257th token and the last: a product of all in fp64 would take seconds.
+            rows = torch.unique(torch.tensor([*range(0, len(args[0]), 257), len(args[0]) - 1])).to(out.device)
+            out, args = out[rows], (args[0][rows], *args[1:])
+            args = (args[0], args[1][rows], *args[2:]) if self.op in PACKED else args
         truth = (op.truth or op.reference)(*(a.double() if isinstance(a, Tensor) else a for a in args))
         usual = (op.plain or op.reference)(*args)
         return registry.why_otherwise(out, usual) or registry.why_wrong(
@@ -103,6 +110,11 @@ def of_size(size: Size) -> list[Case]:
             "GB/s",
         ),
         Case("rope", size.name, rope, _bytes_moved, "GB/s"),
+        *(
+            Case(op, size.name, partial(scaled, packed, b * n, 2 * d, d), flops, "TFLOP/s")
+            for op, packed in PACKED.items()
+        ),
+        Case("gguf_linear", size.name, partial(gguf, b * n, 2 * d, d), flops, "TFLOP/s"),
     ]
 
 

@@ -28,8 +28,9 @@ from lightx2v.models.hunyuan_video_15.text import (
     attend,
     packed,
 )
+from lightx2v.quant.feeding import agreed
 from lightx2v.tokens import RMSNorm, rope_table
-from lightx2v_kernels import Kernels
+from lightx2v_kernels import Kernels, Quantized
 
 TEXT, GLYPHS, IMAGE = range(3)  # rows of cond_type_embedding
 
@@ -92,17 +93,29 @@ class DoubleBlock(nn.Module):
 
     def _qkv(self, stream: str, x: Tensor, change: Tensor) -> list[Tensor]:
         """q, k and v, each (B, L, H, D), of tokens (B, L, D) under shift and scale `change` (6, B, 1, D)."""
-        x = self._kernels.modulate(x, change[0], change[1], self.eps)
-        heads = [
-            rearrange(self._part(stream, f"attn_{part}")(x), "b l (h d) -> b l h d", h=self.num_heads) for part in "qkv"
-        ]
+        projections = [self._part(stream, f"attn_{part}") for part in "qkv"]
+        tokens = self._modulate(x, change[0], change[1], agreed(*projections))
+        heads = [rearrange(part(tokens), "b l (h d) -> b l h d", h=self.num_heads) for part in projections]
         return [self._part(stream, "attn_q_norm")(heads[0]), self._part(stream, "attn_k_norm")(heads[1]), heads[2]]
+
+    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor, reads: torch.dtype | None) -> Tensor | Quantized:
+        if reads is None:
+            return self._kernels.modulate(x, shift, scale, self.eps)
+        return self._kernels.modulate_quantize(x, shift, scale, self.eps, reads)
+
+    def _feed_forward(self, stream: str, x: Tensor, change: Tensor) -> Tensor:
+        mlp = self._part(stream, "mlp")
+        first, second = mlp.get_submodule("fc1"), mlp.get_submodule("fc2")
+        tokens = self._modulate(x, change[3], change[4], agreed(first))
+        if (reads := agreed(second)) is None:
+            return mlp(tokens)
+        return second(self._kernels.gelu_quantize(first(tokens), reads))
 
     def _finish(self, stream: str, x: Tensor, heads: Tensor, change: Tensor) -> Tensor:
         """The stream's tokens after what attention gave them, heads (B, L, H, D), and after the feed-forward."""
         add = self._kernels.gated_residual
         x = add(x, self._part(stream, "attn_proj")(rearrange(heads, "b l h d -> b l (h d)")), change[2])
-        return add(x, self._part(stream, "mlp")(self._kernels.modulate(x, change[3], change[4], self.eps)), change[5])
+        return add(x, self._feed_forward(stream, x, change), change[5])
 
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D), the video's tokens and then the text's -> (B, L, D)"""

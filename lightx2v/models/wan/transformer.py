@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.models.wan.config import WanConfig
+from lightx2v.quant.feeding import agreed, shaped_as
 from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, rope_table, sinusoidal
-from lightx2v_kernels import Kernels
+from lightx2v_kernels import Kernels, Quantized
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,25 @@ class Attention(nn.Module):
         self._attention = kernels.attention
         self._rope = kernels.rope
 
+    def reads(self, *, of_context: bool) -> torch.dtype | None:
+        """The 8-bit dtype in which x is wanted, None where it is not. of_context: k and v read something else."""
+        return agreed(self.q) if of_context else agreed(self.q, self.k, self.v)
+
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Quantized,
         context: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
         image: Tensor | None = None,
     ) -> Tensor:
-        """x (B, L, D), context (B, S, D) or None, rope for self-attention, image (B, I, D) or None -> (B, L, D)."""
-        source = x if context is None else context
+        """x (B, L, D), context (B, S, D) or None, rope for self-attention, image (B, I, D) or None -> (B, L, D).
+
+        x may come in 8 bits where `reads` says which.
+        """
+        source: Tensor | Quantized = x if context is None else context
         q = self._heads(self.norm_q(self.q(x)))
         k = self._heads(self.norm_k(self.k(source)))
         v = self._heads(self.v(source))
@@ -93,9 +101,20 @@ class WanBlock(nn.Module):
         self.eps = config.eps
         self._kernels = kernels
 
-    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """x (B, L, D), shift and scale (B, G, D), one for each of G runs of tokens -> (B, L, D)."""
-        return self._kernels.modulate(_runs(x, shift), _samples(shift), _samples(scale), self.eps).view_as(x)
+    def _modulate(
+        self, x: Tensor, shift: Tensor, scale: Tensor, reads: torch.dtype | None = None
+    ) -> Tensor | Quantized:
+        """x (B, L, D), shift and scale (B, G, D), one for each of G runs of tokens -> (B, L, D), in `reads`."""
+        args = _runs(x, shift), _samples(shift), _samples(scale), self.eps
+        if reads is None:
+            return self._kernels.modulate(*args).view_as(x)
+        return shaped_as(x, self._kernels.modulate_quantize(*args, reads))
+
+    def _feed_forward(self, x: Tensor | Quantized) -> Tensor:
+        """x (B, L, D) -> (B, L, D), the ffn with its inner tokens in 8 bits where the second layer wants them so."""
+        if (reads := agreed(self.ffn[2])) is None:
+            return self.ffn(x)
+        return self.ffn[2](self._kernels.gelu_quantize(self.ffn[0](x), reads))
 
     def _add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
@@ -103,9 +122,12 @@ class WanBlock(nn.Module):
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D) -> (B, L, D)"""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + args.modulation).unbind(2)
-        x = self._add(x, self.self_attn(self._modulate(x, shift, scale), rope=args.rope), gate)
-        x = x + self.cross_attn(self.norm3(x), args.context, image=args.image)
-        return self._add(x, self.ffn(self._modulate(x, ffn_shift, ffn_scale)), ffn_gate)
+        tokens = self._modulate(x, shift, scale, self.self_attn.reads(of_context=False))
+        x = self._add(x, self.self_attn(tokens, rope=args.rope), gate)
+        tokens = self.norm3(x, self.cross_attn.reads(of_context=True))
+        x = x + self.cross_attn(tokens, args.context, image=args.image)
+        tokens = self._modulate(x, ffn_shift, ffn_scale, agreed(self.ffn[0]))
+        return self._add(x, self._feed_forward(tokens), ffn_gate)
 
 
 def _runs(x: Tensor, per_run: Tensor) -> Tensor:
