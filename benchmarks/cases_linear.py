@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightx2v_kernels.ggml import quantise_q8_0
+from lightx2v_kernels.ggml import TYPES, quantise_q8_0, restore
+from lightx2v_kernels.linear import SCALES_AT
 from lightx2v_kernels.quantize.reference import quantize
 
 PACKED = {"int8_linear": torch.int8, "fp8_linear": torch.float8_e4m3fn}
@@ -37,3 +38,15 @@ def flops(args: tuple[Any, ...]) -> float:
     """Multiply-adds counted twice."""
     rows = args[3][0] if isinstance(args[3], tuple) else args[2].shape[0]
     return 2.0 * args[0].numel() * rows
+
+
+def blocks_of(encoding: str, rows: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random blocks of a weight (rows, size) in one of GGML's types, and the values that they stand for, float32."""
+    block_bytes, _ = TYPES[encoding]
+    count = rows * size // (32 if block_bytes <= 34 else 256)
+    generator = torch.Generator(device).manual_seed(0)
+    blocks = torch.randint(0, 256, (count, block_bytes), dtype=torch.uint8, generator=generator, device=device)
+    small = torch.tensor([1e-3], dtype=torch.float16).view(torch.uint8).to(device)
+    for at in SCALES_AT[encoding]:
+        blocks[:, at : at + 2] = small
+    return blocks.flatten(), restore(blocks.flatten(), encoding, (rows, size))

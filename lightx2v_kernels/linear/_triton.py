@@ -136,7 +136,7 @@ def product(
         "BIAS": bias is not None,
         "WIDE": max(m * n, m * k, n * k) >= 2**31,
         "INTEGER": values.dtype == torch.int8,
-        "PROMOTE": tiling.promote,
+        "PROMOTE": min(tiling.promote, tiling.block_k),
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }

@@ -158,7 +158,7 @@ def multiplied(x: Tensor, blocks: Tensor, encoding: str, shape: Sequence[int], b
     added = x if bias is None else bias
     _multiply[grid](
         x, blocks, blocks.view(torch.float16), added, out, m, n, k,
-        **_kind(encoding), BIAS=bias is not None, **sizes, num_warps=4,
+        **_kind(encoding), BIAS=bias is not None, **sizes, num_warps=8,
     )  # fmt: skip
     return out
 
