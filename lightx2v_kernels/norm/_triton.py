@@ -23,8 +23,10 @@ def load_table(table, row, column, row_mask, column_mask, stride, PER_TOKEN: tl.
     """One row for all tokens of a sample (1, D), or a row a token (R, D), in fp32. table is at its sample."""
     if PER_TOKEN:
         mask = row_mask[:, None] & column_mask[None, :]
-        return tl.load(table + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.load(table + column, mask=column_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)[None, :]
+        values = tl.load(table + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    else:
+        values = tl.load(table + column, mask=column_mask, other=0.0, eviction_policy="evict_last")[None, :]
+    return values.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["length"])

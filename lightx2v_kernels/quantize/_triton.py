@@ -19,15 +19,16 @@ def encode(x, KIND: tl.constexpr):
     """x fp32 within the range of the type -> its 8 bits, rounded to nearest even."""
     if KIND == 1:
         # Added to 1.5 * 2^23 a float has its integer, rounded to even, in its low bits: two's complement.
-        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-    if KIND == 2:
-        return x.to(tl.float8e4nv)
-    # GPUs before sm_89 have no fp8. 2^-120 makes the exponent's bias 7 out of 127, so that also the subnormal values
-    # line up; 20 of 23 bits of mantissa are then rounded away.
-    bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (bits | sign).to(tl.uint8)
+        encoded = (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    elif KIND == 2:
+        encoded = x.to(tl.float8e4nv)
+    else:
+        # GPUs before sm_89 have no fp8. 2^-120 makes the exponent's bias 7 out of 127, so that also the subnormal
+        # values line up; 20 of 23 bits of mantissa are then rounded away.
+        bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+        encoded = (bits | (x.to(tl.int32, bitcast=True) >> 24) & 0x80).to(tl.uint8)
+    return encoded
 
 
 @triton.jit
