@@ -1,7 +1,6 @@
 """What video transformers share: the embeddings of time and place, and norms that hold their weights."""
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +54,10 @@ class AffineNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size))
         self.eps = eps
-        self._norm, self._norm_quantize = kernels.layer_norm, kernels.layer_norm_quantize
+        self._norm = kernels.layer_norm
 
-    def forward(self, x: Tensor, reads: torch.dtype | None = None) -> Any:
-        """x (..., D) -> (..., D); in 8 bits, a `Quantized`, where `reads` says which."""
-        if reads is None:
-            return self._norm(x, self.weight, self.bias, self.eps)
-        return self._norm_quantize(x, self.weight, self.bias, self.eps, reads)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x, self.weight, self.bias, self.eps)
 
 
 def image_projector(image_dim: int, hidden_size: int, kernels: Kernels) -> nn.Sequential:

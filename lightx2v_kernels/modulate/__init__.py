@@ -17,6 +17,7 @@ Source: Peebles and Xie 2022, arXiv:2212.09748 (adaLN-Zero); the fp32 rule from 
 """
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -82,8 +83,8 @@ def residual_layer_norm_examples(device: torch.device, dtype: torch.dtype, head_
 
 
 def into_each_type(examples: Examples) -> Examples:
-    """The same arguments and a dtype."""
-    return lambda *place: tuple((*args, kind) for args in examples(*place) for kind in LARGEST)
+    """The same arguments, each into one of the types in turn."""
+    return lambda *place: tuple((*args, kind) for args, kind in zip(examples(*place), cycle(LARGEST), strict=False))
 
 
 def without_dtype(op: Callable[..., Any]) -> Callable[..., Any]:

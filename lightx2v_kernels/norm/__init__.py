@@ -12,6 +12,7 @@ layer_norm_quantize(x, weight, bias, eps, dtype) -> Quantized = quantize(layer_n
 The result has the dtype of x, whatever the dtype of weight and bias.
 """
 
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def layer_norm_examples(device: torch.device, dtype: torch.dtype, head_dim: int)
 
 
 def quantize_examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[tuple[Any, ...], ...]:
-    """Those of layer_norm, into each type."""
-    return tuple((*args, kind) for args in layer_norm_examples(device, dtype, head_dim) for kind in LARGEST)
+    """Those of layer_norm, each into one of the types in turn."""
+    return tuple((*args, kind) for args, kind in zip(layer_norm_examples(device, dtype, head_dim), cycle(LARGEST)))
 
 
 def unquantized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,8 @@ def quantize(x: Tensor, dtype: torch.dtype) -> Quantized:
         raise ValueError(f"tokens are quantised to {' or '.join(map(str, LARGEST))}, got {dtype}")
     x, largest = widen(x.detach()), LARGEST[dtype]
     amax = x.abs().amax(-1, keepdim=True)
-    scaled = (x * torch.where(amax >= SMALLEST_AMAX, largest / amax, 0)).clamp(-largest, largest)
+    inverse = torch.full_like(amax, largest) / amax  # `largest / amax` multiplies by a rounded reciprocal
+    scaled = (x * torch.where(amax >= SMALLEST_AMAX, inverse, 0)).clamp(-largest, largest)
     values = scaled.round() if dtype == torch.int8 else scaled
     return Quantized(values.to(dtype), (amax / largest).float())
 
