@@ -25,7 +25,7 @@ from lightx2v.fitting import check_given, check_images
 from lightx2v.folder import ModelFolder
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
-from lightx2v.loading import choose_kernels
+from lightx2v.loading import require_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
 from lightx2v.offload import Asked, Plan, offloaded
@@ -137,7 +137,7 @@ class LightX2VPipeline:
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode={resize_mode!r} is not supported yet; known: None, 'fixed_shape'")
         engine = replace(self._engine, attention=attn_mode, dtype=dtype)
-        choose_kernels(self._info, engine, self._parts.device)  # raises now rather than after the text is encoded
+        require_kernels((self._info,), engine, self._parts.device)  # raises now rather than after the text is encoded
         high, low = two_scales(guidance_scale)
         if boundary_step_index is None and boundary is None and self._class.experts and self._class.distilled:
             boundary_step_index = 2
@@ -213,15 +213,16 @@ class LightX2VPipeline:
         high_noise_quantized_ckpt: str | Path | None = None,
         text_encoder_quantized_ckpt: str | Path | None = None,
         image_encoder_quantized_ckpt: str | Path | None = None,
-        quant_scheme: str = "fp8-sgl",
+        quant_scheme: str = "fp8",
         text_encoder_quant_scheme: str | None = None,
         image_encoder_quant_scheme: str | None = None,
     ) -> None:
         """Use quantised files from the next video on; all switches off: the plain ones again.
 
-        ..._ckpt: files or folders; None looks through model_path. Weights of the transformer are restored as they are
-        read. quant_scheme: LightX2V's name; the file decides, and a name that does not fit it is warned of.
-        Raises CheckpointError for a file that is missing or not quantised, ValueError for a scheme that is not known.
+        ..._ckpt: files or folders; None looks through model_path, and a transformer that is nowhere is quantised as it
+        is read. quant_scheme: "fp8", "int8", or with a kernel that runs or raises, "fp8-triton"; "none" restores. A
+        file of another format decides, with a warning. Raises CheckpointError for a file that is missing or not
+        quantised, ValueError for an unknown scheme, UnsupportedBackendError for one that cannot run here.
         """
         switches = (dit_quantized, text_encoder_quantized, image_encoder_quantized)
         dits = (dit_quantized_ckpt, low_noise_quantized_ckpt, high_noise_quantized_ckpt)
@@ -401,6 +402,8 @@ class LightX2VPipeline:
     def _use(self, pick: Pick) -> None:
         """These checkpoints from now on; what depends on them is chosen again. Changes nothing where it raises."""
         infos, missing = pick.find()
+        engine = pick.quantize.engine(self._engine, infos)
+        require_kernels(infos, engine, self._parts.device)
         before, cache, vaes = self._infos, self._cache, None
         if [info.path for info in infos] != [info.path for info in before]:
             self._parts.use_transformers(infos)
@@ -414,6 +417,7 @@ class LightX2VPipeline:
         if vaes is not None:
             self._parts.use_vaes(vaes)
         self._pick, self._infos, self._missing, self._cache = pick, infos, missing, cache
+        self._set_engine(engine)
 
     def _read_file(self, path: str | Path, given: Mapping[str, object]) -> Mapping[str, Any]:
         """Do what a config file asks for; returns the arguments of create_generator that it holds."""
