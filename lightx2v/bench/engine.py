@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from lightx2v.bench.packed import pack, packed_bytes
 from lightx2v.bench.race import Contestant, Entry
 from lightx2v.bench.subjects import Inputs, Subject
 from lightx2v.bench.weights import build, twin, weight_bytes
-from lightx2v_kernels import Kernels, registry, select
+from lightx2v_kernels import Kernels, references, registry, select
 from lightx2v_kernels.closeness import why_too_far
 
 NONE = "none"  # the scheme of weights that are not packed
@@ -108,7 +107,7 @@ def why_wrong(subject: Subject, device: torch.device, dtype: torch.dtype, kind: 
     chosen = select(attention=BASELINE, device=device, dtype=dtype, head_dim=subject.spec.head_dim)
     network, inputs = build(small, chosen, device, dtype, kind), small.inputs(device)
     weights = network.state_dict()
-    plain = _references(chosen)
+    plain = references()
 
     def run(wide: bool) -> Tensor:
         with torch.device("meta"):
@@ -117,8 +116,3 @@ def why_wrong(subject: Subject, device: torch.device, dtype: torch.dtype, kind: 
         return inputs.run(other.eval())
 
     return why_too_far(inputs.run(network), run(wide=True), run(wide=False))
-
-
-def _references(chosen: Kernels) -> Kernels:
-    functions: dict[str, Any] = {op: registry.registry(op).op.reference for op in chosen.names}
-    return Kernels(**functions)
