@@ -64,9 +64,7 @@ def bars(results: Iterable[Mapping[str, Any]]) -> list[Bar]:
             continue
         seen.add(same)
         name = row["name"].replace("auto", kernels.get("attention", "auto"))
-        found.append(
-            Bar(name.replace("lightx2v", "LightX2V"), row["engine"], row["ms"], row["ms_min"], row["ms_max"])
-        )
+        found.append(Bar(name.replace("lightx2v", "LightX2V"), row["engine"], row["ms"], row["ms_min"], row["ms_max"]))
     return sorted(found, key=lambda bar: (bar.ms, bar.label))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lightx2v.bench import engine
 from lightx2v.bench.packed import SCHEMES
-from lightx2v.bench.race import Course, Entry, race
+from lightx2v.bench.race import Course, Entry, collect, race
 from lightx2v.bench.subjects import CONFIGS, Subject, subject
 from lightx2v.bench.timing import keep, machine, report
 from lightx2v.bench.weights import WEIGHTS
@@ -67,6 +67,7 @@ def run_plan(plan: Plan, device: torch.device, peers: Peers, results: list[dict[
         if wrong:
             result["failed"] = wrong
             return
+        collect(device)
         setting = engine.prepare(which, device, dtype, plan.weights)
         room = torch.cuda.mem_get_info(device)[0] - RESERVE if device.type == "cuda" else None
         asked = engine.entries(setting, plan.quant, plan.attention) + [peers[name](setting) for name in plan.peers]
@@ -109,6 +110,7 @@ def run_plans(plans: list[Plan], device: torch.device, peers: Peers, file: Path 
             print(f"{plan.model} {plan.size}: no time was left", flush=True)
             continue
         run_plan(plan, device, peers, document["results"], kept)
+        collect(device)
     return document
 
 

@@ -23,7 +23,7 @@ def packed_bytes(subject: Subject, network: nn.Module) -> int:
 
 
 def pack(subject: Subject, network: nn.Module, scheme: str, kernels: Kernels, linear: str = registry.AUTO) -> str:
-    """Replace the layers of a network, in place, by ones of a scheme of SCHEMES; returns the backend they multiply with.
+    """Replace the layers of a network, in place, by ones of a scheme of SCHEMES; returns the backend that multiplies.
 
     linear: its name, or "auto". Raises UnsupportedBackendError where it cannot run.
     """

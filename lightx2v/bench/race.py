@@ -1,6 +1,7 @@
 """Contestants on one subject: made, compared, timed in turns, profiled; what fails is kept with its reason."""
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Course:
 
 def race(entries: Sequence[Entry], course: Course, flops: float, drop: Callable[[str], None]) -> Iterator[Row]:
     """A row for each entry, as soon as its heat has been run. The first entry is what others are compared with, and it
-    runs in every heat, so that heats can be compared by it.
+    runs in every heat, so that heats can be compared by it. Raises what it raises.
 
     drop(holds): gives back what entries of that name held.
     """
@@ -75,25 +76,28 @@ def race(entries: Sequence[Entry], course: Course, flops: float, drop: Callable[
         if course.over:
             yield from ({"name": e.name, "failed": "no time was left"} | dict(e.facts) for e in heat)
             continue
-        ready: dict[str, tuple[Entry, Contestant, Row]] = {}
+        ready: list[tuple[Contestant, Row]] = []
         for entry in (first, *heat):
-            row: Row = {"name": entry.name, **entry.facts}
             try:
-                out, made, more = _first_call(entry, course.device)
+                out, begun = _first_call(entry, course.device)
             except Exception as error:  # whatever a peer or a vendor's kernel raises, the others still run
-                yield row | {"failed": _words(error)}
+                if reference is None:
+                    raise
+                yield {"name": entry.name, **entry.facts, "failed": _words(error)}
                 course.say(f"{entry.name}: {_words(error)}")
+                collect(course.device)
                 continue
-            if reference is None:
-                reference = out.float().cpu()
-            row |= more | {"error": round(relative_error(out.float().cpu(), reference), 6)}
-            ready[entry.name] = (entry, made, row)
-            course.say(f"{entry.name}: first call {more['first_s']} s, relative error {row['error']:.2e}")
+            reference = out if reference is None else reference
+            row = begun[1]
+            row["error"] = round(relative_error(out, reference), 6)
+            course.say(f"{entry.name}: first call {row['first_s']} s, relative error {row['error']:.2e}")
+            ready.append(begun)
+            del begun
         yield from _timed(ready, course, flops, again=first.name if number else None)
         ready.clear()
         for holds in {entry.holds for entry in heat} - {""}:
             drop(holds)
-        _collect(course.device)
+        collect(course.device)
 
 
 def heats(entries: Sequence[Entry], room: float | None) -> list[list[Entry]]:
@@ -113,8 +117,8 @@ def heats(entries: Sequence[Entry], room: float | None) -> list[list[Entry]]:
     return found
 
 
-def _first_call(entry: Entry, device: torch.device) -> tuple[Tensor, Contestant, Row]:
-    """The result of a first call, which also warms up; what it took in seconds and bytes."""
+def _first_call(entry: Entry, device: torch.device) -> tuple[Tensor, tuple[Contestant, Row]]:
+    """The result of a first call, which also warms up, on the CPU; what it took in seconds and bytes."""
     gpu = device.type == "cuda"
     start = time.monotonic()
     made = entry.make()
@@ -123,34 +127,33 @@ def _first_call(entry: Entry, device: torch.device) -> tuple[Tensor, Contestant,
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if gpu else 0
     out = made.call()
-    row: Row = {**made.facts}
+    row: Row = {"name": entry.name, **entry.facts, **made.facts}
     if not torch.isfinite(out).all():
         raise ValueError(f"{int((~torch.isfinite(out)).sum())} of {out.numel()} values are not finite")
     if gpu:
         # Others' weights lie on the device too: its own, and what the call needs beside them.
         row["peak_gib"] = round((made.weight_bytes + torch.cuda.max_memory_allocated(device) - before) / 2**30, 2)
     row |= {"weights_gib": round(made.weight_bytes / 2**30, 2), "first_s": round(time.monotonic() - start, 2)}
-    return out, made, row
+    return out.float().cpu(), (made, row)
 
 
-def _timed(
-    ready: Mapping[str, tuple[Entry, Contestant, Row]], course: Course, flops: float, again: str | None
-) -> Iterator[Row]:
-    calls: dict[str, list[float]] = {name: [] for name in ready}
-    broken: dict[str, str] = {}
+def _timed(ready: Sequence[tuple[Contestant, Row]], course: Course, flops: float, again: str | None) -> Iterator[Row]:
+    calls: list[list[float]] = [[] for _ in ready]
     for number in range(course.rounds):
         if course.over and number:
             break
-        for name in [name for name in calls if name not in broken]:
-            try:
-                calls[name] += time_calls(ready[name][1].call, course.device, 1)
-            except Exception as error:
-                broken[name] = _words(error)
-    for name, (_, made, row) in ready.items():
-        if name in broken:
-            yield row | {"failed": broken[name]}
+        for (made, row), taken in zip(ready, calls, strict=True):
+            if "failed" not in row:
+                try:
+                    taken += time_calls(made.call, course.device, 1)
+                except Exception as error:
+                    row["failed"] = _words(error)
+    for (made, row), taken in zip(ready, calls, strict=True):
+        if "failed" in row:
+            yield row
             continue
-        row = row | Times(tuple(calls[name])).row()
+        name = row["name"]
+        row |= Times(tuple(taken)).row()
         row["tflops"] = round(flops / row["ms"] / 1e9, 3)
         if name == again:
             row["again"] = True  # the first entry, timed once more beside these
@@ -174,7 +177,10 @@ def _watched(made: Contestant, course: Course) -> Row:
     return row
 
 
-def _collect(device: torch.device) -> None:
+def collect(device: torch.device) -> None:
+    """Give back what nothing holds any more, compiled networks among it."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

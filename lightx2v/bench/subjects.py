@@ -123,8 +123,11 @@ class Subject:
 
     def toy(self) -> "Subject":
         """The same kind of network, small enough to try everything out on a CPU."""
+        narrow = {"hidden_size": 256, "ffn_size": 512, "text_dim": 64}
+        if isinstance(self.config, HunyuanConfig):
+            narrow |= {"refiner_ffn_size": 512, "glyph_dim": 64, "glyph_size": 64, "image_dim": 64}
         toy = self.small()
-        return replace(toy, config=replace(toy.config, hidden_size=256, ffn_size=512))
+        return replace(toy, config=replace(toy.config, **narrow))
 
     def flops(self) -> float:
         """Of one forward pass, a multiply-add as two: the tokens through their matrices, and attention."""

@@ -2,8 +2,8 @@
 
 *plain*: normal, scaled so that tokens keep their size through all blocks. Attention is nearly flat then, and tokens
 grow alike from block to block, which costs a GPU less power than real weights do. *hot*: queries and keys are longer,
-so that a query attends to some hundred of 32 760 keys, and what is common to all tokens (shifts) is kept small, so that
-tokens stay as random as they came.
+so that a query attends to some hundred of 32 760 keys, and what blocks add to all tokens alike (shifts, the mean of
+GELU, the text) is kept small, so that tokens stay about as random as they came.
 """
 
 import torch
@@ -16,6 +16,7 @@ WEIGHTS = ("hot", "plain")
 QUERY_SIZE = 1.5  # of normed q and k when hot: scores of standard deviation 1.5^2
 SHIFT_SIZE = 0.1  # of what a timestep adds to each block's modulation when hot, against plain
 GATE_SIZE = 0.5  # share of a block's result that is added to the tokens when hot
+TEXT_SIZE = 0.2  # of what the text adds, against plain
 
 
 def build(subject: Subject, kernels: Kernels, device: torch.device, dtype: torch.dtype, kind: str) -> nn.Module:
@@ -50,6 +51,10 @@ def heat(network: nn.Module) -> None:
         elif name.startswith("blocks.") and name.endswith("modulation"):
             parameter.zero_()
             parameter[:, [2, 5]] = GATE_SIZE
+        elif name.endswith("cross_attn.o.weight"):
+            parameter.mul_(TEXT_SIZE)
+        elif name.endswith(("ffn.2.weight", "_mlp.fc2.weight")):
+            parameter.sub_(parameter.mean(1, keepdim=True))
         if name.endswith("_mod.linear.bias"):
             gates = parameter.view(6, -1)
             gates[[2, 5]] = GATE_SIZE
