@@ -21,7 +21,8 @@ def test_every_op_has_a_case_and_passes_its_gate(label: str) -> None:
     rows = kernels.measure(TINY[label], CPU, torch.float32)
     assert {case.op for case in TINY.values()} == set(registry.registries())
     assert [row["backend"] for row in rows] == list(registry.names(TINY[label].op))
-    assert all(row["gate"] == "passed" and row["ms"] > 0 and row["rate"] > 0 for row in rows)
+    able = [row for row in rows if not row["gate"].startswith("cannot run: ")]
+    assert len(able) >= 1 and all(row["gate"] == "passed" and row["ms"] > 0 and row["rate"] > 0 for row in able)
     assert rows[-1]["ratio"] == 1
 
 

@@ -38,7 +38,7 @@ def test_every_op_has_a_reference_that_auto_tries_last() -> None:
     for op in registry.registries():
         assert registry.names(op)[-1] == "reference"
         assert registry.select(op, "reference", *HERE).name == "reference"
-    assert registry.names("attention") == ("torch_sdpa", "reference")
+    assert registry.names("attention")[0] == "torch_sdpa"
 
 
 def test_unknown_op_lists_the_known() -> None:
@@ -201,15 +201,13 @@ def test_refused_dtypes_and_absent_gpus_are_named() -> None:
 
 def test_unknown_names_and_names_of_upstream() -> None:
     with pytest.raises(
-        UnsupportedBackendError, match=r"^unknown attention backend 'sdpa'; known: auto, torch_sdpa or re"
+        UnsupportedBackendError, match=r"^unknown attention backend 'sdpa'; known: auto, torch_sdpa, .* or re"
     ):
         registry.select("attention", "sdpa", *HERE)
     upstream = registry.registry("attention").op.upstream
     assert {"flash_attn2", "flash_attn3", "sage_attn2", "sage_attn3", "torch_sdpa", "radial_attn"} <= upstream
     for name in upstream - {"torch_sdpa"}:
-        wanted = (
-            f"^'{name}' is an upstream name that this version does not provide yet; use auto, torch_sdpa or reference$"
-        )
+        wanted = f"^'{name}' is an upstream name that this version does not provide yet; use auto, .* or reference$"
         with pytest.raises(UnsupportedBackendError, match=wanted):
             registry.select("attention", name, *HERE)
 
@@ -230,7 +228,9 @@ def test_a_name_is_registered_once_and_for_its_op() -> None:
 
 def test_refusals_tell_for_every_backend_without_running_any() -> None:
     found = attention_with(injected(lambda *_: pytest.fail("ran"), head_dims=frozenset({64})))
-    assert found.refusals(*HERE) == {"injected": "needs head_dim 64, got 128", "torch_sdpa": None, "reference": None}
+    refusals = found.refusals(*HERE)
+    assert refusals["injected"] == "needs head_dim 64, got 128"
+    assert [name for name, why in refusals.items() if why is None] == ["torch_sdpa", "reference"]
 
 
 def test_packages_are_probed_and_never_imported(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
