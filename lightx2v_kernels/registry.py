@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightx2v_kernels.closeness import relative_error, why_too_far
+from lightx2v_kernels.quantized import tensors, widths
 
 AUTO = "auto"
 
@@ -40,13 +41,16 @@ class Op:
     examples: (device, dtype, head_dim) -> argument tuples, small, for the self-test; strided inputs among them.
     plain: the op as one would write it in PyTorch at the inputs' own dtype; its error is the yardstick of the
         self-test; None: the reference itself.
+    truth: what the result stands for where that is not what the reference computes in fp64: tokens before they were
+        put into 8 bits; None: the reference itself.
     upstream: names LightX2V knows for this op, so that one of its configs gets an answer instead of "unknown".
     """
 
     name: str
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     examples: Callable[[torch.device, torch.dtype, int], tuple[tuple[Any, ...], ...]]
-    plain: Callable[..., Tensor] | None = None
+    plain: Callable[..., Any] | None = None
+    truth: Callable[..., Any] | None = None
     upstream: frozenset[str] = frozenset()
 
 
@@ -64,7 +68,7 @@ class Backend:
 
     op: str
     name: str
-    load: Callable[[], Callable[..., Tensor]]
+    load: Callable[[], Callable[..., Any]]
     rank: int
     package: str | None = None
     fix: str | None = None
@@ -200,15 +204,18 @@ def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype
     with torch.no_grad():
         for args in op.examples(device, dtype, head_dim):
             try:
+                made = backend.load()(*args)
                 # .cpu() waits for the device: an asynchronous fault is this kernel's, not that of whoever runs next.
-                out = backend.load()(*args).cpu()
+                out = tuple(t.cpu() for t in tensors(made))
             except torch.OutOfMemoryError:  # says that memory is full now, nothing about the kernel: not to be cached
                 raise
             except Exception as error:  # a vendor's build may fail with anything, and the next on the list may work
                 return f"its self-test raised {type(error).__name__}: {error}"
             # On the CPU, so that the truth does not share the faults of the device under test.
-            truth = op.reference(*(a.cpu().double() if isinstance(a, Tensor) else a for a in args))
-            if reason := _why_wrong(backend, out, truth, (op.plain or op.reference)(*args).cpu()):
+            truth = (op.truth or op.reference)(*(a.cpu().double() if isinstance(a, Tensor) else a for a in args))
+            usual = (op.plain or op.reference)(*args)
+            plain = tuple(t.cpu() for t in tensors(usual))
+            if reason := why_otherwise(made, usual) or why_wrong(backend, out, tensors(truth), plain):
                 return f"its self-test failed: {reason}"
     return None
 
@@ -227,6 +234,24 @@ def _best(registry: Registry, device: torch.device, dtype: torch.dtype, head_dim
             return backend
     reasons = "; ".join(passed_over) or "none is registered"
     raise UnsupportedBackendError(f"no {op.name} backend can run on {_place(device, dtype, head_dim)}: {reasons}")
+
+
+def why_otherwise(result: Any, expected: Any) -> str | None:
+    """Why a result is not made as the reference's is (number of tensors, their dtypes), in words; None if it is."""
+    if (found := widths(result)) == (wanted := widths(expected)):
+        return None
+    return f"dtype {' and '.join(map(str, found))}, expected {' and '.join(map(str, wanted))}"
+
+
+def why_wrong(
+    backend: Backend, out: tuple[Tensor, ...], truth: tuple[Tensor, ...], plain: tuple[Tensor, ...]
+) -> str | None:
+    """Why these results are too far from the truth (fp32 or fp64), by the closeness rule or the error that the backend
+    declares, in words; None if they are not. plain: the yardstick's results. See `quantized.tensors`."""
+    for parts in zip(out, truth, plain, strict=True):
+        if reason := _why_wrong(backend, *parts):
+            return reason
+    return None
 
 
 def _why_wrong(backend: Backend, out: Tensor, truth: Tensor, plain: Tensor) -> str | None:

@@ -53,7 +53,7 @@ class Attention(nn.Module):
             self.v_img = nn.Linear(size, size)
             self.norm_k_img = RMSNorm(size, config.eps, kernels)
         self._attention = kernels.attention
-        self._rope = kernels.rope
+        self._norm_rope = kernels.norm_rope
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
@@ -67,11 +67,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, L, D), context (B, S, D) or None, rope for self-attention, image (B, I, D) or None -> (B, L, D)."""
         source = x if context is None else context
-        q = self._heads(self.norm_q(self.q(x)))
-        k = self._heads(self.norm_k(self.k(source)))
-        v = self._heads(self.v(source))
-        if rope is not None:
-            q, k = self._rope(q, *rope), self._rope(k, *rope)
+        q, k, v = self.q(x), self.k(source), self._heads(self.v(source))
+        if rope is None:
+            q, k = self._heads(self.norm_q(q)), self._heads(self.norm_k(k))
+        else:
+            q = self._norm_rope(q, self.norm_q.weight, *rope, self.norm_q.eps)
+            k = self._norm_rope(k, self.norm_k.weight, *rope, self.norm_k.eps)
         y = self._attention(q, k, v)
         if image is not None:
             k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
@@ -100,12 +101,29 @@ class WanBlock(nn.Module):
     def _add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
 
+    def _add_and_norm(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y * gate, and that under norm3."""
+        norm = self.norm3
+        x, normed = self._kernels.residual_layer_norm(
+            _runs(x, gate), _runs(y, gate), _samples(gate), norm.weight, norm.bias, norm.eps
+        )
+        return x.view_as(y), normed.view_as(y)
+
+    def _add_and_modulate(self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and that modulated."""
+        x, modulated = self._kernels.residual_modulate(
+            _runs(x, shift), _runs(y, shift), None, _samples(shift), _samples(scale), self.eps
+        )
+        return x.view_as(y), modulated.view_as(y)
+
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D) -> (B, L, D)"""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + args.modulation).unbind(2)
-        x = self._add(x, self.self_attn(self._modulate(x, shift, scale), rope=args.rope), gate)
-        x = x + self.cross_attn(self.norm3(x), args.context, image=args.image)
-        return self._add(x, self.ffn(self._modulate(x, ffn_shift, ffn_scale)), ffn_gate)
+        attended = self.self_attn(self._modulate(x, shift, scale), rope=args.rope)
+        x, normed = self._add_and_norm(x, attended, gate)
+        described = self.cross_attn(normed, args.context, image=args.image)
+        x, modulated = self._add_and_modulate(x, described, ffn_shift, ffn_scale)
+        return self._add(x, self.ffn(modulated), ffn_gate)
 
 
 def _runs(x: Tensor, per_run: Tensor) -> Tensor:
