@@ -102,8 +102,8 @@ def gate(model: Model, attention: str, device: torch.device, dtype: torch.dtype)
     """Two blocks at 192 tokens against the same weights on the references in fp64; None if they agree, else why not."""
     small = Model(replace(model.config, num_layers=2), (3, 16, 16))
     chosen = select(attention=attention, device=device, dtype=dtype, head_dim=HEAD_DIM)
-    references: dict[str, Any] = {op: registry.registry(op).op.reference for op in chosen.names}
-    plain = Kernels(**references)
+    references: dict[str, Any] = {op: registry.registry(op).op.reference for op in registry.registries()}
+    plain = Kernels(**references, cross_attention=references["attention"])
     network = build(small.config, chosen, device, dtype)
     weights = network.state_dict()
     args = inputs(small, device)

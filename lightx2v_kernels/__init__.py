@@ -39,10 +39,13 @@ class Kernels:
     """The implementations chosen for one device, dtype and head_dim. Every callable returns the dtype of its first
     argument.
 
+    attention: of tokens to each other. cross_attention: to the few tokens of a text or an image: always exact, for it
+        takes little time and all that was asked for comes in there.
     names: op -> backend that was chosen, for reports.
     """
 
     attention: AttentionFn
+    cross_attention: AttentionFn
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]  # x (..., D), weight (D,), eps -> (..., D)
     layer_norm: Callable[
         [Tensor, Tensor | None, Tensor | None, float], Tensor
@@ -58,11 +61,15 @@ class Kernels:
 def select(*, attention: str = registry.AUTO, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
     """Choose every op for one place. `dtype` is that of the tokens.
 
-    attention: "auto" or a name of `registry.names("attention")`; all other ops are chosen by "auto".
+    attention: one of `registry.choices("attention")`: "auto" the fastest, "exact" the fastest of those that are not
+        lossy, or a name, which cross-attention takes too if it is exact. All other ops are chosen by "auto".
     Raises UnsupportedBackendError, with every reason, if the named attention or any op cannot run there.
     """
     asked = {"attention": attention}
     chosen = {op: registry.select(op, asked.get(op, registry.AUTO), device, dtype, head_dim) for op in _OPS}
+    lossy = attention == registry.AUTO or chosen["attention"].max_error is not None
+    exact = registry.EXACT if lossy else attention
+    chosen["cross_attention"] = registry.select("attention", exact, device, dtype, head_dim, workload="cross")
     functions: dict[str, Any] = {op: backend.load() for op, backend in chosen.items()}
     return Kernels(**functions, names={op: backend.name for op, backend in chosen.items()})
 

@@ -84,6 +84,7 @@ def training_kernels() -> Kernels:
     """The engine's plain PyTorch ops, which torch.compile fuses, with `padded_attention`."""
     return Kernels(
         attention=padded_attention,
+        cross_attention=padded_attention,
         rms_norm=rms_norm,
         layer_norm=layer_norm,
         modulate=modulate,

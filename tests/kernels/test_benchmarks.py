@@ -21,7 +21,8 @@ def test_every_op_has_a_case_and_passes_its_gate(label: str) -> None:
     rows = kernels.measure(TINY[label], CPU, torch.float32)
     assert {case.op for case in TINY.values()} == set(registry.registries())
     assert [row["backend"] for row in rows] == list(registry.names(TINY[label].op))
-    assert all(row["gate"] == "passed" and row["ms"] > 0 and row["rate"] > 0 for row in rows)
+    able = [row for row in rows if not row["gate"].startswith("cannot run: ")]
+    assert len(able) >= 1 and all(row["gate"] == "passed" and row["ms"] > 0 and row["rate"] > 0 for row in able)
     assert rows[-1]["ratio"] == 1
 
 
@@ -80,7 +81,7 @@ def test_transformer_work_and_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_refused_choice_is_one_line() -> None:
-    with pytest.raises(SystemExit, match=r"--attention sage_attn2 --device cpu: 'sage_attn2' is an upstream name"):
+    with pytest.raises(SystemExit, match=r"--attention sage_attn2 --device cpu: attention backend 'sage_attn2' cannot"):
         transformer.main(["--device", "cpu", "--attention", "sage_attn2"])
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match=r"--device cuda: PyTorch .* sees no GPU"):
