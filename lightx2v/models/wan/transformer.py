@@ -160,6 +160,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         size, patch = config.hidden_size, config.patch_size
         self.config = config
+        self.kernels = kernels
         self.patch_embedding = nn.Conv3d(config.in_channels, size, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, size), nn.GELU(approximate="tanh"), nn.Linear(size, size)
