@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightx2v.blocks import Branch, RunBlocks, Walks, interruptible, run_blocks
 from lightx2v.cache.turn import CacheFactory, Turn
 from lightx2v.config import Sampling
+from lightx2v.diagnosis import explain, looking
 from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, Velocity, is_high, velocity_of
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
@@ -121,7 +122,8 @@ def diffuse(
     """Denoise raw latents (B, C, T, H, W) -> raw latents, float32, on the CPU.
 
     cache: called once for each network; what it returns lives as long as this call.
-    Raises ValueError for latents of another space, and for a guided request without `uncond`.
+    Raises ValueError for latents of another space, and for a guided request without `uncond`; FloatingPointError for an
+    estimate that is not finite, with its step, block and attention backend.
     """
     full, space = schedule_of(sampling), model.spec.latents
     steps = len(full.timesteps)
@@ -136,13 +138,18 @@ def diffuse(
     if mask is not None and model.spec.keeps_frames:
         share = mask.mean((1, 3, 4)).expand(len(latents), -1)
     run = interruptible(run, hooks.on_block) if hooks.on_block else run
-    denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule), share)
-    if mask is not None:
+
+    def denoiser(cache: CacheFactory | None) -> Denoiser:
+        denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule), share)
+        if mask is None:
+            return denoise
         kept_noise = None if model.spec.keeps_frames else noise.to(model.device)
-        denoise = KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
+        return KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
+
     _warn(sampling, steps)
     solver = SOLVERS["unipc" if sampling.scheduler == "unipc" else "euler"]()
-    out = sample(denoise, x, schedule, solver, hooks.on_step)
+    why = explain(lambda: denoiser(looking), cache is not None)
+    out = sample(denoiser(cache), x, schedule, solver, hooks.on_step, why)
     return space.denormalize(out.cpu() / (1 - schedule.sigmas[-1]))
 
 

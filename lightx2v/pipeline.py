@@ -124,9 +124,9 @@ class LightX2VPipeline:
         config_json: one of LightX2V's JSON files, instead of defaults (docs/config-json.md): it sets offload, LoRAs and
         the like too, but for methods that were called for that; arguments given here win over it.
 
-        attn_mode: "auto" or an attention backend's name. height, width: pixels; with a start image their product is the
-        area and the image gives the proportions, unless resize_mode is "fixed_shape". fps: of the file; None: 24 for
-        TI2V-5B, 16 for the others.
+        attn_mode: "auto", "exact" or an attention backend's name (docs/kernels.md). height, width: pixels; with a start
+        image their product is the area and the image gives the proportions, unless resize_mode is "fixed_shape".
+        fps: of the file; None: 24 for TI2V-5B, 16 for the others.
         guidance_scale: one, or two for the high- and the low-noise expert.
         boundary: noise level at which the experts change; None: the model's own. boundary_step_index: or the number of
         steps of the high-noise one; None: 2 for a distilled pair.

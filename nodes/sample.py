@@ -14,7 +14,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.models.wan.conditioning import to_model_input
 from lightx2v.preview import read_colours
 from lightx2v.schedules import parse_step_list
-from lightx2v_kernels.registry import names
+from lightx2v_kernels.registry import choices
 
 from . import host
 from .cache import CacheOptions
@@ -86,9 +86,11 @@ class LightX2VSampler(io.ComfyNode):
         return [
             io.Combo.Input(
                 "attention",
-                options=["auto", *names("attention")],
+                options=list(choices("attention")),
                 default="auto",
-                tooltip="auto: the fastest that passes a self-test on this GPU. A named one runs or says why not.",
+                tooltip="auto: the fastest that is right on this GPU, measured once; 8-bit ones where they save 10 % "
+                "or more of the time and keep a cosine of 0.999 to fp32. exact: the fastest that rounds no more than "
+                "PyTorch. A named one runs or says why not.",
             ),
             io.Combo.Input(
                 "offload",

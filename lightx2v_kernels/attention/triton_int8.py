@@ -33,5 +33,6 @@ BACKENDS = (
         dtypes=frozenset({torch.bfloat16, torch.float16}),
         head_dims=frozenset({64, 128}),
         max_error=0.02,
+        rotary=rotary,
     ),
 )

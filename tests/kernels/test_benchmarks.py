@@ -81,7 +81,7 @@ def test_transformer_work_and_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_refused_choice_is_one_line() -> None:
-    with pytest.raises(SystemExit, match=r"--attention sage_attn2 --device cpu: 'sage_attn2' is an upstream name"):
+    with pytest.raises(SystemExit, match=r"--attention sage_attn2 --device cpu: attention backend 'sage_attn2' cannot"):
         transformer.main(["--device", "cpu", "--attention", "sage_attn2"])
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match=r"--device cuda: PyTorch .* sees no GPU"):
