@@ -5,13 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightx2v_kernels import tiles
 from lightx2v_kernels.modulate import reference
 from lightx2v_kernels.norm._triton import Norm, Residual, _rows, _table, empty_like, load_table, normalise
 from lightx2v_kernels.opaque import opaque
 from lightx2v_kernels.quantize._triton import empty_quantized
 from lightx2v_kernels.quantized import Quantized
 
-_ROWS, _COLUMNS, _WARPS = 4, 1024, 4
+_COLUMNS = 1024
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -51,8 +52,9 @@ def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y = _rows(x), _rows(y)
     table, (gate_sample, gate_token) = _table(gate)
     batch, length, width = x.shape
+    tile = tiles.residual(width)
     if x.numel():
-        _add[(batch * triton.cdiv(length, _ROWS), triton.cdiv(width, _COLUMNS))](
+        _add[(batch * triton.cdiv(length, tile.rows), triton.cdiv(width, _COLUMNS))](
             x,
             y,
             table,
@@ -64,9 +66,10 @@ def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
             gate_token,
             WIDTH=width,
             PER_TOKEN=gate_token != 0,
-            ROWS=_ROWS,
+            ROWS=tile.rows,
             BLOCK=_COLUMNS,
-            num_warps=_WARPS,
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
     return out
 

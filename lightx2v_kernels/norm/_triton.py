@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightx2v_kernels import tiles
 from lightx2v_kernels.norm import reference
 from lightx2v_kernels.opaque import opaque
 from lightx2v_kernels.quantize._triton import NONE, empty_quantized, kind, quantize_rows, writable
@@ -121,13 +122,6 @@ class Norm:
     one_plus: bool = False
 
 
-def tile(width: int) -> tuple[int, int, int]:
-    """(rows a program, columns, warps)."""
-    block = triton.next_power_of_2(width)
-    rows = max(2, 8192 // block)
-    return rows, block, min(16, max(4, rows * block // 2048))
-
-
 def normalise(x: Tensor, norm: Norm, out: tuple[Tensor, Tensor | None], residual: Residual | None = None) -> None:
     """One launch: x (..., D) into out: values (..., D) at their own dtype and, if that is of 8 bits, scale (..., 1)."""
     x = _rows(x)
@@ -141,8 +135,8 @@ def normalise(x: Tensor, norm: Norm, out: tuple[Tensor, Tensor | None], residual
     gate, gate_strides = _table(None if residual is None else residual.gate)
     values, scales = out
     how = NONE if scales is None else kind(values.dtype, values.device)
-    rows, block, warps = tile(width)
-    _normalise[(batch * triton.cdiv(length, rows),)](
+    tile = tiles.norm(width, how != NONE)
+    _normalise[(batch * triton.cdiv(length, tile.rows),)](
         x,
         y,
         gate,
@@ -165,9 +159,10 @@ def normalise(x: Tensor, norm: Norm, out: tuple[Tensor, Tensor | None], residual
         TABLE_PER_TOKEN=scale_strides[1] != 0 or shift_strides[1] != 0,
         LIMIT=LARGEST.get(values.dtype, 0.0),
         KIND=how,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=warps,
+        ROWS=tile.rows,
+        BLOCK=tiles.power_of_two(width),
+        num_warps=tile.warps,
+        maxnreg=tile.registers,
     )
 
 

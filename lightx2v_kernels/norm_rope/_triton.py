@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightx2v_kernels import tiles
 from lightx2v_kernels.norm_rope import reference
 from lightx2v_kernels.opaque import opaque
 
@@ -57,20 +58,13 @@ def _norm_rope(
     tl.store(out + written, tl.reshape(turned, (ROWS, BLOCK_HEADS, BLOCK_DIM)), mask=mask)
 
 
-def tile(heads: int, head_dim: int) -> tuple[int, int, int, int]:
-    """(tokens a program, heads, channels, warps)."""
-    block_heads, block_dim = triton.next_power_of_2(heads), triton.next_power_of_2(head_dim)
-    rows = max(1, 8192 // (block_heads * block_dim))
-    return rows, block_heads, block_dim, min(16, max(4, rows * block_heads * block_dim // 2048))
-
-
 def _launch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     out = _empty(x, weight, cos)
     batch, length, heads, head_dim = out.shape
     x = x if x.stride(2) == 1 else x.contiguous()
-    rows, block_heads, block_dim, warps = tile(heads, head_dim)
+    tile = tiles.norm_rope(heads, head_dim)
     if x.numel():
-        _norm_rope[(batch * triton.cdiv(length, rows),)](
+        _norm_rope[(batch * triton.cdiv(length, tile.rows),)](
             x,
             weight.contiguous(),
             cos.contiguous(),
@@ -82,10 +76,11 @@ def _launch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> 
             HEADS=heads,
             DIM=head_dim,
             PER_HEAD=len(weight) == head_dim,
-            ROWS=rows,
-            BLOCK_HEADS=block_heads,
-            BLOCK_DIM=block_dim,
-            num_warps=warps,
+            ROWS=tile.rows,
+            BLOCK_HEADS=tiles.power_of_two(heads),
+            BLOCK_DIM=tiles.power_of_two(head_dim),
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
     return out
 

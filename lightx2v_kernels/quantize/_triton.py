@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightx2v_kernels import tiles
 from lightx2v_kernels.opaque import opaque
 from lightx2v_kernels.quantized import LARGEST, SMALLEST_AMAX, Quantized
 
@@ -83,13 +84,6 @@ def writable(values: Tensor, how: int) -> Tensor:
     return values.view(torch.uint8) if how == FP8_BITS else values
 
 
-def tile(width: int) -> tuple[int, int, int]:
-    """(rows a program, columns, warps): 32 values of a row in each thread, but no fewer than 4 warps."""
-    block = triton.next_power_of_2(width)
-    rows = max(1, 4096 // block)
-    return rows, block, min(16, max(4, rows * block // 1024))
-
-
 @functools.cache
 def _has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -99,10 +93,10 @@ def _launch(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
     values, scale = empty_quantized(x, dtype)
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    rows, block, warps = tile(flat.shape[1])
+    tile = tiles.quantize(flat.shape[1])
     how = kind(dtype, x.device)
     if flat.shape[0]:
-        _quantize[(triton.cdiv(flat.shape[0], rows),)](
+        _quantize[(triton.cdiv(flat.shape[0], tile.rows),)](
             flat,
             writable(values, how),
             scale,
@@ -112,9 +106,10 @@ def _launch(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
             GELU=gelu,
             LIMIT=LARGEST[dtype],
             KIND=how,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=warps,
+            ROWS=tile.rows,
+            BLOCK=tiles.power_of_two(flat.shape[1]),
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
     return values, scale
 
