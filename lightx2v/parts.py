@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightx2v.config import Engine
 from lightx2v.decoding import VAEChoice
@@ -19,6 +19,7 @@ from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras,
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
 from lightx2v.offload.plan import Plan, has_room
+from lightx2v.offload.shortage import Advice, once_more
 from lightx2v.text import umt5
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.wan import WanVAE
@@ -134,9 +135,7 @@ class Parts:
         free, budget = self.free_bytes(), self._engine.vram_budget_gb
         if free is None or has_room(nbytes, free, budget):
             return True
-        for network in self._transformers:
-            network.to(CPU)
-        self.rest_vaes()
+        self._make_room()
         return has_room(nbytes, self.free_bytes() or 0, budget)
 
     def use_engine(self, engine: Engine) -> None:
@@ -177,6 +176,26 @@ class Parts:
         finally:
             for transformer in () if resident else self._transformers:
                 transformer.to(CPU)
+
+    def sampled(
+        self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
+    ) -> Tensor:
+        """What `work` makes with the model; where GPU memory runs out, once more from the start, tighter planned.
+
+        Raises DoesNotFitError where memory runs out twice, which says what would fit, and as `model` does.
+        """
+
+        def attempt(failed: Plan | None) -> Tensor:
+            with self.model(engine, loras, how, replace(asked, failed=failed)) as model:
+                return work(model)
+
+        return once_more(attempt, lambda: self.plan, self._make_room, Advice(self._infos[0].spec, asked.shape))
+
+    def _make_room(self) -> None:
+        """Take everything off the device that can wait in main memory."""
+        for network in self._transformers:
+            network.to(CPU)
+        self.rest_vaes()
 
     def _planned(self, engine: Engine, asked: Asked | None) -> Plan:
         if asked is None:

@@ -18,10 +18,10 @@ from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, to_latent
 from lightx2v.vae.padded import encode_padded
 
+Encoded = tuple[Conditioning, Conditioning | None, Start]
 
-def encode(
-    parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None
-) -> tuple[Conditioning, Conditioning | None, Start]:
+
+def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None) -> Encoded:
     """Text and images to conditioning, and to the latents that sampling begins with.
 
     start, end: pictures (1, H, W, 3) of the first and of the last frame.

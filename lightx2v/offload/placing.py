@@ -19,7 +19,8 @@ from lightx2v.loading import build_transformer, compute_dtype
 from lightx2v.lora import Applied, Lora
 from lightx2v.memory import transformer_activation_bytes
 from lightx2v.offload.lane import link_rate
-from lightx2v.offload.plan import Machine, Needs, Plan, measure, plan
+from lightx2v.offload.plan import DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
+from lightx2v.offload.shortage import Advice
 from lightx2v.offload.stream import BlockStream
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Asked:
     """What a request finds, and brings with it that takes memory.
 
     shape: of its latents, (B, C, T, H, W). free: bytes of the device beside what is there; None: not known.
-    vae: bytes of it on the device.
+    vae: bytes of it on the device. failed: the plan that memory ran out with, where this is the second try.
     """
 
     shape: Sequence[int]
@@ -68,6 +69,7 @@ class Asked:
     loras: Sequence[Lora] = ()
     free: int | None = None
     vae: int = 0
+    failed: Plan | None = None
 
 
 class Placing:
@@ -101,7 +103,12 @@ class Placing:
         )
         needs = Needs(tuple(measure(network) for network in shown), activations, vae=asked.vae)
         least = engine.offload == "block" and not engine.vram_budget_gb
-        return plan(needs, machine, budget_gb=engine.vram_budget_gb, least=least, vae_offload=engine.vae_offload)
+        try:
+            if asked.failed is not None:
+                return tighter(needs, machine, asked.failed)
+            return plan(needs, machine, budget_gb=engine.vram_budget_gb, least=least, vae_offload=engine.vae_offload)
+        except DoesNotFitError as error:
+            raise Advice(info.spec, asked.shape).on(error) from None
 
     @contextmanager
     def placed(

@@ -1,0 +1,135 @@
+"""Memory that runs out: once more with less on the device, and the same video; then an error that says what fits."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightx2v import LightX2VPipeline
+from lightx2v.offload import DoesNotFitError
+from lightx2v.offload.plan import GB, LESS, RESERVE, Machine, Needs, Sizes, plan, tighter
+from lightx2v.offload.shortage import ran_out
+from lightx2v.shapes import LatentShape, VideoShape, smaller
+from tiny_pipeline import pipeline, plan_of, video, write_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("wan"))
+
+
+class Allocator:
+    """A device that has no memory at some calls of a network's second block, counted from 0."""
+
+    def __init__(self, *fails: int, error: Callable[[], Exception] = lambda: torch.OutOfMemoryError("no room")) -> None:
+        self.fails, self.error, self.calls = fails, error, 0
+
+    def of(self, pipe: LightX2VPipeline) -> "Allocator":
+        for network in pipe._parts._transformers:
+            network.blocks[1].register_forward_pre_hook(self._call)
+        return self
+
+    def _call(self, *_: object) -> None:
+        self.calls += 1
+        if self.calls - 1 in self.fails:
+            raise self.error()
+
+
+def budgeted(folder: Path) -> LightX2VPipeline:
+    """All blocks stay within its budget."""
+    pipe = pipeline(folder)
+    pipe.enable_offload(True, vram_budget_gb=1.0)
+    return pipe
+
+
+@pytest.mark.parametrize("call", [0, 3])
+def test_the_second_try_makes_the_same_video(folder: Path, call: int, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = budgeted(folder)
+    expected = video(pipe)
+    assert plan_of(pipe).whole
+    allocator = Allocator(call).of(pipe)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(video(pipe), expected)
+    assert allocator.calls == call + 1 + 4, "from the beginning: two steps of two passes"
+    made = plan_of(pipe)
+    assert made.resident == 0 and made.streamed == 2 and made.vae == "visits"
+    (said,) = [record.message for record in caplog.records if "ran out" in record.message]
+    assert "once more with less of the model on the GPU" in said
+    assert pipe._parts._placing.device_bytes == 0
+    allocator.fails = ()
+    assert torch.equal(video(pipe), expected) and plan_of(pipe).whole, "the next video is planned afresh"
+
+
+def test_what_other_libraries_say_counts_too(folder: Path) -> None:
+    pipe = budgeted(folder)
+    expected = video(pipe)
+    said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    Allocator(1, error=lambda: RuntimeError(said)).of(pipe)
+    assert torch.equal(video(pipe), expected)
+    Allocator(0, error=lambda: RuntimeError("the sizes do not match")).of(pipe)
+    with pytest.raises(RuntimeError, match="the sizes do not match"):
+        video(pipe)
+    assert ran_out(RuntimeError("Triton Error [CUDA]: out of memory")) and not ran_out(ValueError("out of memory"))
+
+
+def test_twice_is_an_error_that_says_what_fits(folder: Path) -> None:
+    pipe = budgeted(folder)
+    expected = video(pipe)
+    allocator = Allocator(2, 4).of(pipe)
+    with pytest.raises(DoesNotFitError) as caught:
+        video(pipe)
+    message = str(caught.value)
+    assert "ran out twice" in message and "with 0 of 2 blocks on the GPU" in message and "no room" in message
+    assert message.endswith("instead of 5 frames of 48x32, 1 frames of 48x32 or 5 frames of 32x16 should fit")
+    assert pipe._parts._placing.device_bytes == 0
+    allocator.fails = ()
+    assert torch.equal(video(pipe), expected), "and the pipeline goes on"
+
+
+def test_without_a_plan_there_is_nothing_to_tighten(folder: Path) -> None:
+    pipe = pipeline(folder)
+    expected = video(pipe)
+    pipe.enable_offload(True, "model")
+    assert torch.equal(video(pipe), expected)
+    Allocator(1).of(pipe)
+    with pytest.raises(DoesNotFitError, match="use auto or block"):
+        video(pipe)
+    assert torch.equal(video(pipe), expected)
+
+
+BLOCKS = Sizes((int(GB),) * 40, 0)
+PLENTY = Machine(100 * int(GB), 100 * int(GB), 0)
+
+
+@pytest.mark.parametrize("free", [100, 30, 8, 4])
+def test_each_plan_that_fails_has_a_tighter_one_until_there_is_none(free: int) -> None:
+    needs, machine = Needs((BLOCKS,), int(GB), vae=int(GB) // 4), Machine(free * int(GB), 100 * int(GB), 0)
+    made = plan(needs, machine)
+    while made.prefetch or made.whole:
+        tight = tighter(needs, machine, made)
+        assert tight.peak <= made.peak - int(GB) or (tight.resident, tight.prefetch) == (0, 0)
+        assert tight.peak < made.peak and tight.vae == "visits"
+        made = tight
+    with pytest.raises(
+        DoesNotFitError, match=r"ran out with one block at a time on the GPU and 2\.6 GB planned"
+    ) as caught:
+        tighter(needs, machine, made)
+    assert caught.value.share == LESS
+
+
+def test_memory_that_others_took_is_counted() -> None:
+    needs = Needs((BLOCKS,), 2 * int(GB))
+    failed = plan(needs, PLENTY)
+    with pytest.raises(DoesNotFitError, match=r"3\.6 GB of GPU memory are needed at least .* 2\.0 GB may") as caught:
+        tighter(needs, Machine(2 * int(GB), 100 * int(GB), 0), failed)
+    assert caught.value.share == pytest.approx((1e9 - RESERVE) / 2e9)
+
+
+def test_what_fits_is_shorter_or_smaller() -> None:
+    wan = {"stride": (4, 8, 8), "patch_size": (1, 2, 2)}
+    found = smaller(LatentShape(21, 60, 104), 0.5, **wan)
+    assert found == [VideoShape(37, 480, 832), VideoShape(81, 336, 576)]
+    assert smaller(LatentShape(21, 60, 104), 1, **wan) == [VideoShape(81, 480, 832)] * 2
+    assert smaller(LatentShape(1, 2, 2), 0.9, **wan) == [] == smaller(LatentShape(21, 60, 104), -1, **wan)
