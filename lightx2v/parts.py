@@ -1,10 +1,13 @@
 """The networks of one model, read when first needed, and where they wait between their turns."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +21,9 @@ from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
-from lightx2v.offload.plan import Plan, has_room
-from lightx2v.offload.shortage import Advice, once_more
+from lightx2v.offload.plan import Plan, has_room, measure, streamed_bytes
+from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
+from lightx2v.offload.stream import BlockStream, streamable
 from lightx2v.text import umt5
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.wan import WanVAE
@@ -28,6 +32,7 @@ from lightx2v.vision import clip
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
+Result = TypeVar("Result")
 
 
 class Parts:
@@ -111,32 +116,53 @@ class Parts:
         for vae in self._loaded_vaes.values():
             vae.to(CPU)
 
-    @contextmanager
-    def visiting(self, network: nn.Module) -> Iterator[None]:
-        """The network is on the device within, and on the CPU after.
+    def visit(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns with an encoder on the device; it is on the CPU before and after.
 
-        Where a plan decides, what waits on the device makes way for it, and one that has no room even then computes on
-        the CPU.
+        Where a plan decides, what waits on the device makes way for it. One that has no room even then passes through
+        block by block; one for which memory is too small even so, or runs out, computes on the CPU.
         """
         if self._engine.vae_offload:
             self.rest_vaes()
-        needed = held_bytes(network) + TEXT_ENCODER_ACTIVATION_BYTES  # more than what other encoders compute with
-        if planned(self._engine, self.device) and not self._room_for(needed):
-            log.warning("an encoder of %.1f GB does not fit the GPU: it runs on the CPU", held_bytes(network) / 1e9)
-            yield
-            return
-        network.to(self.device)
+        for how in self._visits(network):
+            with_network = partial(how, network, compute)
+            made = caught(with_network)
+            if not isinstance(made, Shortage):
+                return made
+            self._make_room()
+            free_unused()
+        log.warning("an encoder of %.1f GB does not fit the GPU: it runs on the CPU", held_bytes(network) / 1e9)
+        return compute()
+
+    def _visits(self, network: nn.Module) -> Sequence[Callable[[nn.Module, Callable[[], Result]], Result]]:
+        """The ways in which a network may compute on the device, best first."""
+        if not planned(self._engine, self.device):
+            return [self._whole]
+        beside = TEXT_ENCODER_ACTIVATION_BYTES  # more than what other encoders compute with
+        whole = self._room_for(held_bytes(network) + beside)
+        streams = streamable(network) and self._room_for(streamed_bytes((measure(network),), 0, 1) + beside)
+        return ([self._whole] if whole else []) + ([self._streamed] if streams else [])
+
+    def _whole(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
         try:
-            yield
+            network.to(self.device)
+            return compute()
         finally:
             network.to(CPU)
 
+    def _streamed(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
+        log.info("memory: an encoder of %.1f GB passes through the GPU block by block", held_bytes(network) / 1e9)
+        stream = BlockStream({"": network}, self.device, pin_limit=0)  # pinning takes longer than the one or two passes
+        with stream.open(0), stream.hooked():
+            return compute()
+
     def _room_for(self, nbytes: int) -> bool:
         free, budget = self.free_bytes(), self._engine.vram_budget_gb
-        if free is None or has_room(nbytes, free, budget):
+        if has_room(nbytes, sys.maxsize if free is None else free, budget):
             return True
         self._make_room()
-        return has_room(nbytes, self.free_bytes() or 0, budget)
+        free = self.free_bytes()
+        return has_room(nbytes, sys.maxsize if free is None else free, budget)
 
     def use_engine(self, engine: Engine) -> None:
         """From now on; transformers that were read for another are forgotten."""

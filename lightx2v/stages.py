@@ -26,16 +26,17 @@ def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None
 
     start, end: pictures (1, H, W, 3) of the first and of the last frame.
     """
-    with parts.visiting(parts.text_encoder().model):
-        context = parts.text_encoder().encode(request.prompt)
-        negative = parts.text_encoder().encode(request.negative_prompt) if request.sampling.guided else None
+    text, prompts = parts.text_encoder(), [request.prompt]
+    prompts += [request.negative_prompt] if request.sampling.guided else []
+    context, *rest = parts.visit(text.model, lambda: [text.encode(prompt) for prompt in prompts])
+    negative = rest[0] if rest else None
     video = VideoShape(request.num_frames, request.height, request.width)
     begin = Start(torch.zeros(1, spec.latents.channels, *to_latent(video, spec.latents.stride)))
     image = clip = None
     given = [picture for picture in (start, end) if picture is not None]
     if spec.reads_clip:
-        with parts.visiting(parts.image_encoder().model):
-            clip = torch.cat([parts.image_encoder().encode(picture) for picture in given], 1).cpu()
+        sees = parts.image_encoder()
+        clip = parts.visit(sees.model, lambda: torch.cat([sees.encode(picture) for picture in given], 1).cpu())
     if spec.image_channels:
         known = image_condition(_padded(parts), video, spec.latents, start=start, end=end)
         image = to_model_input(known.latents.cpu(), known.concat_mask.cpu(), spec.latents, begin.latents.shape)

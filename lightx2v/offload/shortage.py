@@ -26,6 +26,24 @@ def ran_out(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True)
+class Shortage:
+    """Memory ran out. said: the first line of the error; the error itself holds every tensor of the frames that it
+    passed through."""
+
+    said: str
+
+
+def caught(work: Callable[[], Result]) -> Result | Shortage:
+    """What `work` returns, or that memory ran out; every other error is raised."""
+    try:
+        return work()
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        return Shortage(str(error).partition("\n")[0])
+
+
+@dataclass(frozen=True)
 class Advice:
     """What fits instead of a request for latents of that shape (B, C, T, H, W)."""
 
@@ -53,13 +71,9 @@ def once_more(
     make_room: frees what can be freed; runs between the two.
     Raises DoesNotFitError where memory runs out again, or where nothing was planned that could be tightened.
     """
-    try:
-        return work(None)
-    except Exception as error:
-        if not ran_out(error):
-            raise
-        log.debug("memory ran out: %s", error)
-    # Here and not in the handler: the error holds every tensor of the frames that it passed through.
+    made = caught(lambda: work(None))
+    if not isinstance(made, Shortage):
+        return made
     failed = plan_of()
     make_room()
     free_unused()
@@ -68,18 +82,15 @@ def once_more(
     log.warning(
         "GPU memory ran out with %.1f GB planned: once more with less of the model on the GPU", failed.peak / GB
     )
-    try:
-        return work(failed)
-    except Exception as error:
-        if not ran_out(error):
-            raise
-        said = str(error).partition("\n")[0]
+    made = caught(lambda: work(failed))
+    if not isinstance(made, Shortage):
+        return made
     make_room()
     free_unused()
     last = plan_of() or failed
     again = DoesNotFitError(
         f"GPU memory ran out twice, the second time with {last.resident} of {last.resident + last.streamed} blocks on "
-        f"the GPU and {last.peak / GB:.1f} GB planned ({said})",
+        f"the GPU and {last.peak / GB:.1f} GB planned ({made.said})",
         LESS,
     )
     raise advice.on(again)

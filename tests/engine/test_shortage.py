@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lightx2v import LightX2VPipeline
+from lightx2v.config import Engine
+from lightx2v.folder import ModelFolder
+from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.offload import DoesNotFitError
-from lightx2v.offload.plan import GB, LESS, RESERVE, Machine, Needs, Sizes, plan, tighter
+from lightx2v.offload.placing import held_bytes
+from lightx2v.offload.plan import GB, LESS, RESERVE, Machine, Needs, Sizes, measure, plan, streamed_bytes, tighter
 from lightx2v.offload.shortage import ran_out
+from lightx2v.parts import Parts
 from lightx2v.shapes import LatentShape, VideoShape, smaller
 from tiny_pipeline import pipeline, plan_of, video, write_folder
 
@@ -133,3 +139,66 @@ def test_what_fits_is_shorter_or_smaller() -> None:
     assert found == [VideoShape(37, 480, 832), VideoShape(81, 336, 576)]
     assert smaller(LatentShape(21, 60, 104), 1, **wan) == [VideoShape(81, 480, 832)] * 2
     assert smaller(LatentShape(1, 2, 2), 0.9, **wan) == [] == smaller(LatentShape(21, 60, 104), -1, **wan)
+
+
+class Encoder(nn.Module):
+    """Four blocks below a part, as umT5 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Module()
+        self.inside.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.inside.blocks:
+            x = block(x).tanh()
+        return self.head(x)
+
+
+def visits(folder: Path, room: int) -> tuple[Parts, Encoder, int]:
+    """Parts with a budget of so many bytes for an encoder's weights, and what `Encoder` takes when it is streamed."""
+    parts, encoder = Parts(ModelFolder(folder), (), torch.device("cpu")), Encoder()
+    beside = TEXT_ENCODER_ACTIVATION_BYTES + RESERVE
+    parts.use_engine(Engine(offload="block", vram_budget_gb=(beside + room + 0.5) / GB))
+    return parts, encoder, streamed_bytes((measure(encoder),), 0, 1)
+
+
+@torch.inference_mode()
+def test_an_encoder_passes_through_block_by_block_or_computes_on_the_cpu(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, (_, encoder, least) = torch.randn(3, 64), visits(tmp_path, 0)
+    expected = encoder(x)
+    assert least < held_bytes(encoder)
+    ways = {held_bytes(encoder): "", least: "passes through the GPU block by block", least - 1: "it runs on the CPU"}
+    for room, said in ways.items():
+        caplog.clear()
+        parts = visits(tmp_path, room)[0]
+        with caplog.at_level(logging.INFO):
+            assert torch.equal(parts.visit(encoder, lambda: encoder(x)), expected)
+        assert said in caplog.text and bool(said) == bool(caplog.text), room
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in encoder.inside.blocks)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fails", [1, 2])
+def test_an_encoder_that_runs_out_of_memory_takes_the_next_way(
+    tmp_path: Path, fails: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts, encoder, _ = visits(tmp_path, 10**6)
+    x = torch.randn(3, 64)
+    expected, calls = encoder(x), []
+
+    def full(*_: object) -> None:
+        calls.append(1)
+        if len(calls) <= fails:
+            raise torch.OutOfMemoryError("no room")
+
+    encoder.inside.blocks[1].register_forward_pre_hook(full)
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(parts.visit(encoder, lambda: encoder(x)), expected)
+    assert len(calls) == fails + 1 and "block by block" in caplog.text
+    assert ("runs on the CPU" in caplog.text) == (fails == 2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        parts.visit(encoder, lambda: encoder(x[:, :5]))
