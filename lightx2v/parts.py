@@ -21,7 +21,7 @@ from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
-from lightx2v.offload.plan import Plan, has_room, measure, streamed_bytes
+from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
 from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
 from lightx2v.offload.stream import BlockStream, streamable
 from lightx2v.text import umt5
@@ -100,6 +100,17 @@ class Parts:
             return None
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + kept
+
+    def room_bytes(self) -> int | None:
+        """The same, within the budget if there is one, and less what a plan keeps in reserve."""
+        free, budget = self.free_bytes(), self._engine.vram_budget_gb
+        if not budget or not planned(self._engine, self.device):
+            return free
+        resting = self.plan is not None and not self.plan.whole  # on a CPU these look as if they were on the device
+        ours = [*self._loaded_vaes.values(), *(() if resting else self._transformers)]
+        held = sum(held_bytes(network) for network in ours if _on(network, self.device))
+        left = max(0, int(budget * GB) - RESERVE - held)
+        return left if free is None else min(free, left)
 
     def _full(self) -> VAEInfo:
         space = self._infos[0].spec.latents
@@ -219,14 +230,18 @@ class Parts:
 
     def _make_room(self) -> None:
         """Take everything off the device that can wait in main memory."""
+        self.clear_transformers()
+        self.rest_vaes()
+
+    def clear_transformers(self) -> None:
+        """Take the transformers to main memory, until they are asked for."""
         for network in self._transformers:
             network.to(CPU)
-        self.rest_vaes()
 
     def _planned(self, engine: Engine, asked: Asked | None) -> Plan:
         if asked is None:
             raise ValueError(f"offload={engine.offload!r} is planned from the size of the video, which was not given")
-        there = [vae for vae in self._loaded_vaes.values() if next(vae.parameters()).device.type == self.device.type]
+        there = [vae for vae in self._loaded_vaes.values() if _on(vae, self.device)]
         asked = replace(asked, free=self.free_bytes(), vae=sum(held_bytes(vae) for vae in there))
         plan = self._placing.plan(engine, self._infos, self._transformers, asked)
         log.info(plan.line())
@@ -270,3 +285,7 @@ class Parts:
             self._applied = tuple(
                 change_loras(module, applied, stack, device=self.device) for module, applied, stack in changing
             )
+
+
+def _on(network: nn.Module, device: torch.device) -> bool:
+    return next(network.parameters()).device.type == device.type

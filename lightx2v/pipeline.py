@@ -178,9 +178,13 @@ class LightX2VPipeline:
         self._asked.add("enable_lightvae")
 
     @checked
-    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int = 256, overlap: int = 64) -> None:
-        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be."""
-        self._decoding = Decoding(mode, Tiling(tile_size, overlap))
+    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int | None = None, overlap: int = 64) -> None:
+        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be.
+
+        tile_size: None is 256, in "auto" the best that fits.
+        """
+        named = tile_size is not None or overlap != Tiling.overlap
+        self._decoding = Decoding(mode, Tiling(tile_size or Tiling.size, overlap) if named else None)
         self._asked.add("enable_vae_tiling")
 
     @checked

@@ -13,6 +13,7 @@ from lightx2v.guidance import Conditioning
 from lightx2v.media import to_frames
 from lightx2v.models import ModelSpec
 from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, to_model_input
+from lightx2v.offload.shortage import once_there_is_room
 from lightx2v.parts import Parts
 from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, to_latent
@@ -47,11 +48,13 @@ def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None
 
 
 def _padded(parts: Parts) -> Encode:
-    vae = parts.vae()
-
     def run(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
-        first, last = (None if frames is None else frames.to(parts.device) for frames in (start, end))
-        return encode_padded(vae, num_frames, start=first, end=last)
+        def encoded() -> Tensor:
+            vae = parts.vae()
+            first, last = (None if frames is None else frames.to(parts.device) for frames in (start, end))
+            return encode_padded(vae, num_frames, start=first, end=last)
+
+        return once_there_is_room(encoded, parts.clear_transformers, "encoding the image")
 
     return run
 
@@ -59,7 +62,10 @@ def _padded(parts: Parts) -> Encode:
 def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor:
     """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU."""
     info, vae = parts.decoder()
-    return to_frames(decode_video(info, vae, latents, how, free=parts.free_bytes(), progress=progress))
+    frames = decode_video(
+        info, vae, latents, how, free=parts.room_bytes(), progress=progress, make_room=parts.clear_transformers
+    )
+    return to_frames(frames)
 
 
 def ticker(progress: bool, on_step: Callable[[Step, Tensor], None] | None) -> Hooks:

@@ -43,6 +43,25 @@ def caught(work: Callable[[], Result]) -> Result | Shortage:
         return Shortage(str(error).partition("\n")[0])
 
 
+def once_there_is_room(work: Callable[[], Result], make_room: Callable[[], None], doing: str) -> Result:
+    """What `work` returns; where memory runs out, once more after `make_room`. doing: for messages.
+
+    Raises DoesNotFitError where it runs out again.
+    """
+    made = caught(work)
+    if isinstance(made, Shortage):
+        log.warning("GPU memory ran out while %s: once more with all else in RAM", doing)
+        make_room()
+        free_unused()
+        made = caught(work)
+    if isinstance(made, Shortage):
+        raise DoesNotFitError(
+            f"GPU memory ran out twice while {doing} ({made.said}): make the video smaller, or close what else uses "
+            "the GPU"
+        )
+    return made
+
+
 @dataclass(frozen=True)
 class Advice:
     """What fits instead of a request for latents of that shape (B, C, T, H, W)."""

@@ -15,7 +15,7 @@ from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.offload import DoesNotFitError
 from lightx2v.offload.placing import held_bytes
 from lightx2v.offload.plan import GB, LESS, RESERVE, Machine, Needs, Sizes, measure, plan, streamed_bytes, tighter
-from lightx2v.offload.shortage import ran_out
+from lightx2v.offload.shortage import once_there_is_room, ran_out
 from lightx2v.parts import Parts
 from lightx2v.shapes import LatentShape, VideoShape, smaller
 from tiny_pipeline import pipeline, plan_of, video, write_folder
@@ -202,3 +202,21 @@ def test_an_encoder_that_runs_out_of_memory_takes_the_next_way(
     assert ("runs on the CPU" in caplog.text) == (fails == 2)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         parts.visit(encoder, lambda: encoder(x[:, :5]))
+
+
+def test_other_work_runs_once_more_when_there_is_room() -> None:
+    done: list[str] = []
+
+    def work() -> int:
+        done.append("work")
+        if done.count("work") <= fails:
+            raise torch.OutOfMemoryError("no room\nand much more")
+        return 7
+
+    for fails in (0, 1):
+        done.clear()
+        assert once_there_is_room(work, lambda: done.append("room"), "encoding") == 7
+        assert done == ["work", "room", "work"][: 1 + 2 * fails]
+    fails = 9
+    with pytest.raises(DoesNotFitError, match=r"ran out twice while encoding \(no room\): make"):
+        once_there_is_room(work, lambda: None, "encoding")
