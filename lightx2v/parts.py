@@ -20,6 +20,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
+from lightx2v.offload.home import Home
 from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
 from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
 from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
@@ -207,12 +208,17 @@ class Parts:
             with self._placing.placed(self._transformers, self._applied, plan) as (networks, around):
                 yield Model(self._infos[0].spec, self.device, *networks, around=around)
             return
-        bringers = [self._bringer(transformer) for transformer in self._transformers]
+        if resident:
+            (transformer,) = self._transformers
+            yield Model(self._infos[0].spec, self.device, lambda: transformer.to(self.device))
+            return
+        homes = [Home(transformer) for transformer in self._transformers]
+        here: list[Home] = []
         try:
-            yield Model(self._infos[0].spec, self.device, *bringers)
+            yield Model(self._infos[0].spec, self.device, *map(partial(self._bringer, homes, here), range(len(homes))))
         finally:
-            for transformer in () if resident else self._transformers:
-                transformer.to(CPU)
+            for home in homes:
+                home.leave()
 
     def sampled(
         self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
@@ -249,13 +255,14 @@ class Parts:
             self.rest_vaes()
         return plan
 
-    def _bringer(self, transformer: nn.Module) -> Callable[[], nn.Module]:
+    def _bringer(self, homes: Sequence[Home], here: list[Home], index: int) -> Callable[[], nn.Module]:
         def bring() -> nn.Module:
-            if next(transformer.parameters()).device.type != self.device.type:
-                for other in self._transformers:
-                    other.to(CPU)
-                transformer.to(self.device)
-            return transformer
+            if here != [homes[index]]:
+                for home in homes:
+                    home.leave()
+                homes[index].copy_to(self.device)
+                here[:] = [homes[index]]
+            return self._transformers[index]
 
         return bring
 
