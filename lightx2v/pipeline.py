@@ -20,10 +20,9 @@ from lightx2v.classes import Pick, model_class
 from lightx2v.config import Cache, Engine, Request, Sampling
 from lightx2v.config_json import UNDONE_BY, read_told
 from lightx2v.decoding import Decoding, VAERequest, choose_vaes
-from lightx2v.diffuse import Hooks, Start, diffuse
+from lightx2v.diffuse import Hooks, Model, diffuse
 from lightx2v.fitting import check_given, check_images
 from lightx2v.folder import ModelFolder
-from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import choose_kernels
 from lightx2v.lora import Lora
@@ -33,7 +32,7 @@ from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
 from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, timed, two_scales
 from lightx2v.sampling import Step
-from lightx2v.stages import decode, encode, ticker
+from lightx2v.stages import Encoded, decode, encode, ticker
 from lightx2v.vae.tiling import Tiling
 
 log = logging.getLogger(__name__)
@@ -179,9 +178,13 @@ class LightX2VPipeline:
         self._asked.add("enable_lightvae")
 
     @checked
-    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int = 256, overlap: int = 64) -> None:
-        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be."""
-        self._decoding = Decoding(mode, Tiling(tile_size, overlap))
+    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int | None = None, overlap: int = 64) -> None:
+        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be.
+
+        tile_size: None is 256, in "auto" the best that fits.
+        """
+        named = tile_size is not None or overlap != Tiling.overlap
+        self._decoding = Decoding(mode, Tiling(tile_size or Tiling.size, overlap) if named else None)
         self._asked.add("enable_vae_tiling")
 
     @checked
@@ -364,9 +367,9 @@ class LightX2VPipeline:
             require_mp4(save_result_path, request.width, request.height)
         seconds: dict[str, float] = {}
         with timed(seconds, "encode"):
-            cond, uncond, begin = encode(self._parts, self._info.spec, request, start, end)
+            encoded = encode(self._parts, self._info.spec, request, start, end)
         with timed(seconds, "sample"):
-            latents = self._sample(request, cond, uncond, begin, ticker(progress, on_step))
+            latents = self._sample(request, encoded, lambda: ticker(progress, on_step))
         with timed(seconds, "decode"):
             frames = decode(self._parts, latents, self._decoding, progress)
         if not return_result_tensor:
@@ -430,14 +433,15 @@ class LightX2VPipeline:
             self._asked, self._by_file = set(asked), tuple(told.calls)
         return told.generator
 
-    def _sample(
-        self, request: Request, cond: Conditioning, uncond: Conditioning | None, begin: Start, hooks: Hooks
-    ) -> Tensor:
-        self.cache_reports = ()
+    def _sample(self, request: Request, encoded: Encoded, hooks: Callable[[], Hooks]) -> Tensor:
+        cond, uncond, begin = encoded
         asked = Asked(begin.latents.shape, self._cache is not None, self._loras)
-        with self._parts.model(self._engine, self._loras, self._lora_how, asked) as model:
-            self.memory_plan = self._parts.plan
-            latents = diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks, cache=self._cache)
+
+        def work(model: Model) -> Tensor:
+            self.cache_reports, self.memory_plan = (), self._parts.plan
+            return diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks(), cache=self._cache)
+
+        latents = self._parts.sampled(self._engine, self._loras, self._lora_how, asked, work)
         if isinstance(self._cache, Recorder):
             save(self._cache, self._infos, request)
         return latents

@@ -13,29 +13,31 @@ from lightx2v.guidance import Conditioning
 from lightx2v.media import to_frames
 from lightx2v.models import ModelSpec
 from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, to_model_input
+from lightx2v.offload.shortage import once_there_is_room
 from lightx2v.parts import Parts
 from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, to_latent
 from lightx2v.vae.padded import encode_padded
 
+Encoded = tuple[Conditioning, Conditioning | None, Start]
 
-def encode(
-    parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None
-) -> tuple[Conditioning, Conditioning | None, Start]:
+
+def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None) -> Encoded:
     """Text and images to conditioning, and to the latents that sampling begins with.
 
     start, end: pictures (1, H, W, 3) of the first and of the last frame.
     """
-    with parts.visiting(parts.text_encoder().model):
-        context = parts.text_encoder().encode(request.prompt)
-        negative = parts.text_encoder().encode(request.negative_prompt) if request.sampling.guided else None
+    text, prompts = parts.text_encoder(), [request.prompt]
+    prompts += [request.negative_prompt] if request.sampling.guided else []
+    context, *rest = parts.visit(text.model, lambda: [text.encode(prompt) for prompt in prompts])
+    negative = rest[0] if rest else None
     video = VideoShape(request.num_frames, request.height, request.width)
     begin = Start(torch.zeros(1, spec.latents.channels, *to_latent(video, spec.latents.stride)))
     image = clip = None
     given = [picture for picture in (start, end) if picture is not None]
     if spec.reads_clip:
-        with parts.visiting(parts.image_encoder().model):
-            clip = torch.cat([parts.image_encoder().encode(picture) for picture in given], 1).cpu()
+        sees = parts.image_encoder()
+        clip = parts.visit(sees.model, lambda: torch.cat([sees.encode(picture) for picture in given], 1).cpu())
     if spec.image_channels:
         known = image_condition(_padded(parts), video, spec.latents, start=start, end=end)
         image = to_model_input(known.latents.cpu(), known.concat_mask.cpu(), spec.latents, begin.latents.shape)
@@ -46,11 +48,13 @@ def encode(
 
 
 def _padded(parts: Parts) -> Encode:
-    vae = parts.vae()
-
     def run(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
-        first, last = (None if frames is None else frames.to(parts.device) for frames in (start, end))
-        return encode_padded(vae, num_frames, start=first, end=last)
+        def encoded() -> Tensor:
+            vae = parts.vae()
+            first, last = (None if frames is None else frames.to(parts.device) for frames in (start, end))
+            return encode_padded(vae, num_frames, start=first, end=last)
+
+        return once_there_is_room(encoded, parts.clear_transformers, "encoding the image")
 
     return run
 
@@ -58,7 +62,10 @@ def _padded(parts: Parts) -> Encode:
 def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor:
     """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU."""
     info, vae = parts.decoder()
-    return to_frames(decode_video(info, vae, latents, how, free=parts.free_bytes(), progress=progress))
+    frames = decode_video(
+        info, vae, latents, how, free=parts.room_bytes(), progress=progress, make_room=parts.clear_transformers
+    )
+    return to_frames(frames)
 
 
 def ticker(progress: bool, on_step: Callable[[Step, Tensor], None] | None) -> Hooks:
