@@ -35,7 +35,8 @@ def drawn(shapes: Iterable[tuple[str, tuple[int, ...]]], seed: int) -> State:
         elif "embed" in name or name == "shared.weight" or "relative" in name:
             state[name] = noise
         else:
-            state[name] = noise * noise[0].numel() ** -0.5 * (2 if re.search(r"[qk]_proj|\.[qk]\.", name) else 1)
+            sharp = 1.4 if re.search(r"[qk]_proj", name) else 0.15 if ".q." in name else 1  # T5 scales no products
+            state[name] = noise * noise[0].numel() ** -0.5 * sharp
     return state
 
 

@@ -16,9 +16,7 @@ from tiny_hunyuan import CONFIG, State, make_tiny, to_diffusers
 from tiny_vae import tiny_vae15
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "infer_steps": 2}
-FITTING = replace(
-    CONFIG, num_layers=1, text_dim=encoders.QWEN.hidden_size, image_dim=encoders.SIGLIP.hidden_size
-)
+FITTING = replace(CONFIG, num_layers=1, text_dim=encoders.QWEN.hidden_size, image_dim=encoders.SIGLIP.hidden_size)
 PLACES = {
     "original": {
         "transformer": "transformer/480p_t2v/diffusion_pytorch_model.safetensors",

@@ -41,10 +41,13 @@ class ChatTokenizer:
 
     def ids(self, conversation: str) -> tuple[list[int], int]:
         """The ids of a conversation written out, and where in them the text of its second turn begins."""
-        ids: list[int] = self.words(conversation, add_special_tokens=False)["input_ids"]
+        ids = self._tokens(conversation)
         turn = self.words.convert_tokens_to_ids(TURN)
         starts = [index for index, each in enumerate(ids) if each == turn]
-        return ids, starts[1] + 3  # behind the mark, "user" and the line's end
+        return ids, starts[1] + len(self._tokens(f"{TURN}user\n"))
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.words(text, add_special_tokens=False)["input_ids"]
 
 
 def find_tokenizer(checkpoint: Path, given: Path | None, vocab_size: int) -> ChatTokenizer:

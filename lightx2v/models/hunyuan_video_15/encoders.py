@@ -39,13 +39,13 @@ QUANTISED_LANGUAGE = ("*qwen25vl*{0}*.safetensors", "qwen_2.5_vl_7b*{0}*.safeten
 def find_transformer(folder: ModelFolder, task: str, name: str | None) -> Path:
     """The folder or file of the transformer. name: of one of Tencent's, such as "480p_t2v".
 
-    Raises MissingPartError where there is none, and CheckpointError where several fit.
+    Raises MissingPartError where there is none, CheckpointError for a name that is not there and where several fit.
     """
     within = folder.path / TRANSFORMERS
     several = sorted(path for path in within.glob("*") if path.is_dir() and any(path.glob("*.safetensors")))
     names = [path.name for path in several]
     if name is not None and name not in names:
-        raise MissingPartError(
+        raise CheckpointError(
             f"{within}: transformer_model_name={name!r} is not here; found {', '.join(names) or 'none'}"
         )
     if not several:
