@@ -27,6 +27,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import choose_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
+from lightx2v.models import encoders_of
 from lightx2v.offload import Asked, Plan, offloaded
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
@@ -68,6 +69,7 @@ class LightX2VPipeline:
         dit_original_ckpt: str | Path | None = None,
         low_noise_original_ckpt: str | Path | None = None,
         high_noise_original_ckpt: str | Path | None = None,
+        transformer_model_name: str | None = None,
         support_tasks: Sequence[str] = (),
         device: str | torch.device | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class LightX2VPipeline:
         }
         self._originals = {name: Path(path) for name, path in named.items() if path}
         self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals)
+        self._pick = replace(self._pick, transformer_name=transformer_model_name)
         self._asked: set[str] = set()  # methods that the caller called: a config file does not undo them
         self._by_file: tuple[str, ...] = ()  # methods that the last config file called
         self._infos: tuple[CheckpointInfo, ...] = ()  # none while the transformer is missing
@@ -93,7 +96,7 @@ class LightX2VPipeline:
         self._vaes = VAERequest(False, False, None, None)
         self._engine, self._loras, self._lora_how = Engine(offload="auto"), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
-        scheduler = "distilled" if self._class.distilled else "unipc"
+        scheduler = self._class.scheduler
         self._request = Request("", sampling=Sampling(scheduler=scheduler))
         self._use(self._pick)
 
@@ -151,7 +154,7 @@ class LightX2VPipeline:
             denoising_step_list=tuple(denoising_step_list),
             scheduler=scheduler or self._request.sampling.scheduler,
         )
-        rate = fps or (24 if self._info.spec.task == "ti2v" else 16)
+        rate = fps or self._info.spec.fps
         size = {"num_frames": num_frames, "height": height, "width": width, "fps": rate}
         request = snapped(replace(self._request, **size, sampling=sampling), self._info.spec)  # type: ignore[arg-type]
         self._set_engine(engine)
@@ -232,8 +235,9 @@ class LightX2VPipeline:
         schemes = (text_encoder_quant_scheme, image_encoder_quant_scheme)
         wanted = Quantize(*switches, *dits, *others, quant_scheme, *schemes)
         pick, folder = replace(self._pick, quantize=wanted), self._folder
-        image = quantised_image_encoder(folder, wanted, pick.find()[0])
-        encoders = quantised_text_encoder(folder, wanted), image
+        fitting = encoders_of(self._class.family)
+        image = quantised_image_encoder(folder, wanted, pick.find()[0], fitting)
+        encoders = quantised_text_encoder(folder, wanted, fitting), image
         self._use(pick)
         self._parts.use_encoders(*encoders)
         self._asked.add("enable_quantize")

@@ -12,7 +12,6 @@ from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
 from lightx2v.fitting import check_images, check_latents
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
-from lightx2v.models.wan.conditioning import to_model_input
 from lightx2v.offload import Plan
 from lightx2v.preview import read_colours
 from lightx2v.schedules import parse_step_list
@@ -288,17 +287,19 @@ def _conditioning(native: list, socket: str, info: CheckpointInfo, latent: dict[
             f"{socket} carries {', '.join(found)}, which this sampler does not support yet; remove that node"
         )
     spec, image, clip = info.spec, None, None
-    if spec.image_channels:
+    given = extras.get("concat_latent_image")
+    if spec.image_input is not None:
         shape = fit_empty(latent["samples"], spec.latents).shape
         mask = extras.get("concat_mask")
         if mask is None and latent.get("noise_mask") is not None:
             mask = fit_mask(latent["noise_mask"], shape)
-        if (given := extras.get("concat_latent_image")) is not None:
+        if given is not None:
             check_latents(info, given)
-        image = to_model_input(given, mask, spec.latents, shape)
+        image = spec.image_input.channels(given, mask, spec.latents, shape)
     if spec.reads_clip:
         if (output := extras.get("clip_vision_output")) is not None:
-            clip = output.penultimate_hidden_states.float()
-        else:
+            clip = getattr(output, spec.image_states).float()
+        elif spec.task or given is not None:
             host.log.warning("%s: %s has no clip_vision_output, which it was trained with", info.path.name, socket)
-    return Conditioning(context, image, clip)
+    glyphs = extras.get("conditioning_byt5small")
+    return Conditioning(context, image, clip, None if glyphs is None else glyphs.float(), extras.get("attention_mask"))
