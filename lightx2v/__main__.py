@@ -230,7 +230,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )
     settings = "LightX2V's settings, instead of the defaults of the flags below; flags that are given win"
     group.add_argument("--config_json", help=settings)
-    group.add_argument("--attn_mode", help="auto (default) or a backend that `doctor` lists")
+    group.add_argument("--attn_mode", help="auto (default), exact, or a backend that `doctor` lists")
     group.add_argument("--dtype", choices=DTYPES, help="default: auto")
     waits = "auto: on the GPU as far as it fits; block: passes through it; model: visits it; none: stays; default: auto"
     group.add_argument("--offload", choices=OFFLOADS, default=None, help=waits)

@@ -19,7 +19,7 @@ def one_of(name: str, value: str, known: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Engine:
-    """Resolved once, when the model is built. attention: "auto" or a backend of lightx2v_kernels.attention.
+    """Resolved once, when the model is built. attention: "auto", "exact" or a backend of attention.
 
     offload: where weights wait. "none": on the GPU, and of two experts one in RAM. "model": in RAM, all visit the GPU
         together. "block": in RAM, and pass through the GPU block by block. "auto": on the GPU as far as they fit.

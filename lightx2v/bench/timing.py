@@ -49,14 +49,22 @@ def time_calls(fn: Callable[[], Any], device: torch.device, calls: int) -> list[
     return times
 
 
-def median_ms(fn: Callable[[], Any], device: torch.device, budget_s: float = 0.5, most: int = 200) -> float:
-    """Median time of one call in ms, over as many calls as fit in the budget (5 at least), after warm-up.
+def median_ms(
+    fn: Callable[[], Any],
+    device: torch.device,
+    budget_s: float = 0.5,
+    most: int = 200,
+    *,
+    least: int = 5,
+    warm: int = 3,
+) -> float:
+    """Median time of one call in ms, over as many calls as fit in the budget (`least` at least), after `warm` others.
 
     Inputs stay where they are: one larger than the cache is read from memory, a smaller one from the cache, where a
     model has just put it.
     """
-    once = time_calls(fn, device, calls=3)[-1]
-    calls = max(5, min(most, int(budget_s * 1000 / max(once, 1e-3))))
+    once = time_calls(fn, device, calls=warm)[-1]
+    calls = max(least, min(most, int(budget_s * 1000 / max(once, 1e-3))))
     return statistics.median(time_calls(fn, device, calls))
 
 
@@ -94,11 +102,12 @@ def gpu_state() -> dict[str, str]:
     return dict(zip(NVIDIA_SMI, (word.strip() for word in told.stdout.split(",")), strict=False))
 
 
-def report(document: dict[str, Any], file: Path | None) -> None:
-    """Print the document as the last line of stdout; with a file, keep it there too, whole or not at all."""
+def report(document: dict[str, Any], file: Path | None, *, quiet: bool = False) -> None:
+    """Print the document as the last line of stdout, unless quiet; with a file, keep it there too, whole or not."""
     if file is not None:
         keep(document, file)
-    print(json.dumps(document, separators=(",", ":")), flush=True)
+    if not quiet:
+        print(json.dumps(document, separators=(",", ":")), flush=True)
 
 
 def keep(document: dict[str, Any], file: Path) -> None:
