@@ -13,7 +13,7 @@ SUPER, GROUPS = 256, 8  # values of a block of Q4_K, and its groups of 32
 
 
 def quantise_q4_k(weight: Tensor) -> Tensor:
-    """weight (N, K), K a multiple of 256 -> its blocks (bytes,) uint8; each group of 32 keeps its least and its largest.
+    """weight (N, K), K a multiple of 256 -> its blocks (bytes,) uint8; of 32 values the least and largest stay.
 
     Files that people have are made with a search for better scales: they are somewhat more exact.
     Source of the layout: ggml-org/ggml, src/ggml-common.h, block_q4_K, as `lightx2v_kernels/ggml.py` reads it.
