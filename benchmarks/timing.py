@@ -12,14 +12,22 @@ from typing import Any
 import torch
 
 
-def median_ms(fn: Callable[[], Any], device: torch.device, budget_s: float = 0.5, most: int = 200) -> float:
-    """Median time of one call in ms, over as many calls as fit in the budget (5 at least), after warm-up.
+def median_ms(
+    fn: Callable[[], Any],
+    device: torch.device,
+    budget_s: float = 0.5,
+    most: int = 200,
+    *,
+    least: int = 5,
+    warm: int = 3,
+) -> float:
+    """Median time of one call in ms, over as many calls as fit in the budget (`least` at least), after `warm` others.
 
     On a GPU by events around each call, so launch overhead that the device hides is not counted. Inputs stay where they
     are: one larger than the cache is read from memory, a smaller one from the cache, where a model has just put it.
     """
-    once = _time(fn, device, calls=3)[-1]
-    calls = max(5, min(most, int(budget_s * 1000 / max(once, 1e-3))))
+    once = _time(fn, device, calls=warm)[-1]
+    calls = max(least, min(most, int(budget_s * 1000 / max(once, 1e-3))))
     return statistics.median(_time(fn, device, calls))
 
 
@@ -44,13 +52,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def report(document: dict[str, Any], file: Path | None) -> None:
-    """Print the document as the last line of stdout; with a file, keep it there too, whole or not at all."""
+def report(document: dict[str, Any], file: Path | None, *, quiet: bool = False) -> None:
+    """Print the document as the last line of stdout, unless quiet; with a file, keep it there, whole or not at all."""
     if file is not None:
         unfinished = file.with_name(file.name + ".part")
         unfinished.write_text(json.dumps(document, indent=1) + "\n")
         unfinished.replace(file)
-    print(json.dumps(document, separators=(",", ":")), flush=True)
+    if not quiet:
+        print(json.dumps(document, separators=(",", ":")), flush=True)
 
 
 def _time(fn: Callable[[], Any], device: torch.device, calls: int) -> list[float]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.timing import machine, median_ms, report
 from lightx2v.models.wan.config import HEAD_DIM, WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
-from lightx2v_kernels import Kernels, UnsupportedBackendError, registry, select
+from lightx2v_kernels import Kernels, UnsupportedBackendError, references, select
 from lightx2v_kernels.closeness import why_too_far
 
 TEXT_TOKENS = 512
@@ -102,8 +102,7 @@ def gate(model: Model, attention: str, device: torch.device, dtype: torch.dtype)
     """Two blocks at 192 tokens against the same weights on the references in fp64; None if they agree, else why not."""
     small = Model(replace(model.config, num_layers=2), (3, 16, 16))
     chosen = select(attention=attention, device=device, dtype=dtype, head_dim=HEAD_DIM)
-    references: dict[str, Any] = {op: registry.registry(op).op.reference for op in registry.registries()}
-    plain = Kernels(**references, cross_attention=references["attention"])
+    plain = references()
     network = build(small.config, chosen, device, dtype)
     weights = network.state_dict()
     args = inputs(small, device)

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from lightx2v_kernels import registry
+from lightx2v_kernels.quantized import Quantized
 from lightx2v_kernels.registry import UnsupportedBackendError
 
-__all__ = ["AttentionFn", "Kernels", "UnsupportedBackendError", "select"]
+__all__ = ["AttentionFn", "Kernels", "Quantized", "UnsupportedBackendError", "references", "select"]
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D)
 
@@ -37,7 +38,7 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k an
 @dataclass(frozen=True)
 class Kernels:
     """The implementations chosen for one device, dtype and head_dim. Every callable returns the dtype of its first
-    argument.
+    argument, and those of a name with "quantize" 8-bit tokens in the dtype that is their last argument.
 
     attention: of tokens to each other. cross_attention: to the few tokens of a text or an image: always exact, for it
         takes little time and all that was asked for comes in there.
@@ -55,6 +56,26 @@ class Kernels:
     ]  # x (B, L, D), shift, scale (B, 1 | L, D), eps -> (B, L, D)
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]  # x, y (B, L, D), gate (B, 1 | L, D) -> (B, L, D)
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, L, H, D), cos, sin (L, D/2) -> (B, L, H, D)
+    # x (B, L, H·D), weight (H·D,) or (D,), cos, sin (L, D/2), eps -> (B, L, H, D)
+    norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    # x, y (B, L, D), gate (B, 1 | L, D) or None (1), then as modulate or layer_norm -> x + y · gate, and that normed
+    residual_modulate: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    residual_layer_norm: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]
+    ]
+    quantize: Callable[[Tensor, torch.dtype], Quantized]  # x (..., K), torch.int8 or torch.float8_e4m3fn
+    gelu_quantize: Callable[[Tensor, torch.dtype], Quantized]
+    layer_norm_quantize: Callable[[Tensor, Tensor | None, Tensor | None, float, torch.dtype], Quantized]
+    modulate_quantize: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Quantized]
+    residual_modulate_quantize: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype], tuple[Tensor, Quantized]
+    ]
+    residual_layer_norm_quantize: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float, torch.dtype], tuple[Tensor, Quantized]
+    ]
+    # q, k (B, L, H·D), v (B, L, H, D), the weights of both norms, cos, sin (L, D/2), eps -> (B, L, H, D):
+    # attention(norm_rope(q), norm_rope(k), v)
+    rotary_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
@@ -71,7 +92,43 @@ def select(*, attention: str = registry.AUTO, device: torch.device, dtype: torch
     exact = registry.EXACT if lossy else attention
     chosen["cross_attention"] = registry.select("attention", exact, device, dtype, head_dim, workload="cross")
     functions: dict[str, Any] = {op: backend.load() for op, backend in chosen.items()}
+    own = chosen["attention"].rotary
+    functions["rotary_attention"] = own() if own else rotary_attention(functions["attention"], functions["norm_rope"])
     return Kernels(**functions, names={op: backend.name for op, backend in chosen.items()})
 
 
-_OPS = ("attention", "rms_norm", "layer_norm", "modulate", "gated_residual", "rope")
+def references(**instead: Any) -> Kernels:
+    """The definition of every op in plain PyTorch, some replaced by name: for training, and for checking others."""
+    ops = {op: registry.registry(op).op.reference for op in _OPS}
+    ops = {**ops, "cross_attention": ops["attention"], **instead}
+    return Kernels(**{"rotary_attention": rotary_attention(ops["attention"], ops["norm_rope"]), **ops})
+
+
+def rotary_attention(attention: AttentionFn, norm_rope: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`Kernels.rotary_attention` of an attention that takes q and k as they are."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        return attention(norm_rope(q, norm_q, cos, sin, eps), norm_rope(k, norm_k, cos, sin, eps), v)
+
+    return attend
+
+
+_OPS = (
+    "attention",
+    "rms_norm",
+    "layer_norm",
+    "modulate",
+    "gated_residual",
+    "rope",
+    "norm_rope",
+    "residual_modulate",
+    "residual_layer_norm",
+    "quantize",
+    "gelu_quantize",
+    "layer_norm_quantize",
+    "modulate_quantize",
+    "residual_modulate_quantize",
+    "residual_layer_norm_quantize",
+)

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightx2v_kernels import timings
 from lightx2v_kernels.closeness import cosine, relative_error, why_too_far
 from lightx2v_kernels.machine import importable, installed, listed, short, sm_reasons, version_reason
+from lightx2v_kernels.quantized import tensors, widths
 from lightx2v_kernels.timings import Timings, Workload
 
 AUTO = "auto"  # the fastest
@@ -47,13 +48,16 @@ class Op:
     examples: (device, dtype, head_dim) -> argument tuples, small, for the self-test; strided inputs among them.
     plain: the op as one would write it in PyTorch at the inputs' own dtype; its error is the yardstick of the
         self-test; None: the reference itself.
+    truth: what the result stands for where that is not what the reference computes in fp64: tokens before they were
+        put into 8 bits; None: the reference itself.
     upstream: names LightX2V knows for this op, so that one of its configs gets an answer instead of "unknown".
     """
 
     name: str
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     examples: Callable[[torch.device, torch.dtype, int], tuple[tuple[Any, ...], ...]]
-    plain: Callable[..., Tensor] | None = None
+    plain: Callable[..., Any] | None = None
+    truth: Callable[..., Any] | None = None
     upstream: frozenset[str] = frozenset()
 
 
@@ -69,13 +73,14 @@ class Backend:
     devices: torch device types. min_sm, max_sm: CUDA compute capability, both inclusive, as (major, minor).
     max_error: set for a backend that is lossy by design: the relative error to fp32 that it keeps to. Such a backend
         runs when named; `auto` takes it where it is measured to be close enough and worth its error.
+    rotary: imports and returns the backend's own `Kernels.rotary_attention`, where it has one.
     variants: other backends of this op, which compute the same: where speed is measured, naming this one takes the
         fastest of it and them.
     """
 
     op: str
     name: str
-    load: Callable[[], Callable[..., Tensor]]
+    load: Callable[[], Callable[..., Any]]
     rank: int
     package: str | tuple[str, ...] | None = None
     fix: str | None = None
@@ -87,6 +92,7 @@ class Backend:
     dtypes: frozenset[torch.dtype] | None = None
     head_dims: frozenset[int] | None = None
     max_error: float | None = None
+    rotary: Callable[[], Callable[..., Any]] | None = None
     variants: tuple[str, ...] = ()
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -259,15 +265,18 @@ def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype
     with torch.no_grad():
         for args in op.examples(device, dtype, head_dim):
             try:
+                made = backend.load()(*args)
                 # .cpu() waits for the device: an asynchronous fault is this kernel's, not that of whoever runs next.
-                out = backend.load()(*args).cpu()
+                out = tuple(t.cpu() for t in tensors(made))
             except torch.OutOfMemoryError:  # says that memory is full now, nothing about the kernel: not to be cached
                 raise
             except Exception as error:  # a vendor's build may fail with anything, and the next on the list may work
                 return f"its self-test raised {type(error).__name__}: {error}"
             # On the CPU, so that the truth does not share the faults of the device under test.
-            truth = op.reference(*(a.cpu().double() if isinstance(a, Tensor) else a for a in args))
-            if reason := _why_wrong(backend, out, truth, (op.plain or op.reference)(*args).cpu()):
+            truth = (op.truth or op.reference)(*(a.cpu().double() if isinstance(a, Tensor) else a for a in args))
+            usual = (op.plain or op.reference)(*args)
+            plain = tuple(t.cpu() for t in tensors(usual))
+            if reason := why_otherwise(made, usual) or why_wrong(backend, out, tensors(truth), plain):
                 return f"its self-test failed: {reason}"
     return None
 
@@ -367,6 +376,24 @@ def _pick(found: Timings, able: Sequence[Backend]) -> Backend | None:
 def _why_others(passed_over: Mapping[str, str], around: str = " (passed over: {})") -> str:
     told = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
     return around.format(told) if told else ""
+
+
+def why_otherwise(result: Any, expected: Any) -> str | None:
+    """Why a result is not made as the reference's is (number of tensors, their dtypes), in words; None if it is."""
+    if (found := widths(result)) == (wanted := widths(expected)):
+        return None
+    return f"dtype {' and '.join(map(str, found))}, expected {' and '.join(map(str, wanted))}"
+
+
+def why_wrong(
+    backend: Backend, out: tuple[Tensor, ...], truth: tuple[Tensor, ...], plain: tuple[Tensor, ...]
+) -> str | None:
+    """Why these results are too far from the truth (fp32 or fp64), by the closeness rule or the error that the backend
+    declares, in words; None if they are not. plain: the yardstick's results. See `quantized.tensors`."""
+    for parts in zip(out, truth, plain, strict=True):
+        if reason := _why_wrong(backend, *parts):
+            return reason
+    return None
 
 
 def _why_wrong(backend: Backend, out: Tensor, truth: Tensor, plain: Tensor) -> str | None:

@@ -29,6 +29,7 @@ class ModelSpec:
     config: Callable[[Header], Any]  # header -> the family's frozen config
     build: Callable[[Any, Kernels], nn.Module]  # config, kernels -> network, on the current default device
     keep_float32: Callable[[str], bool]  # parameter name -> stays float32 whatever the compute dtype
+    quantises: Callable[[str], bool]  # name of a linear layer -> may multiply in 8 bits
     head_dim: int
     latents: LatentFormat
     patch_size: tuple[int, int, int]  # latent cells per token along (T, H, W)

@@ -120,7 +120,7 @@ def load(
     header, found = open_encoder(path)
     rename = renames(header)
     words = find_tokenizer(header, tokenizer, found.vocab_size)
-    model = _empty(found)
+    model = empty_network(found)
     if dtype is None:
         header, rename = stay_packed(model, header, rename)
     restored = {rename(name) for name, info in header.tensors.items() if info.packed}
@@ -137,7 +137,7 @@ def load(
     return UMT5(header.path, model.eval().requires_grad_(False), words)
 
 
-def _empty(found: Sizes) -> "UMT5EncoderModel":
+def empty_network(found: Sizes) -> "UMT5EncoderModel":
     """The network on the meta device, without the second name of its tied embedding."""
     make_config, make_network = from_transformers("UMT5Config", "UMT5EncoderModel")
     config = make_config(

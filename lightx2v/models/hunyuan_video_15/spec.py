@@ -70,6 +70,12 @@ def keep_float32(name: str) -> bool:
     return name.startswith(("time_in.", "time_r_in.", "txt_in.t_embedder."))
 
 
+def quantises(name: str) -> bool:
+    """The layers that see every token. Modulation stays, which LightX2V quantises: a third of the parameters, but its
+    error would be every token's, and its time is nothing."""
+    return bool(re.fullmatch(r"double_blocks\.\d+\.(img|txt)_(attn_(q|k|v|proj)|mlp\.fc[12])", name))
+
+
 def _build(config: HunyuanConfig, kernels: Kernels) -> nn.Module:
     return HunyuanTransformer(config, kernels)
 
@@ -87,6 +93,7 @@ def _spec(name: str, title: str, step_distilled: bool) -> ModelSpec:
         config=read_config,
         build=_build,
         keep_float32=keep_float32,
+        quantises=quantises,
         head_dim=HEAD_DIM,
         latents=HUNYUAN15,
         patch_size=(1, 1, 1),

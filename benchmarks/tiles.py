@@ -1,0 +1,130 @@
+"""Times the Triton kernels of the tokenwise ops under other tiles: `python -m benchmarks.tiles [--op X] [--size NAME]`.
+
+Needs a GPU. One line an op and tile, the fastest first, with the tile that `lightx2v_kernels.tiles` would take marked;
+what does not compile or is wrong has a reason and no time. The last line is one JSON document.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import Case, tokenwise
+from benchmarks.size import CUDA_TOKENWISE_SIZES, Size
+from benchmarks.timing import machine, median_ms, report
+from lightx2v_kernels import registry, tiles
+from lightx2v_kernels.tiles import Tile
+
+SIZES = {size.name: size for size in CUDA_TOKENWISE_SIZES}
+# Rows and warps; where a thread would hold over 128 values the compiler would have to spill.
+SHAPES = ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8), (4, 16), (8, 4), (8, 8), (16, 4), (32, 4))
+VALUES = (8, 128)
+RULES = {"gated_residual": "residual", "norm_rope": "norm_rope", "quantize": "quantize", "gelu_quantize": "quantize"}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    ops = sorted(op for op in registry.registries() if "triton" in registry.names(op) and op != "attention")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=ops, action="append", help="one op only, may be repeated (default: all)")
+    parser.add_argument("--size", choices=SIZES, default="wan-14b-480p", help="of the tokens (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results there too")
+    options = parser.parse_args(arguments)
+    options.op = options.op or ops
+    return options
+
+
+def width(op: str, size: Size) -> int:
+    """Values that one program holds for each row: what a tile must be cut for."""
+    if op == "gated_residual":
+        return 1024
+    return tiles.power_of_two(size.ffn_size if op == "gelu_quantize" else size.hidden_size)
+
+
+def candidates(op: str, size: Size) -> list[Tile]:
+    """The tiles worth a try at this width, and the one that the rule gives."""
+    found = [rule(op)(*arguments(op, size))]
+    for rows, warps in SHAPES:
+        if VALUES[0] <= rows * width(op, size) / (32 * warps) <= VALUES[1]:
+            found += [Tile(rows, warps), Tile(rows, warps, 128)] if warps < 16 else [Tile(rows, warps)]
+    return list(dict.fromkeys(found))
+
+
+def rule(op: str) -> Any:
+    return getattr(tiles, RULES.get(op, "norm"))
+
+
+def arguments(op: str, size: Size) -> tuple[Any, ...]:
+    if op == "norm_rope":
+        return size.num_heads, size.hidden_size // size.num_heads
+    if op in RULES:
+        return (size.ffn_size if op == "gelu_quantize" else size.hidden_size,)
+    return size.hidden_size, op.endswith("quantize")
+
+
+@contextmanager
+def forced(op: str, tile: Tile) -> Iterator[None]:
+    """Every kernel of that op's rule runs with this tile."""
+    name = RULES.get(op, "norm")
+    before = getattr(tiles, name)
+    setattr(tiles, name, lambda *_: tile)
+    try:
+        yield
+    finally:
+        setattr(tiles, name, before)
+
+
+def measure(case: Case, tile: Tile, args: tuple[Any, ...]) -> dict[str, Any]:
+    backend = next(b for b in registry.registry(case.op).backends if b.name == "triton")
+    row: dict[str, Any] = {"op": case.op, "case": case.label, "tile": vars(tile), "ms": None, "rate": None}
+    with forced(case.op, tile):
+        try:
+            wrong = case.gate(backend, args)
+            if not wrong:
+                row["ms"] = round(median_ms(partial(backend.load(), *args), args[0].device, budget_s=0.1), 4)
+                row["rate"] = round(case.work(args) / row["ms"] / 1e6, 1)
+            row["gate"] = f"wrong: {wrong}" if wrong else "passed"
+        except Exception as error:  # too many registers or too little shared memory: the next tile may fit
+            row["gate"] = f"{type(error).__name__}: {error}"[:120]
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table("op", "case", "rows", "warps", "registers", "rule", "gate")
+    for title in ("ms", "GB/s"):
+        shown.add_column(title, justify="right")
+    for row in rows:
+        tile, ruled = row["tile"], "*" if row["ruled"] else ""
+        limits = (str(tile["rows"]), str(tile["warps"]), str(tile["registers"] or "-"), ruled)
+        shown.add_row(row["op"], row["case"], *limits, row["gate"], str(row["ms"] or "-"), str(row["rate"] or "-"))
+    return shown
+
+
+@torch.inference_mode()
+def main(arguments_: list[str] | None = None) -> int:
+    options = parse(arguments_)
+    if not torch.cuda.is_available():
+        raise SystemExit(f"PyTorch {torch.__version__} sees no GPU: tiles are timed on one")
+    device, size = torch.device("cuda"), SIZES[options.size]
+    rows: list[dict[str, Any]] = []
+    for case in tokenwise(size):
+        if case.op in options.op:
+            torch.manual_seed(0)
+            args = case.make(device, torch.bfloat16)
+            tried = candidates(case.op, size)
+            found = [measure(case, tile, args) | {"ruled": tile == tried[0]} for tile in tried]
+            rows += sorted(found, key=lambda row: row["ms"] or float("inf"))
+            torch.cuda.empty_cache()
+    Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
+    report({"benchmark": "tiles", **machine(device), "results": rows}, options.json)
+    return int(any(row["gate"].startswith("wrong") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
