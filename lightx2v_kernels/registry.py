@@ -352,7 +352,7 @@ def _time(
 
         def why_wrong(name: str, out: Tensor) -> str | None:
             part = load.rows(out)
-            if reason := _why_wrong(backends[name], part, truth, plain):
+            if reason := why_otherwise(part, plain) or _why_wrong(backends[name], part, truth, plain):
                 return f"at {tuple(out.shape)}: {reason}"
             if backends[name].max_error is not None and (found := cosine(part, truth)) < CLOSE_ENOUGH:
                 return f"lossy, cosine {found:.5f} to fp32 is below {CLOSE_ENOUGH}; runs when named"
