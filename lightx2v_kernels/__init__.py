@@ -99,8 +99,8 @@ def select(*, attention: str = registry.AUTO, device: torch.device, dtype: torch
 
 def references(**instead: Any) -> Kernels:
     """The definition of every op in plain PyTorch, some replaced by name: for training, and for checking others."""
-    ops = {op: registry.registry(op).op.reference for op in _OPS}
-    ops = {**ops, "cross_attention": ops["attention"], **instead}
+    ops: dict[str, Any] = {op: registry.registry(op).op.reference for op in _OPS}
+    ops = {"cross_attention": ops["attention"], **ops, **instead}
     return Kernels(**{"rotary_attention": rotary_attention(ops["attention"], ops["norm_rope"]), **ops})
 
 

@@ -1,9 +1,9 @@
-"""Attention for Hopper in Gluon, Triton's lower-level language: where every warp's work and every wait is written down.
+"""Attention for Hopper in Gluon, Triton's lower-level language, in which every warp's work and every wait is written.
 
-One warp copies keys and values by TMA into a ring of shared memory; three warpgroups compute 64 queries each, against the
-same keys, so that a tile that was read once serves 192 queries. Each issues the products of the next scores beside those
-of the last weights with their values, and takes the softmax while they run; and the three take turns at issuing, so that
-the tensor cores have one's products while the others take their exponentials. The roles and the turns are
+One warp copies keys and values by TMA into a ring of shared memory; three warpgroups compute 64 queries each, against
+the same keys, so that a tile that was read once serves 192 queries. Each issues the products of the next scores beside
+those of the last weights with their values, and takes the softmax while they run; and the three take turns at issuing,
+so that the tensor cores have one's products while the others take their exponentials. The roles and the turns are
 FlashAttention-3's (Shah et al. 2024, arXiv:2407.08608); the anchored softmax and scores from int8 are those of
 `_triton.py`, which says why they are right. 64 keys a tile leave a thread of 160 registers enough for three warpgroups.
 """
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lightx2v_kernels.attention._triton import LOG2_E, Tokens8, _addressable
+from lightx2v_kernels.attention._triton import LOG2_E, Tokens8, mend
 
 GROUPS = gl.constexpr(3)  # warpgroups that compute
 ROWS = gl.constexpr(64)  # queries of each
@@ -53,9 +53,7 @@ def load(
         turn = (tile // STAGES) & 1
         mbarrier.wait(k_empty.index(place), turn ^ 1)
         mbarrier.expect(k_full.index(place), k.block_type.nbytes)
-        copy_tile(
-            k, [k_row + tile * KEYS, qk_column], k_full.index(place), k_tiles.index(place)
-        )
+        copy_tile(k, [k_row + tile * KEYS, qk_column], k_full.index(place), k_tiles.index(place))
         mbarrier.wait(v_empty.index(place), turn ^ 1)
         mbarrier.expect(v_full.index(place), v.block_type.nbytes)
         copy_tile(v, [v_row + tile * KEYS, v_column], v_full.index(place), v_tiles.index(place))
@@ -110,8 +108,8 @@ def weigh(s, factor, shift, INT8: gl.constexpr):
 
 @gluon.jit
 def advance(
-    tile, acc, shift, total, weights, factor, k_scale, keys, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turns,
-    GROUP: gl.constexpr, LAST: gl.constexpr, INT8: gl.constexpr, ANCHORED: gl.constexpr, SCORES: gl.constexpr,
+    tile, acc, shift, total, weights, factor, k_scale, keys, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty,
+    turns, GROUP: gl.constexpr, LAST: gl.constexpr, INT8: gl.constexpr, ANCHORED: gl.constexpr, SCORES: gl.constexpr,
     OUT: gl.constexpr,
 ):  # fmt: skip
     """Scores of a tile beside the values of the one before it, then the softmax of this tile."""
@@ -150,8 +148,8 @@ def advance(
 
 @gluon.jit
 def compute(
-    GROUP: gl.constexpr, out, flag, q_scale, k_scale, q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
-    turns, first, queries, keys, tiles, token_stride, scale,
+    GROUP: gl.constexpr, out, flag, q_scale, k_scale, q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full,
+    v_empty, turns, first, queries, keys, tiles, token_stride, scale,
     DIM: gl.constexpr, INT8: gl.constexpr, ANCHORED: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: ROWS queries against all keys. out, q_scale, k_scale: of this head."""
@@ -211,7 +209,7 @@ def attend(
 ):  # fmt: skip
     """Grid (query tiles, heads, batch): TILE queries of one head against all keys.
 
-    q, k, v: descriptors of (tokens, channels), of int8 q and k head after head. flags: one a program, see `_triton.mend`.
+    q, k, v: descriptors of (tokens, channels), of int8 q and k head after head. flags: one a program, see `mend`.
     """
     head, batch = gl.program_id(1), gl.program_id(2)
     plane = batch * heads + head
@@ -295,7 +293,8 @@ def from_int8(tokens: Tokens8, v: Tensor) -> Tensor:
     tiles = [_head_major(tokens.q), _head_major(tokens.k), _token_major(v)]
     out, flags = _launch(tiles, tokens, v.dtype, (batch, queries, v.shape[1], heads, dim))
     if flags is not None:
-        mend(flags, TILE, tokens, v, out)
+        q, k = tokens.q.transpose(1, 2), tokens.k.transpose(1, 2)
+        mend(flags, TILE, q, k, v, out, (tokens.q_scale, tokens.k_scale))
     return out
 
 
@@ -320,7 +319,7 @@ def _launch(
 
 def _lines(x: Tensor) -> Tensor:
     """x (B, L, H, D) with heads side by side and batches one after another, as one descriptor of lines reads it."""
-    batch, tokens, heads, dim = x.shape
+    batch, tokens, _, dim = x.shape
     joined = x.stride(3) == 1 and x.stride(2) == dim and (batch == 1 or x.stride(0) == tokens * x.stride(1))
     return x if joined and x.data_ptr() % 16 == 0 and x.stride(1) * x.itemsize % 16 == 0 else x.contiguous()
 

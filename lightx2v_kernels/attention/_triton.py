@@ -24,6 +24,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 LOG2_E = 1.4426950408889634
+PROGRAMS = 264  # of `mend`: two for each multiprocessor of an H100
+Scales = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,28 @@ def running(
 
 
 @triton.jit
+def under_maximum(
+    q, factor, k, v, k_scale, batch, head, stride_k, stride_v, keys,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, INT8: tl.constexpr, TMA: tl.constexpr,
+    TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums of weights and of weighted values over all keys, under a running maximum."""
+    whole = keys // BLOCK_N * BLOCK_N
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc, total = tl.zeros([BLOCK_M, DIM], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc, total, top = running(
+        q, factor, k, v, k_scale, batch, head, stride_k, stride_v, keys, 0, whole, top, total, acc,
+        BLOCK_M, BLOCK_N, DIM, INT8, TMA, False, STAGES,
+    )  # fmt: skip
+    if TAIL:
+        acc, total, top = running(
+            q, factor, k, v, k_scale, batch, head, stride_k, stride_v, keys, whole, keys, top, total, acc,
+            BLOCK_M, BLOCK_N, DIM, INT8, TMA, True, 1,
+        )  # fmt: skip
+    return acc, total
+
+
+@triton.jit
 def attend(
     q,
     k,
@@ -309,61 +333,64 @@ def attend(
         acc, total = tl.zeros([BLOCK_M, DIM], tl.float32), tl.zeros([BLOCK_M], tl.float32)
         again = True
     if again:
-        whole = keys // BLOCK_N * BLOCK_N
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        acc, total = tl.zeros([BLOCK_M, DIM], tl.float32), tl.zeros([BLOCK_M], tl.float32)
-        acc, total, top = running(
-            q_tile,
-            factor,
-            k,
-            v,
-            k_scale,
-            batch,
-            head,
-            token_strides[1],
-            token_strides[2],
-            keys,
-            0,
-            whole,
-            top,
-            total,
-            acc,
-            BLOCK_M,
-            BLOCK_N,
-            DIM,
-            INT8,
-            TMA,
-            False,
-            STAGES,
-        )
-        if TAIL:
-            acc, total, top = running(
-                q_tile,
-                factor,
-                k,
-                v,
-                k_scale,
-                batch,
-                head,
-                token_strides[1],
-                token_strides[2],
-                keys,
-                whole,
-                keys,
-                top,
-                total,
-                acc,
-                BLOCK_M,
-                BLOCK_N,
-                DIM,
-                INT8,
-                TMA,
-                True,
-                1,
-            )
+        acc, total = under_maximum(
+            q_tile, factor, k, v, k_scale, batch, head, token_strides[1], token_strides[2], keys,
+            BLOCK_M, BLOCK_N, DIM, INT8, TMA, TAIL, STAGES,
+        )  # fmt: skip
     out += wide_batch * batch_strides[3] + wide_head * head_strides[3]
     pointers = out + lines.to(tl.int64)[:, None] * token_strides[3] + tl.arange(0, DIM)[None, :]
     tl.store(pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=lines[:, None] < queries)
+
+
+@triton.jit
+def attend_again(
+    flags, q, k, v, out, q_scale, k_scale, batch_strides, head_strides, token_strides, heads, queries, keys, scale,
+    marked_tiles, count, MARKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
+    INT8: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Under a running maximum, the tiles of MARKED queries whose flag is set; usually none."""
+    for marked in range(tl.program_id(0), count, tl.num_programs(0)):
+        if tl.load(flags + marked) != 0:
+            plane, first = marked // marked_tiles, (marked % marked_tiles) * MARKED
+            batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+            q_head = q + batch * batch_strides[0] + head * head_strides[0]
+            k_head = k + batch * batch_strides[1] + head * head_strides[1]
+            v_head = v + batch * batch_strides[2] + head * head_strides[2]
+            out_head = out + batch * batch_strides[3] + head * head_strides[3]
+            scale_head = k_scale + plane * (tl.cdiv(keys, BLOCK_N) + 1)
+            for row in range(first, tl.minimum(first + MARKED, queries), BLOCK_M):
+                lines = row + tl.arange(0, BLOCK_M)
+                factor = tl.full([BLOCK_M], 1.0, tl.float32) * scale
+                if INT8:
+                    places = q_scale + plane.to(tl.int64) * queries + lines
+                    factor *= tl.load(places, mask=lines < queries, other=0.0)
+                q_tile = load_tile(q_head, 0, 0, row, token_strides[0], queries, BLOCK_M, DIM, False, True)
+                acc, total = under_maximum(
+                    q_tile, factor, k_head, v_head, scale_head, 0, 0, token_strides[1], token_strides[2], keys,
+                    BLOCK_M, BLOCK_N, DIM, INT8, False, TAIL, STAGES,
+                )  # fmt: skip
+                pointers = out_head + lines.to(tl.int64)[:, None] * token_strides[3] + tl.arange(0, DIM)[None, :]
+                tl.store(pointers, (acc / total[:, None]).to(out.dtype.element_ty), mask=lines[:, None] < queries)
+
+
+def mend(
+    flags: Tensor, marked: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scales: Scales | None = None
+) -> None:
+    """Compute again, into out (B, L, H, D), the tiles of an anchored softmax that left float32's range.
+
+    flags: (B, H, ceil(L / marked)) int32, set where a tile of `marked` queries did. q, k, v: (B, L | S, H, D). scales: of
+    int8 q and k, those of k for 64 keys each.
+    """
+    (batch, queries, heads, dim), keys, block = q.shape, k.shape[1], 64
+    strides = [x.stride() for x in (q, k, v, out)]
+    q_scale, k_scale = scales or (flags, flags)
+    attend_again[(min(flags.numel(), PROGRAMS),)](
+        flags, q, k, v, out, q_scale, k_scale,
+        tuple(s[0] for s in strides), tuple(s[2] for s in strides), tuple(s[1] for s in strides),
+        heads, queries, keys, dim**-0.5 * LOG2_E, flags.shape[2], flags.numel(),
+        MARKED=marked, BLOCK_M=64, BLOCK_N=block, DIM=dim, INT8=scales is not None, TAIL=keys % block != 0, STAGES=2,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, config: Config) -> Tensor:

@@ -5,16 +5,23 @@ reference would not fit where these kernels are wanted.
 """
 
 import functools
+import importlib
+import logging
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton import __version__ as triton_version
 
 from lightx2v_kernels.attention import _triton, _triton_quantize
-from lightx2v_kernels.attention._triton import Config
+from lightx2v_kernels.attention._triton import Config, Tokens8
 from lightx2v_kernels.norm.reference import rms_norm
 from lightx2v_kernels.rope.reference import rope
+
+log = logging.getLogger(__name__)
 
 # Shared memory of a program: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Only Hopper's
 # rows are for measuring (`python -m benchmarks.attention --tune`); the others are tiles that fit and do not spill.
@@ -40,17 +47,38 @@ def config(device: torch.device, int8: bool) -> Config:
     return (INT8 if int8 else EXACT).get(torch.cuda.get_device_capability(device), SMALL_MEMORY)
 
 
+@functools.cache
+def hopper(device: torch.device) -> ModuleType | None:
+    """The kernels in Gluon, where the GPU is a Hopper and its Triton has what they need (3.6 has)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        return importlib.import_module("lightx2v_kernels.attention._hopper")
+    except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+        log.info("attention: Triton %s lacks what the Hopper kernels need (%s); plain ones run", triton_version, error)
+        return None
+
+
 @torch.library.custom_op("lightx2v::attention_triton", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, L, H, D), k and v (B, S, H, D), all bf16 or all fp16 -> (B, L, H, D)."""
+    if own := hopper(q.device):
+        return own.exact(q, k, v)
     return _triton.exact(q, k, v, config(q.device, int8=False))
+
+
+def _from_int8(quantize: Callable[[int], Tokens8], v: Tensor) -> Tensor:
+    """quantize: gives q and k in 8 bits, k with a scale for so many keys."""
+    if own := hopper(v.device):
+        return own.from_int8(quantize(own.KEYS.value), v)
+    chosen = config(v.device, int8=True)
+    return _triton.from_int8(quantize(chosen.block_n), v, chosen)
 
 
 @torch.library.custom_op("lightx2v::attention_int8", mutates_args=())
 def attention_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same with q and k rounded to 8 bits."""
-    chosen = config(q.device, int8=True)
-    return _triton.from_int8(_triton_quantize.quantize(q, k, chosen.block_n), v, chosen)
+    return _from_int8(lambda block: _triton_quantize.quantize(q, k, block), v)
 
 
 @torch.library.custom_op("lightx2v::rotary_attention_int8", mutates_args=())
@@ -58,9 +86,11 @@ def rotary_attention_int8(
     q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> Tensor:
     """q, k (B, L, H * D), v (B, L, H, D), norms (H * D,) or (D,), cos and sin (L, D / 2) float32 -> (B, L, H, D)."""
-    chosen = config(q.device, int8=True)
-    tokens = _triton_quantize.quantize_rotary(q, k, (norm_q, norm_k), (cos, sin), eps, v.shape[-1], chosen.block_n)
-    return _triton.from_int8(tokens, v, chosen)
+
+    def quantize(block: int) -> Tokens8:
+        return _triton_quantize.quantize_rotary(q, k, (norm_q, norm_k), (cos, sin), eps, v.shape[-1], block)
+
+    return _from_int8(quantize, v)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
