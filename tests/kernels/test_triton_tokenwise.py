@@ -210,3 +210,29 @@ def test_other_types_are_refused() -> None:
     for load in (b.load() for b in (backend("quantize"), registry.registry("quantize").backends[-1])):
         with pytest.raises(ValueError, match=r"quantised to torch.int8 or torch.float8_e4m3fn, got torch.uint8"):
             load(torch.ones(2, 4, device=DEVICE), torch.uint8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("op", OPS)
+def test_addresses_beyond_two_to_the_31(op: str) -> None:
+    """The last token of over 2^31 values comes out as the same token does alone."""
+    if op == "gelu_quantize" or torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("the kernel of quantize, or under 40 GiB of memory")
+    length, width = 2**31 // 5120 + 2, 5120
+    last = [a[:1] if isinstance(a, Tensor) and a.ndim == 3 else a for a in arguments(op, 1, width, torch.bfloat16)]
+    if op == "norm_rope":
+        last[2:4] = [torch.ones(1, 64, device=DEVICE), torch.zeros(1, 64, device=DEVICE)]
+    wanted = tensors(backend(op).load()(*last))
+    tokens = 2 if op == "gated_residual" or op.startswith("residual") else 1
+    full = list(last)
+    for i in range(tokens):
+        full[i] = torch.zeros(1, length, width, device=DEVICE, dtype=torch.bfloat16)
+        full[i][:, -1:] = last[i]
+    if op == "norm_rope":
+        full[2:4] = [table.expand(length, 64).contiguous() for table in last[2:4]]
+    result = backend(op).load()(*full)
+    for part, right in zip(result if isinstance(result, tuple) else (result,), wanted, strict=True):
+        if isinstance(part, Quantized):
+            part = Quantized(part.values[:, -1:], part.scale[:, -1:]).dense(torch.float32)
+        assert torch.equal(part[:, -1:], right)
