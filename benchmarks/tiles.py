@@ -23,10 +23,11 @@ from lightx2v_kernels import registry, tiles
 from lightx2v_kernels.tiles import Tile
 
 SIZES = {size.name: size for size in CUDA_TOKENWISE_SIZES}
-# Rows and warps, where a thread holds this many values of a row: beyond, the compiler would have to spill. A limit of
-# 128 registers decides something only where it holds 64.
+# Rows and warps, where a thread holds this many values of a row: beyond, the compiler would have to spill.
 SHAPES = ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8), (4, 16), (8, 4), (8, 8), (16, 4), (32, 4))
 VALUES = (8, 128)
+# Values a thread holds in fp32 until their maximum is known -> registers that let one more program share an SM.
+LIMITS = {32: 80, 64: 128}
 RULES = {"gated_residual": "residual", "norm_rope": "norm_rope", "quantize": "quantize", "gelu_quantize": "quantize"}
 
 
@@ -54,7 +55,9 @@ def candidates(op: str, size: Size) -> list[Tile]:
     for rows, warps in SHAPES:
         values = rows * width(op, size) / (32 * warps)
         if VALUES[0] <= values <= VALUES[1]:
-            found += [Tile(rows, warps), Tile(rows, warps, 128)] if values == 64 else [Tile(rows, warps)]
+            found.append(Tile(rows, warps))
+            if op not in RULES and op.endswith("quantize") and values in LIMITS:
+                found.append(Tile(rows, warps, LIMITS[int(values)]))
     return list(dict.fromkeys(found))
 
 
