@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cases_linear import PACKED, flops, gguf, scaled
 from benchmarks.size import CPU_SIZES, CUDA_SIZES, CUDA_TOKENWISE_SIZES, HEAD_DIM, Size
 from benchmarks.tokenwise import TOKENWISE, bytes_moved, variants
 from lightx2v_kernels import registry
@@ -34,6 +35,11 @@ class Case:
             # Every 257th query and the last one against all keys: the whole score matrix in fp64 would not fit.
             rows = torch.unique(torch.tensor([*range(0, args[0].shape[1], 257), args[0].shape[1] - 1])).to(out.device)
             out, args = out[:, rows], (args[0][:, rows], *args[1:])
+        if self.op.endswith("_linear"):
+            # Every 257th token and the last: a product of all in fp64 would take seconds.
+            rows = torch.unique(torch.tensor([*range(0, len(args[0]), 257), len(args[0]) - 1])).to(out.device)
+            out, args = out[rows], (args[0][rows], *args[1:])
+            args = (args[0], args[1][rows], *args[2:]) if self.op in PACKED else args
         truth = (op.truth or op.reference)(*(a.double() if isinstance(a, Tensor) else a for a in args))
         usual = (op.plain or op.reference)(*args)
         return registry.why_otherwise(out, usual) or registry.why_wrong(
@@ -45,13 +51,13 @@ def cases(device: torch.device) -> list[Case]:
     """Every op at every size of this kind of device."""
     if device.type != "cuda":
         return [case for size in CPU_SIZES for case in of_size(size)]
-    at_length = [case for size in CUDA_SIZES for case in attention(size)]
+    at_length = [case for size in CUDA_SIZES for case in (*attention(size), *packed_linear(size))]
     return at_length + [case for size in CUDA_TOKENWISE_SIZES for case in tokenwise(size)]
 
 
 def of_size(size: Size) -> list[Case]:
     """Every op at one size."""
-    return [*attention(size), *tokenwise(size)]
+    return [*attention(size), *packed_linear(size), *tokenwise(size)]
 
 
 def attention(size: Size) -> list[Case]:
@@ -67,8 +73,17 @@ def attention(size: Size) -> list[Case]:
     ]
 
 
+def packed_linear(size: Size) -> list[Case]:
+    """The first layer of the feed-forward, with its weight in 8 bits and in GGML's blocks."""
+    sizes = size.batch * size.tokens, size.ffn_size, size.hidden_size
+    return [
+        *(Case(op, size.name, partial(scaled, packed, *sizes), flops, "TFLOP/s") for op, packed in PACKED.items()),
+        Case("gguf_linear", size.name, partial(gguf, *sizes), flops, "TFLOP/s"),
+    ]
+
+
 def tokenwise(size: Size) -> list[Case]:
-    """All ops but attention."""
+    """All ops that work token by token."""
     return [
         Case(op, label, make, partial(bytes_moved, op), "GB/s")
         for op in TOKENWISE

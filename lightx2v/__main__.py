@@ -1,4 +1,4 @@
-"""The command line: `python -m lightx2v generate | calibrate | inspect | doctor`."""
+"""The command line: `python -m lightx2v generate | calibrate | inspect | doctor | bench`."""
 
 import argparse
 import logging
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightx2v.bench.command import add_arguments as add_bench
+from lightx2v.bench.command import run as run_bench
 from lightx2v.cache.calibration import PROMPTS
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import DTYPES, OFFLOADS, SCHEDULERS
@@ -205,6 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="say what this machine can run, and what a model folder holds")
     command.set_defaults(run=doctor)
     command.add_argument("path", nargs="*", type=Path, help="model folders to look through")
+
+    command = commands.add_parser("bench", help="time a network with random weights: no checkpoint is needed")
+    command.set_defaults(run=run_bench)
+    add_bench(command)
     return parser
 
 
@@ -224,7 +230,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )
     settings = "LightX2V's settings, instead of the defaults of the flags below; flags that are given win"
     group.add_argument("--config_json", help=settings)
-    group.add_argument("--attn_mode", help="auto (default) or a backend that `doctor` lists")
+    group.add_argument("--attn_mode", help="auto (default), exact, or a backend that `doctor` lists")
     group.add_argument("--dtype", choices=DTYPES, help="default: auto")
     waits = "auto: on the GPU as far as it fits; block: passes through it; model: visits it; none: stays; default: auto"
     group.add_argument("--offload", choices=OFFLOADS, default=None, help=waits)
@@ -282,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
-        args.run(args)
+        status = args.run(args)
     except (
         CheckpointError,
         UnsupportedBackendError,
@@ -296,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cancelled", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

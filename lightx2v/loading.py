@@ -10,6 +10,9 @@ from lightx2v.checkpoint import assign, places
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
 from lightx2v.lora import share
+from lightx2v.lora.branch import is_linear
+from lightx2v.quant.linear import kind_of
+from lightx2v.quant.packing import filling, keep_packed, pack
 from lightx2v_kernels import Kernels, select
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,9 @@ def choose_kernels(info: CheckpointInfo, engine: Engine, device: torch.device) -
 def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
     """The network for `device`, on the meta device and in the dtypes that it will have; `fill` gives it its weights.
 
-    Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend that cannot run here.
+    Linear layers that keep packed weights, as `engine.quant` says, are `ScaledLinear` and `GgufLinear`.
+    Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend, or a format or kernel of
+    linear layers, that was named and cannot run here.
     """
     spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)
     kernels = choose_kernels(info, engine, device)  # outside the meta device: choosing runs self-tests
@@ -49,19 +54,29 @@ def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device
         transformer = spec.build(info.config, kernels)
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if spec.keep_float32(name) else dtype)
-    places(transformer, info.header)
+    pack(transformer, info, engine, kernels, device)
+    places(transformer, filling(transformer, info.header, device))
     return transformer.eval().requires_grad_(False)
 
 
-def fill(transformer: nn.Module, info: CheckpointInfo, device: torch.device) -> None:
+def fill(
+    transformer: nn.Module, info: CheckpointInfo, device: torch.device, quantise_on: torch.device | None = None
+) -> None:
     """Stream the weights of a built network to a device.
 
-    Quantised weights are restored one at a time, on that device, so that no more than one is in memory in float32.
+    Weights are restored or quantised one at a time, so that no more than one is in memory in float32: restored on that
+    device, quantised on `quantise_on` (default: the same).
     """
     dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
-    assign(transformer, info.header, dtype=lambda name: dtypes[name], device=device)
-    most = Counter(dtypes.values()).most_common(1)[0][0]
-    log.info("%s: %s, computing in %s", info.path.name, info.describe(), most)
+    header = filling(transformer, info.header, quantise_on or device)
+    assign(transformer, header, dtype=dtypes.get, device=device)
+    log.info("%s: %s; %s", info.path.name, info.describe(), described(transformer))
+
+
+def described(transformer: nn.Module) -> str:
+    """In what the linear layers of a network multiply, in words."""
+    kinds = Counter(kind_of(module) for module in transformer.modules() if is_linear(module))
+    return "linear layers: " + ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
 
 
 def load_transformer(
@@ -69,7 +84,7 @@ def load_transformer(
 ) -> nn.Module:
     """Build the network for `device` and read its weights to `weights_on` (default: device); raises as the two do."""
     transformer = build_transformer(info, engine, device)
-    fill(transformer, info, weights_on or device)
+    fill(transformer, info, weights_on or device, device)
     return transformer
 
 
@@ -78,6 +93,7 @@ def with_attention(transformer: nn.Module, info: CheckpointInfo, engine: Engine,
     kernels = choose_kernels(info, engine, device)
     with torch.device("meta"):
         other = info.spec.build(info.config, kernels)
+    keep_packed(transformer, other)
     other.load_state_dict(transformer.state_dict(), assign=True)
     share(transformer, other)
     return other.eval().requires_grad_(False)

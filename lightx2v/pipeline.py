@@ -20,20 +20,20 @@ from lightx2v.classes import Pick, model_class
 from lightx2v.config import Cache, Engine, Request, Sampling
 from lightx2v.config_json import UNDONE_BY, read_told
 from lightx2v.decoding import Decoding, VAERequest, choose_vaes
-from lightx2v.diffuse import Hooks, Start, diffuse
+from lightx2v.diffuse import Hooks, Model, diffuse
 from lightx2v.fitting import check_given, check_images
 from lightx2v.folder import ModelFolder
-from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import choose_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
+from lightx2v.models import encoders_of
 from lightx2v.offload import Asked, Plan, offloaded
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
 from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, timed, two_scales
 from lightx2v.sampling import Step
-from lightx2v.stages import decode, encode, ticker
+from lightx2v.stages import Encoded, decode, encode, ticker
 from lightx2v.vae.tiling import Tiling
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class LightX2VPipeline:
         dit_original_ckpt: str | Path | None = None,
         low_noise_original_ckpt: str | Path | None = None,
         high_noise_original_ckpt: str | Path | None = None,
+        transformer_model_name: str | None = None,
         support_tasks: Sequence[str] = (),
         device: str | torch.device | None = None,
     ) -> None:
@@ -81,6 +82,7 @@ class LightX2VPipeline:
         }
         self._originals = {name: Path(path) for name, path in named.items() if path}
         self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals)
+        self._pick = replace(self._pick, transformer_name=transformer_model_name)
         self._asked: set[str] = set()  # methods that the caller called: a config file does not undo them
         self._by_file: tuple[str, ...] = ()  # methods that the last config file called
         self._infos: tuple[CheckpointInfo, ...] = ()  # none while the transformer is missing
@@ -94,7 +96,7 @@ class LightX2VPipeline:
         self._vaes = VAERequest(False, False, None, None)
         self._engine, self._loras, self._lora_how = Engine(offload="auto"), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
-        scheduler = "distilled" if self._class.distilled else "unipc"
+        scheduler = self._class.scheduler
         self._request = Request("", sampling=Sampling(scheduler=scheduler))
         self._use(self._pick)
 
@@ -124,9 +126,9 @@ class LightX2VPipeline:
         config_json: one of LightX2V's JSON files, instead of defaults (docs/config-json.md): it sets offload, LoRAs and
         the like too, but for methods that were called for that; arguments given here win over it.
 
-        attn_mode: "auto" or an attention backend's name. height, width: pixels; with a start image their product is the
-        area and the image gives the proportions, unless resize_mode is "fixed_shape". fps: of the file; None: 24 for
-        TI2V-5B, 16 for the others.
+        attn_mode: "auto", "exact" or an attention backend's name (docs/kernels.md). height, width: pixels; with a start
+        image their product is the area and the image gives the proportions, unless resize_mode is "fixed_shape".
+        fps: of the file; None: 24 for TI2V-5B, 16 for the others.
         guidance_scale: one, or two for the high- and the low-noise expert.
         boundary: noise level at which the experts change; None: the model's own. boundary_step_index: or the number of
         steps of the high-noise one; None: 2 for a distilled pair.
@@ -152,7 +154,7 @@ class LightX2VPipeline:
             denoising_step_list=tuple(denoising_step_list),
             scheduler=scheduler or self._request.sampling.scheduler,
         )
-        rate = fps or (24 if self._info.spec.task == "ti2v" else 16)
+        rate = fps or self._info.spec.fps
         size = {"num_frames": num_frames, "height": height, "width": width, "fps": rate}
         request = snapped(replace(self._request, **size, sampling=sampling), self._info.spec)  # type: ignore[arg-type]
         self._set_engine(engine)
@@ -179,9 +181,13 @@ class LightX2VPipeline:
         self._asked.add("enable_lightvae")
 
     @checked
-    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int = 256, overlap: int = 64) -> None:
-        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be."""
-        self._decoding = Decoding(mode, Tiling(tile_size, overlap))
+    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int | None = None, overlap: int = 64) -> None:
+        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be.
+
+        tile_size: None is 256, in "auto" the best that fits.
+        """
+        named = tile_size is not None or overlap != Tiling.overlap
+        self._decoding = Decoding(mode, Tiling(tile_size or Tiling.size, overlap) if named else None)
         self._asked.add("enable_vae_tiling")
 
     @checked
@@ -229,8 +235,9 @@ class LightX2VPipeline:
         schemes = (text_encoder_quant_scheme, image_encoder_quant_scheme)
         wanted = Quantize(*switches, *dits, *others, quant_scheme, *schemes)
         pick, folder = replace(self._pick, quantize=wanted), self._folder
-        image = quantised_image_encoder(folder, wanted, pick.find()[0])
-        encoders = quantised_text_encoder(folder, wanted), image
+        fitting = encoders_of(self._class.family)
+        image = quantised_image_encoder(folder, wanted, pick.find()[0], fitting)
+        encoders = quantised_text_encoder(folder, wanted, fitting), image
         self._use(pick)
         self._parts.use_encoders(*encoders)
         self._asked.add("enable_quantize")
@@ -364,9 +371,9 @@ class LightX2VPipeline:
             require_mp4(save_result_path, request.width, request.height)
         seconds: dict[str, float] = {}
         with timed(seconds, "encode"):
-            cond, uncond, begin = encode(self._parts, self._info.spec, request, start, end)
+            encoded = encode(self._parts, self._info.spec, request, start, end)
         with timed(seconds, "sample"):
-            latents = self._sample(request, cond, uncond, begin, ticker(progress, on_step))
+            latents = self._sample(request, encoded, lambda: ticker(progress, on_step))
         with timed(seconds, "decode"):
             frames = decode(self._parts, latents, self._decoding, progress)
         if not return_result_tensor:
@@ -430,14 +437,15 @@ class LightX2VPipeline:
             self._asked, self._by_file = set(asked), tuple(told.calls)
         return told.generator
 
-    def _sample(
-        self, request: Request, cond: Conditioning, uncond: Conditioning | None, begin: Start, hooks: Hooks
-    ) -> Tensor:
-        self.cache_reports = ()
+    def _sample(self, request: Request, encoded: Encoded, hooks: Callable[[], Hooks]) -> Tensor:
+        cond, uncond, begin = encoded
         asked = Asked(begin.latents.shape, self._cache is not None, self._loras)
-        with self._parts.model(self._engine, self._loras, self._lora_how, asked) as model:
-            self.memory_plan = self._parts.plan
-            latents = diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks, cache=self._cache)
+
+        def work(model: Model) -> Tensor:
+            self.cache_reports, self.memory_plan = (), self._parts.plan
+            return diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks(), cache=self._cache)
+
+        latents = self._parts.sampled(self._engine, self._loras, self._lora_how, asked, work)
         if isinstance(self._cache, Recorder):
             save(self._cache, self._infos, request)
         return latents

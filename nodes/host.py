@@ -221,13 +221,44 @@ def room_beside(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int)
 
 
 def room_if_all_left(handles: Sequence[comfy.model_patcher.ModelPatcher]) -> int:
-    """Bytes beside these handles on their device if every other model made way."""
+    """Bytes beside these handles on their device if every other model made way, less what --reserve-vram keeps."""
     device = handles[0].load_device
     free = int(mm.get_free_memory(device))
     if device.type == "cpu":
         return free
+    free -= int(mm.extra_reserved_memory())
     others = [loaded for loaded in mm.current_loaded_models if not any(loaded.model is each for each in handles)]
     return free + sum(int(loaded.model_loaded_memory()) for loaded in others if loaded.device == device)
+
+
+def make_room() -> None:
+    """Take every model off the device, and give back what PyTorch keeps. Only after memory ran out."""
+    mm.unload_all_models()
+    mm.soft_empty_cache()
+
+
+def asks_for_little() -> bool:
+    """Whether ComfyUI was started with --lowvram or --novram."""
+    return any(getattr(mm.args, flag, False) for flag in ("lowvram", "novram"))
+
+
+def keeps_on_gpu() -> bool:
+    """Whether ComfyUI was started with --gpu-only or --highvram."""
+    return any(getattr(mm.args, flag, False) for flag in ("gpu_only", "highvram"))
+
+
+def pin_limit() -> int | None:
+    """Bytes of RAM that may still be pinned; 0 with --disable-pinned-memory, None where this ComfyUI sets no limit."""
+    if getattr(mm.args, "disable_pinned_memory", False):
+        return 0
+    most = getattr(mm, "MAX_PINNED_MEMORY", -1)
+    return None if most <= 0 else max(0, int(most - getattr(mm, "TOTAL_PINNED_MEMORY", 0)))
+
+
+def ram_to_spare() -> bool:
+    """Whether a tenth of all RAM is free."""
+    cpu = torch.device("cpu")
+    return bool(mm.get_free_memory(cpu) > 0.1 * mm.get_total_memory(cpu))
 
 
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:

@@ -13,8 +13,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from lightx2v.checkpoint import read_header
+from lightx2v.frames import Encode, whole_clips
 from lightx2v.latents import WAN21, WAN22, LatentFormat
-from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, whole_clips
+from lightx2v.models.wan.conditioning import image_condition, image_latent
 from lightx2v.shapes import VideoShape, snap, to_latent
 from lightx2v.vae.loading import FullVAE
 from lightx2v.vae.padded import encode_padded

@@ -15,7 +15,7 @@ from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import build_transformer, compute_dtype, fill, with_attention
 from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
 from lightx2v.memory import transformer_activation_bytes
-from lightx2v.offload import Placing
+from lightx2v.offload import Home, Placing
 from lightx2v.text import umt5
 
 from . import host
@@ -40,6 +40,7 @@ class LoadedTransformer(host.EngineHandle):
         self.info, self.engine, self.loras = info, engine, loras
         self.applied: Applied | None = None  # None: the weights are not read yet
         self.placing = Placing(device)
+        self._home: Home | None = None  # once they were in RAM
 
     def read(self, device: torch.device | None = None) -> None:
         """Read the weights to a device, the load device where none is given, unless they were."""
@@ -52,10 +53,20 @@ class LoadedTransformer(host.EngineHandle):
         return super().partially_load(*args, **kwargs)
 
     def move(self, device: torch.device) -> None:
-        if self.applied is not None:
-            if device.type != "cpu":
-                self.placing.forget()
+        """What was in RAM once stays there, so that leaving the device copies nothing; unless RAM is short."""
+        if self.applied is None:
+            return
+        if device.type == "cpu":
+            self._home = self._home or Home(self.model.network)
+            self._home.leave()
+            return
+        self.placing.forget()
+        if self._home is None:
             super().move(device)
+            return
+        self._home.copy_to(device)
+        if not host.ram_to_spare():
+            self._home = None
 
     def network(self, attention: str) -> nn.Module:
         """The transformer with the attention backend that the sampler asks for; weights are shared, never copied."""
@@ -65,12 +76,17 @@ class LoadedTransformer(host.EngineHandle):
     def resting_network(self, attention: str) -> nn.Module:
         """The same, with its weights in RAM."""
         self.read(torch.device("cpu"))
-        return self._with(attention)
+        network = self._with(attention)
+        self._home = self._home or Home(network)
+        return network
 
     def _with(self, attention: str) -> nn.Module:
         if attention != self.engine.attention:
+            if self._home is not None:
+                host.back_to_ram(self)
             self.engine = Engine(attention=attention, dtype=self.engine.dtype)
             self.model.network = with_attention(self.model.network, self.info, self.engine, self.load_device)
+            self._home = None if self._home is None else Home(self.model.network)
         return self.model.network
 
     def activation_bytes(self, samples: Tensor) -> int:

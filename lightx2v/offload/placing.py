@@ -19,7 +19,8 @@ from lightx2v.loading import build_transformer, compute_dtype
 from lightx2v.lora import Applied, Lora
 from lightx2v.memory import transformer_activation_bytes
 from lightx2v.offload.lane import link_rate
-from lightx2v.offload.plan import Machine, Needs, Plan, measure, plan
+from lightx2v.offload.plan import DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
+from lightx2v.offload.shortage import Advice
 from lightx2v.offload.stream import BlockStream
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ class Asked:
     """What a request finds, and brings with it that takes memory.
 
     shape: of its latents, (B, C, T, H, W). free: bytes of the device beside what is there; None: not known.
-    vae: bytes of it on the device.
+    vae: bytes of it on the device. failed: the plan that memory ran out with, where this is the second try.
+    pin_limit: bytes of host memory that may be pinned; None: as much as the system lets a process pin.
     """
 
     shape: Sequence[int]
@@ -68,6 +70,8 @@ class Asked:
     loras: Sequence[Lora] = ()
     free: int | None = None
     vae: int = 0
+    failed: Plan | None = None
+    pin_limit: int | None = None
 
 
 class Placing:
@@ -96,12 +100,23 @@ class Placing:
         machine = Machine(
             free_vram=sys.maxsize if asked.free is None else asked.free + asked.vae + here,
             free_ram=ram + sum(held_bytes(network) for network in networks if _on(network, CPU)),
-            pin_limit=int(PINNED_SHARE * total) if self.device.type == "cuda" else 0,
+            pin_limit=self._pin_limit(total, asked),
             link=self._link,
         )
         needs = Needs(tuple(measure(network) for network in shown), activations, vae=asked.vae)
         least = engine.offload == "block" and not engine.vram_budget_gb
-        return plan(needs, machine, budget_gb=engine.vram_budget_gb, least=least, vae_offload=engine.vae_offload)
+        try:
+            if asked.failed is not None:
+                return tighter(needs, machine, asked.failed)
+            return plan(needs, machine, budget_gb=engine.vram_budget_gb, least=least, vae_offload=engine.vae_offload)
+        except DoesNotFitError as error:
+            raise Advice(info.spec, asked.shape).on(error) from None
+
+    def _pin_limit(self, total: int, asked: Asked) -> int:
+        if self.device.type != "cuda":
+            return 0
+        most = int(PINNED_SHARE * total)
+        return most if asked.pin_limit is None else min(most, asked.pin_limit)
 
     @contextmanager
     def placed(

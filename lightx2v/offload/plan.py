@@ -1,6 +1,6 @@
 """What stays on the device and what passes through it, from bytes alone: pure functions, to be tested without a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -10,10 +10,15 @@ from lightx2v.offload.stream import parts_of, spread
 GB = 1e9
 # Beside what PyTorch counts: workspaces of matrix kernels, and what an allocator of 2 MB pieces cannot fill.
 RESERVE = 600_000_000
+LESS = 0.5  # of the tokens: what is advised where nothing tells how far memory was from enough
 
 
 class DoesNotFitError(ValueError):
-    """Not even one block at a time has room."""
+    """Not even one block at a time has room. share: of the tokens that would have."""
+
+    def __init__(self, message: str, share: float = 0.0) -> None:
+        super().__init__(message)
+        self.share = share
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,8 @@ def plan(
     else:
         resident, prefetch, weights = _streaming(transformers, budget - beside, least)
         if weights + beside > budget:
-            raise DoesNotFitError(_too_small(weights, needs.activations, budget))
+            share = (budget - weights - RESERVE) / max(needs.activations, 1)
+            raise DoesNotFitError(_too_small(weights, needs.activations, budget), min(share, 1))
     stays = needs.vae if not vae_offload and weights + needs.vae + beside <= budget else 0
     passing = _passing(transformers, resident)
     ram = 0 if together or (len(transformers) == 1 and not passing) else sum(sums)
@@ -170,6 +176,30 @@ def plan(
         ram=ram,
         free_ram=machine.free_ram,
         seconds=passing / machine.link if machine.link else None,
+    )
+
+
+def tighter(needs: Needs, machine: Machine, failed: Plan) -> Plan:
+    """The plan for a second try where memory ran out with `failed`: the VAE makes way, and half of what blocks took is
+    given back, 1 GB at least.
+
+    Raises DoesNotFitError where `failed` had no more than one block at a time there.
+    """
+    weights = failed.peak - needs.activations - RESERVE - (needs.vae if failed.vae == "stays" else 0)
+    free = min(machine.free_vram, failed.peak - max(weights // 2, int(GB)))
+    try:
+        return plan(needs, replace(machine, free_vram=free), vae_offload=True)
+    except DoesNotFitError:
+        pass
+    try:
+        return plan(
+            needs, replace(machine, free_vram=min(machine.free_vram, failed.peak - 1)), least=True, vae_offload=True
+        )
+    except DoesNotFitError:
+        if machine.free_vram < failed.peak:
+            raise  # others have taken what was free: the numbers are right
+    raise DoesNotFitError(
+        f"GPU memory ran out with one block at a time on the GPU and {failed.peak / GB:.1f} GB planned", LESS
     )
 
 

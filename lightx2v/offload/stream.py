@@ -11,9 +11,10 @@ second copy of what a block holds beside tensors. Changing some dictionary entri
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,17 +31,31 @@ def spread(count: int, moving: int) -> tuple[int, ...]:
 
 
 def parts_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks that a network walks, its one list of modules, and every module beside them.
+    """The blocks that a network walks, the one list of modules nearest to its top, and every module beside them.
 
-    Raises ValueError for a network without such a list, or with several.
+    Raises ValueError for a network without such a list, or with several as near.
     """
-    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    lists = _lists(network)
     if len(lists) != 1 or not len(lists[0]):
         raise ValueError(
             f"{type(network).__name__} has {len(lists)} lists of blocks, one was expected: it cannot be streamed"
         )
     inside = {id(module) for block in lists[0] for module in block.modules()}
     return list(lists[0]), [module for module in network.modules() if id(module) not in inside]
+
+
+def streamable(network: nn.Module) -> bool:
+    """Whether `parts_of` knows its blocks."""
+    lists = _lists(network)
+    return len(lists) == 1 and len(lists[0]) > 0
+
+
+def _lists(network: nn.Module) -> list[nn.ModuleList]:
+    level, lists = [network], list[nn.ModuleList]()
+    while level and not lists:
+        level = [child for module in level for child in module.children()]
+        lists = [child for child in level if isinstance(child, nn.ModuleList)]
+    return lists
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,20 @@ class _Fetched:
     expert: str
     block: int
     slot: _Slot
+
+
+class _Visit:
+    """A context that two hooks of a block enter and leave."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._context = context
+        self._open = ExitStack()
+
+    def begin(self, *_: Any) -> None:
+        self._open.enter_context(self._context())
+
+    def end(self, *_: Any) -> None:
+        self._open.close()
 
 
 class BlockStream:
@@ -233,6 +262,19 @@ class BlockStream:
             return run(staged, tokens, args)
 
         return walk
+
+    @contextmanager
+    def hooked(self, expert: str = "") -> Iterator[None]:
+        """The same for a network that calls its blocks itself, while the stream is open."""
+        network, own = self.bring(expert), dict(zip(self._staying(expert), self._own, strict=False))
+        with ExitStack() as hooks:
+            for index, block in enumerate(parts_of(network)[0]):
+                visit = _Visit(partial(self._visiting, expert, index, None)) if index not in own else None
+                before = (lambda *_, buffer=own[index]: buffer.use()) if visit is None else visit.begin
+                hooks.callback(block.register_forward_pre_hook(before).remove)
+                if visit is not None:
+                    hooks.callback(block.register_forward_hook(visit.end, always_call=True).remove)
+            yield
 
     def _staying_block(self, block: Block, buffer: Buffer) -> Block:
         def call(tokens: Tensor, args: Any) -> Tensor:

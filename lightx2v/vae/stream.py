@@ -50,12 +50,17 @@ def fill(
 ) -> Network:
     """Read weights into a VAE on the meta device, and keep them in the memory order that its layers work in."""
     assign(vae, header, rename=rename, dtype=dtype, device=device)
+    return arrange(vae).eval()
+
+
+def arrange(vae: Network) -> Network:
+    """The same VAE with its convolutions' weights channels last in memory."""
     for parameter in vae.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         elif parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return vae.eval()
+    return vae
 
 
 OnChunk = Callable[[int, int], None]

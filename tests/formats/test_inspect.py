@@ -13,7 +13,7 @@ def test_a_quantised_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["inspect", str(path)]) == 0
     first, second, third, *unused = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{path}: an expert of Wan2.2 I2V A14B (1095 tensors, fp8 weights (e4m3, a scale a tensor)")
-    assert first.endswith("dequantised on load, 14,294.6 MB, high-noise expert by its name)")
+    assert first.endswith("scale a tensor), 14,294.6 MB, high-noise expert by its name)")
     assert second == "  kind transformer, family wan, task i2v, format comfyui, variant wan2.2_i2v_a14b"
     assert "hidden_size=5120" in third
     assert sorted(unused) == [

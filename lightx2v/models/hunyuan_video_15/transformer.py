@@ -28,6 +28,7 @@ from lightx2v.models.hunyuan_video_15.text import (
     attend,
     packed,
 )
+from lightx2v.quant.feeding import agreed, gelu_between, modulate, residual_modulate
 from lightx2v.tokens import RMSNorm, rope_table
 from lightx2v_kernels import Kernels
 
@@ -95,8 +96,9 @@ class DoubleBlock(nn.Module):
 
         rope: of tokens that have a place; None: only normed.
         """
-        x = self._kernels.modulate(x, change[0], change[1], self.eps)
-        q, k, v = (self._part(stream, f"attn_{part}")(x) for part in "qkv")
+        projections = [self._part(stream, f"attn_{part}") for part in "qkv"]
+        tokens = modulate(self._kernels, agreed(*projections), x, change[0], change[1], self.eps)
+        q, k, v = (projection(tokens) for projection in projections)
         return [self._normed(stream, "q", q, rope), self._normed(stream, "k", k, rope), self._heads(v)]
 
     def _normed(self, stream: str, part: str, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -111,8 +113,11 @@ class DoubleBlock(nn.Module):
     def _finish(self, stream: str, x: Tensor, heads: Tensor, change: Tensor) -> Tensor:
         """The stream's tokens after what attention gave them, heads (B, L, H, D), and after the feed-forward."""
         attended = self._part(stream, "attn_proj")(rearrange(heads, "b l h d -> b l (h d)"))
-        x, modulated = self._kernels.residual_modulate(x, attended, change[2], change[3], change[4], self.eps)
-        return self._kernels.gated_residual(x, self._part(stream, "mlp")(modulated), change[5])
+        fc1, act, fc2 = (self._part(stream, f"mlp.{part}") for part in ("fc1", "act", "fc2"))
+        x, modulated = residual_modulate(
+            self._kernels, agreed(fc1), x, attended, change[2], change[3], change[4], self.eps
+        )
+        return self._kernels.gated_residual(x, gelu_between(self._kernels, fc1, act, fc2, modulated), change[5])
 
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D), the video's tokens and then the text's -> (B, L, D)"""
@@ -158,6 +163,7 @@ class HunyuanTransformer(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.config = config
+        self.kernels = kernels
         self.img_in = PatchEmbedding(config)
         self.time_in = Embedder(config.freq_dim, size)
         if config.reads_step_end:
