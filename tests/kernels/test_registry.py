@@ -34,7 +34,17 @@ def good(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def test_every_op_has_a_reference_that_auto_tries_last() -> None:
-    known = {"attention", "rms_norm", "layer_norm", "modulate", "gated_residual", "rope", "conv_input", "conv3d"}
+    known = {
+        "attention",
+        "rms_norm",
+        "layer_norm",
+        "modulate",
+        "gated_residual",
+        "rope",
+        "conv_input",
+        "conv3d",
+        "doubled_conv",
+    }
     assert set(registry.registries()) == known
     for op in registry.registries():
         assert registry.names(op)[-1] == "reference"
@@ -266,7 +276,7 @@ def test_selection_leaves_the_random_state_alone_and_ignores_default_devices() -
 
 def test_kernels() -> None:
     kernels = lightx2v_kernels.select(device=CPU, dtype=torch.float32, head_dim=128)
-    assert set(kernels.names) == set(registry.registries()) - {"conv_input", "conv3d"}  # of VAEs alone
+    assert set(kernels.names) == set(registry.registries()) - {"conv_input", "conv3d", "doubled_conv"}  # of VAEs alone
     for op, name in kernels.names.items():
         assert getattr(kernels, op) is registry.select(op, name, *HERE).load()
     named = lightx2v_kernels.select(attention="reference", device=CPU, dtype=torch.float32, head_dim=128)
