@@ -6,9 +6,10 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
+from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
-from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
+from .vision import FixtureCellVae, FixtureClipVision, FixturePicture, FixtureTightVae
 
 
 class FixtureExtension(ComfyExtension):
@@ -17,6 +18,7 @@ class FixtureExtension(ComfyExtension):
             FixtureClipVision,
             FixtureCrampedVae,
             FixtureHoldMemory,
+            FixtureHunyuanClip,
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
@@ -24,7 +26,7 @@ class FixtureExtension(ComfyExtension):
             FixtureRandomLatent,
             FixtureTightVae,
             FixtureUmt5Clip,
-            FixtureVae48,
+            FixtureCellVae,
             FixtureWanConditioning,
         ]
 
