@@ -149,11 +149,11 @@ def inspect(args: argparse.Namespace) -> None:
         found = recognise(path)
         print(f"{path}: {found.describe()}")
         told = {"kind": found.kind, "family": found.family, "task": found.task, "format": found.layout.format}
-        if found.network is not None:
-            told["variant"] = found.network.spec.name
+        if found.model is not None:
+            told["variant"] = found.model.spec.name
         print("  " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
-        if found.network is not None:
-            print(f"  {found.network.config}")
+        if found.model is not None:
+            print(f"  {found.model.config}")
         for reason, names in _grouped(found.layout.unused).items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             print(f"  not needed: {names[0]}{more} ({reason})")
