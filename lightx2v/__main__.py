@@ -87,7 +87,7 @@ def _cache(args: argparse.Namespace) -> dict[str, Any] | None:
 def generate(args: argparse.Namespace) -> None:
     """One video from a prompt."""
     pipe = _pipeline(args, _cache(args))
-    made = pipe.generate(
+    pipe.generate(
         args.seed,
         args.prompt,
         args.negative_prompt,
@@ -98,12 +98,8 @@ def generate(args: argparse.Namespace) -> None:
     )
     described = pipe.describe(args.image_path or args.last_frame_path)
     print(f"{args.save_result_path}: {described}, seed {args.seed}, prompt: {args.prompt}")
-    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made["metadata"]["seconds"].items())
-    print(f"  {spent}")
-    if pipe.memory_plan is not None:
-        print(f"  {pipe.memory_plan.line()}")
-    for report in pipe.cache_reports:
-        print(f"  {report.describe()}")
+    for line in pipe.report.text().splitlines():
+        print(f"  {line}")
 
 
 def calibrate(args: argparse.Namespace) -> None:

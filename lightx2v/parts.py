@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Engine
 from lightx2v.decoding import VAEChoice
 from lightx2v.diffuse import Model
@@ -25,6 +26,7 @@ from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
 from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
 from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
 from lightx2v.offload.stream import BlockStream, streamable
+from lightx2v.report import sampling_lines
 from lightx2v.text import umt5
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.wan import WanVAE
@@ -175,6 +177,10 @@ class Parts:
         self._make_room()
         free = self.free_bytes()
         return has_room(nbytes, sys.maxsize if free is None else free, budget)
+
+    def said(self, caches: Sequence[CacheReport]) -> list[str]:
+        """Of the last pass of the sampler: files, kernels, types, memory, LoRAs and those caches."""
+        return sampling_lines(self._infos, self._engine, self.device, self.plan, self._applied, caches)
 
     def use_engine(self, engine: Engine) -> None:
         """From now on; transformers that were read for another are forgotten."""
