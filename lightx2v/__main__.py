@@ -38,9 +38,10 @@ def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) 
     )
     if args.vae_path or args.tae_path:
         pipe.enable_lightvae(vae_path=args.vae_path, use_tae=bool(args.tae_path), tae_path=args.tae_path)
-    if args.offload or args.vram_budget_gb:
-        how = args.offload or "auto"
-        pipe.enable_offload(how != "none", "auto" if how == "none" else how, vram_budget_gb=args.vram_budget_gb)
+    if args.offload or args.vram_budget_gb or args.ram_budget_gb:
+        how, budgets = args.offload or "auto", {"vram": args.vram_budget_gb, "ram": args.ram_budget_gb}
+        named = {f"{name}_budget_gb": budget for name, budget in budgets.items()}
+        pipe.enable_offload(how != "none", "auto" if how == "none" else how, **named)
     if args.lora:
         pipe.enable_lora([parse_lora(text) for text in args.lora])
     if cache is not None:
@@ -226,6 +227,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--offload", choices=OFFLOADS, default=None, help=waits)
     budget = "GB of the GPU that auto and block may take; default: all that is free, and the least"
     group.add_argument("--vram_budget_gb", type=float, default=0.0, metavar="GB", help=budget)
+    ram = (
+        "GB of RAM for weights that pass through the GPU; more of them is read from the file; default: all that is free"
+    )
+    group.add_argument("--ram_budget_gb", type=float, default=0.0, metavar="GB", help=ram)
     group.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: cuda where there is one")
 
 

@@ -24,6 +24,8 @@ class Engine:
         together. "block": in RAM, and pass through the GPU block by block. "auto": on the GPU as far as they fit.
     vram_budget_gb: GB of GPU memory that "block" and "auto" may take, 0 for the least and for all that is free.
     vae_offload: the VAE waits in RAM too.
+    ram_budget_gb: GB of RAM in which weights may rest that pass through the GPU, 0 for all that is free; the rest of
+        them is read from the file each time.
     """
 
     attention: str = "auto"
@@ -31,12 +33,15 @@ class Engine:
     offload: str = "none"
     vram_budget_gb: float = 0.0
     vae_offload: bool = False
+    ram_budget_gb: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
         one_of("offload", self.offload, OFFLOADS)
         if not 0 <= self.vram_budget_gb < float("inf"):
             raise ValueError(f"vram_budget_gb={self.vram_budget_gb} must be 0 (no limit of its own) or more; 8 is 8 GB")
+        if not 0 <= self.ram_budget_gb < float("inf"):
+            raise ValueError(f"ram_budget_gb={self.ram_budget_gb} must be 0 (all that is free) or more; 16 is 16 GB")
 
 
 @dataclass(frozen=True)

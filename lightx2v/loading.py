@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -53,23 +54,37 @@ def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device
     return transformer.eval().requires_grad_(False)
 
 
-def fill(transformer: nn.Module, info: CheckpointInfo, device: torch.device) -> None:
-    """Stream the weights of a built network to a device.
+def fill(
+    transformer: nn.Module,
+    info: CheckpointInfo,
+    device: torch.device,
+    *,
+    only: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Stream the weights of a built network to a device. only: names of those; the others stay in the file.
 
     Quantised weights are restored one at a time, on that device, so that no more than one is in memory in float32.
     """
     dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
-    assign(transformer, info.header, dtype=lambda name: dtypes[name], device=device)
+    assign(transformer, info.header, dtype=lambda name: dtypes[name], device=device, only=only)
     most = Counter(dtypes.values()).most_common(1)[0][0]
     log.info("%s: %s, computing in %s", info.path.name, info.describe(), most)
 
 
 def load_transformer(
-    info: CheckpointInfo, engine: Engine, device: torch.device, weights_on: torch.device | None = None
+    info: CheckpointInfo,
+    engine: Engine,
+    device: torch.device,
+    weights_on: torch.device | None = None,
+    left: Callable[[nn.Module], Collection[str]] = lambda transformer: (),
 ) -> nn.Module:
-    """Build the network for `device` and read its weights to `weights_on` (default: device); raises as the two do."""
+    """Build the network for `device` and read its weights to `weights_on` (default: device); raises as the two do.
+
+    left: names of weights that stay in the file, and without contents in the network.
+    """
     transformer = build_transformer(info, engine, device)
-    fill(transformer, info, weights_on or device)
+    names = left(transformer)
+    fill(transformer, info, weights_on or device, only=lambda name: name not in names)
     return transformer
 
 

@@ -27,7 +27,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import choose_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
-from lightx2v.offload import Asked, Plan, offloaded
+from lightx2v.offload import Asked, Plan, budgeted, offloaded
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
 from lightx2v.report import Report, Watch
@@ -194,12 +194,12 @@ class LightX2VPipeline:
         vae_offload: bool = False,
         *,
         vram_budget_gb: float = 0.0,
+        ram_budget_gb: float = 0.0,
     ) -> None:
         """Where weights wait; every choice is explained in docs/memory.md. Without this call: "auto"."""
-        if vram_budget_gb > 0 and not cpu_offload:
-            raise ValueError(f"vram_budget_gb={vram_budget_gb:g} without cpu_offload=True changes nothing; set both")
         engine = offloaded(self._engine, cpu_offload, offload_granularity)
-        self._set_engine(replace(engine, vram_budget_gb=vram_budget_gb, vae_offload=vae_offload))
+        budgets = {"vram_budget_gb": vram_budget_gb, "ram_budget_gb": ram_budget_gb}
+        self._set_engine(budgeted(replace(engine, vae_offload=vae_offload), **budgets))
         self._asked.add("enable_offload")
 
     @checked

@@ -97,11 +97,12 @@ def _passing(experts: Sequence[LoadedTransformer], attention: str, plan: Plan) -
     first = experts[0]
     for expert in experts:
         host.back_to_ram(expert)
-    networks = [expert.resting_network(attention) for expert in experts]
+    networks = [expert.resting_network(attention, plan) for expert in experts]
     mm.free_memory(plan.peak, first.load_device)
     applied = [expert.applied for expert in experts if expert.applied is not None]
+    infos = [expert.info for expert in experts]
     try:
-        with first.placing.placed(networks, applied, plan) as (bringers, around):
+        with first.placing.placed(networks, applied, plan, infos) as (bringers, around):
             first.tell_host(first.placing.device_bytes)
             yield Model(first.info.spec, first.load_device, *bringers, around=around)
     finally:

@@ -19,7 +19,11 @@ def test_the_text_has_every_stage_and_what_it_said() -> None:
     report = Report().then(Stage("encode", 1.25), Stage("sample", 61.0, 15_900_000_000, ("memory: all", "cache: off")))
     assert report.stages[0].peak is None
     lines = report.then(Stage("decode", 2.0)).text().splitlines()
-    assert lines[:3] == ["memory: all", "cache: off", "stages: encode 1.2 s, sample 61.0 s (peak 15.9 GB), decode 2.0 s"]
+    assert lines[:3] == [
+        "memory: all",
+        "cache: off",
+        "stages: encode 1.2 s, sample 61.0 s (peak 15.9 GB), decode 2.0 s",
+    ]
     assert all(line.startswith("RAM: ") for line in lines[3:])
     assert len(report.stages) == 2, "a report is a value"
 
@@ -50,7 +54,7 @@ def test_a_pipeline_says_what_ran(folder: Path, tmp_path: Path) -> None:
     pipe.enable_offload(False)
     pipe.enable_lora([])
     video(pipe)
-    assert "memory: whole transformers, offload none" in pipe.report.text() and "LoRA" not in pipe.report.text()
+    assert "offload: none, whole transformers" in pipe.report.text() and "LoRA" not in pipe.report.text()
 
 
 def plan_line(pipe) -> str:

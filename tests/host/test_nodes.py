@@ -73,7 +73,7 @@ def test_ids_inputs_and_outputs_are_the_released_ones(described) -> None:
 def test_every_input_has_a_tooltip(described) -> None:
     for name, info in described.items():
         for kind, group in info["input"].items():
-            for input_name, (_, *options) in (group.items() if kind != "hidden" else ()):
+            for input_name, (_, *options) in group.items() if kind != "hidden" else ():
                 tooltip = options[0].get("tooltip", "") if options else ""
                 assert len(tooltip) > 15, f"{name}.{input_name} has no tooltip"
 
