@@ -16,6 +16,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
+from server import PromptServer
 from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError
@@ -291,6 +292,13 @@ def progress() -> Callable[[int, int], None]:
         bar.update_absolute(done, total)
 
     return update
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Show text on a node, where the interface can; it is gone when the page is loaded again."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
 
 
 def colours(space: LatentFormat) -> Colours:

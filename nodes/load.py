@@ -18,7 +18,8 @@ from lightx2v.loading import build_transformer, compute_dtype, fill, with_attent
 from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
 from lightx2v.memory import transformer_activation_bytes
 from lightx2v.models import TextEncoder
-from lightx2v.offload import Home, Placing
+from lightx2v.offload import Home, Placing, Plan
+from lightx2v.offload.disk import left_in_file
 from lightx2v.text import byt5, hunyuan15, qwen, umt5
 from lightx2v.text.chat import is_tokenizer
 
@@ -46,20 +47,33 @@ class LoadedTransformer(host.EngineHandle):
         self.applied: Applied | None = None  # None: the weights are not read yet
         self.placing = Placing(device)
         self._home: Home | None = None  # once they were in RAM
+        self._filed = 0  # blocks that were left in the file
 
-    def read(self, device: torch.device | None = None) -> None:
-        """Read the weights to a device, the load device where none is given, unless they were."""
-        if self.applied is None:
-            fill(self.model.network, self.info, device or self.load_device)
-            self.applied = apply_loras(self.model.network, self.info, self.loras, device=self.load_device)
+    def read(self, device: torch.device | None = None, filed: int = 0) -> None:
+        """Read the weights to a device, the load device where none is given, unless they were. filed: of so many blocks
+        they stay in the file."""
+        if self.applied is not None:
+            return
+        network, how = self.model.network, "branch" if filed else "auto"  # what is read again cannot be changed
+        left, self._filed = left_in_file(network, filed), filed
+        fill(network, self.info, device or self.load_device, only=lambda name: name not in left)
+        self.applied = apply_loras(network, self.info, self.loras, how, device=self.load_device)
+
+    def _forget(self) -> None:
+        """The weights are read again at their next use."""
+        self.placing.forget()
+        self._home, self.applied, self._filed = None, None, 0
+        self.model.network = build_transformer(self.info, self.engine, self.load_device)
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
+        if self._filed:
+            self._forget()
         self.read()
         return super().partially_load(*args, **kwargs)
 
     def move(self, device: torch.device) -> None:
         """What was in RAM once stays there, so that leaving the device copies nothing; unless RAM is short."""
-        if self.applied is None:
+        if self.applied is None or self._filed:
             return
         if device.type == "cpu":
             self._home = self._home or Home(self.model.network)
@@ -78,11 +92,14 @@ class LoadedTransformer(host.EngineHandle):
         self.read()
         return self._with(attention)
 
-    def resting_network(self, attention: str) -> nn.Module:
-        """The same, with its weights in RAM."""
-        self.read(torch.device("cpu"))
+    def resting_network(self, attention: str, plan: Plan) -> nn.Module:
+        """The same, with its weights in RAM, or in the file as far as the plan leaves them there."""
+        if self.applied is not None and not plan.suits(self._filed):
+            self._forget()
+        self.read(torch.device("cpu"), plan.filed)
         network = self._with(attention)
-        self._home = self._home or Home(network)
+        if not self._filed:
+            self._home = self._home or Home(network)
         return network
 
     def _with(self, attention: str) -> nn.Module:
