@@ -23,11 +23,10 @@ class ReadsFiles(Protocol):
 
 S = TypeVar("S", bound=ReadsFiles)
 EXPERT_NAMES = {"high_noise_model": "high", "low_noise_model": "low"}
-HUNYUAN = "only HunyuanVideo-1.5 has it, and this version runs Wan"
 NO_IMAGE_EDIT = "this version makes videos from text and images, not from other videos"
 # Method -> argument of LightX2V's that it does not take -> why. An empty value of one is taken for none.
 REFUSED: Mapping[str, Mapping[str, str]] = {
-    "__init__": {"transformer_model_name": HUNYUAN, "sf_model_path": "self-forcing models cannot be run"},
+    "__init__": {"sf_model_path": "self-forcing models cannot be run"},
     "enable_quantize": {"skip_fp8_block_index": "every block of a quantised file is used as it is in the file"},
     "generate": {
         "audio_path": "no model that listens to audio can be run",
@@ -42,7 +41,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
 # Method -> argument of LightX2V's that changes nothing, with a warning -> what decides instead.
 UNUSED: Mapping[str, Mapping[str, str]] = {
     "create_generator": {
-        "aspect_ratio": "height and width decide the size of a Wan",
+        "aspect_ratio": "height and width decide the size",
         **dict.fromkeys(
             ("rope_type", "double_precision_rope", "norm_modulate_backend"), "kernels are chosen by themselves"
         ),

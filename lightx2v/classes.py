@@ -10,7 +10,10 @@ from lightx2v.experts import require_pair
 from lightx2v.fitting import check_task
 from lightx2v.folder import MissingPartError, ModelFolder
 from lightx2v.identify import CheckpointInfo, identify
+from lightx2v.models.hunyuan_video_15.encoders import find_transformer
 from lightx2v.quantized import Quantize, quantised_transformers
+
+HUNYUAN = "hunyuan1.5"
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,14 @@ class ModelClass:
     """What upstream's name of a model class stands for."""
 
     tasks: tuple[str, ...]
+    family: str = "wan"
     experts: bool = False  # two transformers
     distilled: bool = False  # few steps, of a fixed list
+
+    @property
+    def scheduler(self) -> str:
+        """The model's own; see `Sampling`."""
+        return "distilled" if self.distilled else "euler" if self.family == HUNYUAN else "unipc"
 
 
 CLASSES = {
@@ -28,6 +37,8 @@ CLASSES = {
     "wan2.2": ModelClass(("t2v", "i2v")),
     "wan2.2_moe": ModelClass(("t2v", "i2v", "flf2v"), experts=True),
     "wan2.2_moe_distill": ModelClass(("t2v", "i2v", "flf2v"), experts=True, distilled=True),
+    "hunyuan_video_1.5": ModelClass(("t2v", "i2v"), HUNYUAN),
+    "hunyuan_video_1.5_distill": ModelClass(("t2v", "i2v"), HUNYUAN, distilled=True),
 }
 
 
@@ -43,8 +54,13 @@ def model_class(name: str, tasks: Sequence[str]) -> ModelClass:
 def check_class(infos: Sequence[CheckpointInfo], model_cls: str, tasks: Sequence[str]) -> None:
     """Raise CheckpointError or ValueError where checkpoints are not of the class, or cannot do one of the tasks."""
     for info in infos:
+        if info.spec.family != CLASSES[model_cls].family:
+            fitting = [name for name, kind in CLASSES.items() if kind.family == info.spec.family]
+            raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {' or '.join(fitting)}")
         for task in tasks:
             check_task(info, task)
+        if info.spec.family != "wan":
+            continue
         if (info.spec.task == "ti2v") != (model_cls == "wan2.2"):
             right = "'wan2.2'" if info.spec.task == "ti2v" else "'wan2.1' or 'wan2.2_moe'"
             raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {right}, not {model_cls!r}")
@@ -63,6 +79,7 @@ class Pick:
     tasks: tuple[str, ...]
     originals: Mapping[str, Path] = field(default_factory=dict)
     quantize: Quantize = field(default_factory=Quantize)
+    transformer_name: str | None = None  # of several of HunyuanVideo-1.5 in one folder
 
     def find(self) -> tuple[tuple[CheckpointInfo, ...], CheckpointError | None]:
         """One transformer or two experts, from headers; or none, and the error that says which file is missing.
@@ -99,6 +116,10 @@ class Pick:
         return identify(self.originals[argument]) if argument in self.originals else None
 
     def _found(self, argument: str) -> CheckpointInfo:
-        search = {"high_noise_original_ckpt": "high", "low_noise_original_ckpt": "low"}
-        expert = search.get(argument)
-        return identify(self.folder.expert(expert) if expert else self.folder.transformer())
+        expert = {"high_noise_original_ckpt": "high", "low_noise_original_ckpt": "low"}.get(argument)
+        return identify(self.folder.expert(expert) if expert else self._transformer())
+
+    def _transformer(self) -> Path:
+        if self.kind.family == HUNYUAN:
+            return find_transformer(self.folder, self.tasks[0], self.transformer_name)
+        return self.folder.transformer()

@@ -13,7 +13,6 @@ from typing import Any
 from lightx2v.arguments import nearest
 from lightx2v.identify import CheckpointInfo
 from lightx2v_kernels import registry
-from lightx2v_kernels.attention import UPSTREAM_SPARSE
 
 log = logging.getLogger(__name__)
 HONOURED, MODEL, DEAD, REFUSED = "honoured", "model", "dead", "refused"
@@ -45,7 +44,7 @@ TABLE = (
     Row("enable_cfg", HONOURED, "false: guidance_scale 1"),
     Row("sample_shift fps boundary boundary_step_index denoising_step_list resize_mode", HONOURED, "by that name"),
     Row("scheduler_type", HONOURED, "WanStepDistillScheduler: scheduler distilled; WanScheduler: unipc"),
-    Row("self_attn_1_type", HONOURED, "attn_mode; sage_attn means sage_attn2, spas_sage_attn spas_sage_attn2"),
+    Row("self_attn_1_type", HONOURED, "attn_mode; sage_attn and sage_attn2_k_int8_v_fp8 mean sage_attn2"),
     Row("cross_attn_1_type cross_attn_2_type", HONOURED, "one attention computes all: the name must be the same"),
     Row("dit_original_ckpt high_noise_original_ckpt low_noise_original_ckpt", HONOURED, "as in LightX2VPipeline"),
     Row("dit_quantized dit_quantized_ckpt", HONOURED, "enable_quantize"),
@@ -108,7 +107,8 @@ TABLE = (
     Row("radial_attn_setting svg_attn_setting svg2_attn_setting", DEAD, SPARSE),
 )
 KEYS = {key: row for row in TABLE for key in row.keys.split()}
-STALE = {"sage_attn": "sage_attn2", "spas_sage_attn": "spas_sage_attn2"}
+# Attention names of LightX2V whose kernels have another name here, or had another one there.
+STALE = {"sage_attn": "sage_attn2", "sage_attn2_k_int8_v_fp8": "sage_attn2", "spas_sage_attn": "spas_sage_attn2"}
 RENAMED = {
     "infer_steps": "infer_steps",
     "target_height": "height",
@@ -264,14 +264,13 @@ class Reading:
     def _attention(self) -> str | None:
         keys = ("self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type")
         named = {key: STALE.get(self.settings[key], self.settings[key]) for key in keys if self.settings.get(key)}
-        known = ("auto", *registry.names("attention"))
+        known, elsewhere = registry.choices("attention"), registry.registry("attention").elsewhere
         else_ = "or give attn_mode to create_generator, which wins over the file"
         for key, name in named.items():
             if name not in known:
-                kind = "sparse attention" if name in UPSTREAM_SPARSE.split() else "attention"
+                why = elsewhere.get(name, f"no attention of that name is registered here{nearest(name, known)}")
                 raise ValueError(
-                    f"{self.where}: {key}={self.settings[key]!r}: no {kind} of that name is registered here"
-                    f"{nearest(name, known)}; write one of {', '.join(known)}, {else_}"
+                    f"{self.where}: {key}={self.settings[key]!r}: {why}; write one of {', '.join(known)}, {else_}"
                 )
         if len(set(named.values())) > 1:
             raise ValueError(

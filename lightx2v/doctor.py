@@ -16,7 +16,10 @@ from lightx2v.latents import WAN21, WAN22
 from lightx2v_kernels import UnsupportedBackendError, registry
 
 NEEDED = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
-OPTIONAL = ("triton", "flash-attn", "sageattention", "sgl-kernel", "vllm", "torchao", "comfy-kitchen")
+OPTIONAL = (
+    *("triton", "flash-attn", "flash-attn-4", "flash-attn-3", "fa3-fwd", "sageattention", "sageattn3"),
+    *("sgl-kernel", "vllm", "torchao", "comfy-kitchen"),
+)
 HEAD_DIM = 128  # of every Wan
 
 
@@ -46,11 +49,14 @@ def backends() -> Iterator[str]:
         yield f"{op} backends for {device}, {str(dtype).removeprefix('torch.')}, head_dim {HEAD_DIM}:"
         for name in registry.names(op):
             try:
-                registry.select(op, name, device, dtype, HEAD_DIM)
-                yield f"  {name:<15} can run"
+                taken = registry.select(op, name, device, dtype, HEAD_DIM).name
+                yield f"  {name:<15} can run{'' if taken == name else f': {taken} is its fastest'}"
             except UnsupportedBackendError as error:
                 yield f"  {name:<15} cannot run: {error}"
         yield f"  {'auto takes':<15} {registry.select(op, 'auto', device, dtype, HEAD_DIM).name}"
+        for workload in registry.registry(op).workloads:
+            taken = registry.select(op, "exact", device, dtype, HEAD_DIM, workload).name
+            yield f"  {'exact takes':<15} {taken} for {workload}-{op}"
 
 
 def parts(path: Path) -> Iterator[str]:

@@ -1,14 +1,18 @@
 """The networks of one model, read when first needed, and where they wait between their turns."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Engine
 from lightx2v.decoding import VAEChoice
 from lightx2v.diffuse import Model
@@ -17,16 +21,23 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
+from lightx2v.models import ImageEncoder, TextEncoder
+from lightx2v.offload.disk import left_in_file
+from lightx2v.offload.home import Home
+from lightx2v.offload.parts import streamable
 from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
-from lightx2v.offload.plan import Plan, has_room
-from lightx2v.text import umt5
+from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
+from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
+from lightx2v.offload.stream import BlockStream
+from lightx2v.report import sampling_lines
+from lightx2v.vae.hunyuan15 import HunyuanVAE
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.wan import WanVAE
 from lightx2v.vae.wan22 import Wan22VAE
-from lightx2v.vision import clip
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
+Result = TypeVar("Result")
 
 
 class Parts:
@@ -36,28 +47,28 @@ class Parts:
         self.device = device
         self._folder, self._infos = folder, tuple(infos)
         self._encoders: tuple[Path | None, Path | None] = (None, None)
-        self._text: umt5.UMT5 | None = None
-        self._image: clip.ImageEncoder | None = None
+        self._text: TextEncoder | None = None
+        self._image: ImageEncoder | None = None
         self._vaes = VAEChoice()
         self._loaded_vaes: dict[VAEInfo, VAE] = {}
         self._transformers: tuple[nn.Module, ...] = ()
         self._applied: tuple[Applied, ...] = ()
         self._how = "auto"
+        self._filed = 0  # blocks of each transformer that were left in its file
         self._placing = Placing(device)
         self._engine = Engine()
         self.plan: Plan | None = None  # of the last request, where one was made
 
-    def text_encoder(self) -> umt5.UMT5:
-        """umT5, on the CPU unless it is visiting."""
+    def text_encoder(self) -> TextEncoder:
+        """That of the transformers' family, on the CPU unless it is visiting."""
         if self._text is None:
-            path, tokenizer = self._encoders[0] or self._folder.text_encoder(), self._folder.tokenizer()
-            self._text = umt5.load(path, tokenizer=tokenizer, dtype=None, device=CPU)
+            self._text = self._infos[0].spec.encoders.text(self._folder, self._encoders[0])
         return self._text
 
-    def image_encoder(self) -> clip.ImageEncoder:
-        """CLIP, on the CPU unless it is visiting."""
+    def image_encoder(self) -> ImageEncoder:
+        """The same for pictures."""
         if self._image is None:
-            self._image = clip.load(self._encoders[1] or self._folder.image_encoder(), device=CPU)
+            self._image = self._infos[0].spec.encoders.image(self._folder, self._encoders[1])
         return self._image
 
     def use_encoders(self, text: Path | None, image: Path | None) -> None:
@@ -77,10 +88,11 @@ class Parts:
             self._loaded_vaes = {}
         self._vaes = vaes
 
-    def vae(self) -> FullVAE:
+    def vae(self) -> FullVAE | HunyuanVAE:
         """The VAE that encodes, on the device."""
         vae = self._read_vae(self._full())
-        assert isinstance(vae, WanVAE | Wan22VAE)  # a model's folder has no others by that name, choose_vaes takes none
+        # A model's folder has no others by that name, and choose_vaes takes none.
+        assert isinstance(vae, WanVAE | Wan22VAE | HunyuanVAE)
         return vae
 
     def decoder(self) -> tuple[VAEInfo, VAE]:
@@ -94,6 +106,17 @@ class Parts:
             return None
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + kept
+
+    def room_bytes(self) -> int | None:
+        """The same, within the budget if there is one, and less what a plan keeps in reserve."""
+        free, budget = self.free_bytes(), self._engine.vram_budget_gb
+        if not budget or not planned(self._engine, self.device):
+            return free
+        resting = self.plan is not None and not self.plan.whole  # on a CPU these look as if they were on the device
+        ours = [*self._loaded_vaes.values(), *(() if resting else self._transformers)]
+        held = sum(held_bytes(network) for network in ours if _on(network, self.device))
+        left = max(0, int(budget * GB) - RESERVE - held)
+        return left if free is None else min(free, left)
 
     def _full(self) -> VAEInfo:
         space = self._infos[0].spec.latents
@@ -110,34 +133,57 @@ class Parts:
         for vae in self._loaded_vaes.values():
             vae.to(CPU)
 
-    @contextmanager
-    def visiting(self, network: nn.Module) -> Iterator[None]:
-        """The network is on the device within, and on the CPU after.
+    def visit(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns with an encoder on the device; it is on the CPU before and after.
 
-        Where a plan decides, what waits on the device makes way for it, and one that has no room even then computes on
-        the CPU.
+        Where a plan decides, what waits on the device makes way for it. One that has no room even then passes through
+        block by block; one for which memory is too small even so, or runs out, computes on the CPU.
         """
         if self._engine.vae_offload:
             self.rest_vaes()
-        needed = held_bytes(network) + TEXT_ENCODER_ACTIVATION_BYTES  # more than what other encoders compute with
-        if planned(self._engine, self.device) and not self._room_for(needed):
-            log.warning("an encoder of %.1f GB does not fit the GPU: it runs on the CPU", held_bytes(network) / 1e9)
-            yield
-            return
-        network.to(self.device)
+        for how in self._visits(network):
+            with_network = partial(how, network, compute)
+            made = caught(with_network)
+            if not isinstance(made, Shortage):
+                return made
+            self._make_room()
+            free_unused()
+        log.warning("an encoder of %.1f GB does not fit the GPU: it runs on the CPU", held_bytes(network) / 1e9)
+        return compute()
+
+    def _visits(self, network: nn.Module) -> Sequence[Callable[[nn.Module, Callable[[], Result]], Result]]:
+        """The ways in which a network may compute on the device, best first."""
+        if not planned(self._engine, self.device):
+            return [self._whole]
+        beside = TEXT_ENCODER_ACTIVATION_BYTES  # more than what other encoders compute with
+        whole = self._room_for(held_bytes(network) + beside)
+        streams = streamable(network) and self._room_for(streamed_bytes((measure(network),), 0, 1) + beside)
+        return ([self._whole] if whole else []) + ([self._streamed] if streams else [])
+
+    def _whole(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
         try:
-            yield
+            network.to(self.device)
+            return compute()
         finally:
             network.to(CPU)
 
+    def _streamed(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
+        log.info("memory: an encoder of %.1f GB passes through the GPU block by block", held_bytes(network) / 1e9)
+        stream = BlockStream({"": network}, self.device, pin_limit=0)  # pinning takes longer than the one or two passes
+        with stream.open(0), stream.hooked():
+            return compute()
+
     def _room_for(self, nbytes: int) -> bool:
         free, budget = self.free_bytes(), self._engine.vram_budget_gb
-        if free is None or has_room(nbytes, free, budget):
+        if has_room(nbytes, sys.maxsize if free is None else free, budget):
             return True
-        for network in self._transformers:
-            network.to(CPU)
-        self.rest_vaes()
-        return has_room(nbytes, self.free_bytes() or 0, budget)
+        self._make_room()
+        free = self.free_bytes()
+        return has_room(nbytes, sys.maxsize if free is None else free, budget)
+
+    def said(self, caches: Sequence[CacheReport]) -> list[str]:
+        """Of the last pass of the sampler: files, kernels, types, memory, LoRAs and those caches."""
+        return sampling_lines(self._infos, self._engine, self.device, self.plan, self._applied, caches)
 
     def use_engine(self, engine: Engine) -> None:
         """From now on; transformers that were read for another are forgotten."""
@@ -163,25 +209,62 @@ class Parts:
         self.use_engine(engine)
         plan = self.plan = self._planned(engine, asked) if planned(engine, self.device) else None
         resident = len(self._infos) == 1 and engine.offload in ("none", "auto") if plan is None else plan.whole
-        if not self._transformers:
-            wait = self.device if resident else CPU
-            self._transformers = tuple(load_transformer(info, engine, self.device, wait) for info in self._infos)
-        self._set_loras(loras, how)
+        self._load(engine, self.device if resident else CPU, plan)
+        self._set_loras(loras, "branch" if self._filed else how)  # what is read again each time cannot be changed
         if plan is not None:
-            with self._placing.placed(self._transformers, self._applied, plan) as (networks, around):
+            placed = self._placing.placed(self._transformers, self._applied, plan, self._infos)
+            with placed as (networks, around):
                 yield Model(self._infos[0].spec, self.device, *networks, around=around)
             return
-        bringers = [self._bringer(transformer) for transformer in self._transformers]
+        if resident:
+            (transformer,) = self._transformers
+            yield Model(self._infos[0].spec, self.device, lambda: transformer.to(self.device))
+            return
+        homes = [Home(transformer) for transformer in self._transformers]
+        here: list[Home] = []
         try:
-            yield Model(self._infos[0].spec, self.device, *bringers)
+            yield Model(self._infos[0].spec, self.device, *map(partial(self._bringer, homes, here), range(len(homes))))
         finally:
-            for transformer in () if resident else self._transformers:
-                transformer.to(CPU)
+            for home in homes:
+                home.leave()
+
+    def _load(self, engine: Engine, wait: torch.device, plan: Plan | None) -> None:
+        if self._filed if plan is None else not plan.suits(self._filed):
+            self.forget_transformers()
+        if not self._transformers:
+            self._filed = 0 if plan is None else plan.filed
+            left = partial(left_in_file, count=self._filed)
+            each = (load_transformer(info, engine, self.device, wait, left) for info in self._infos)
+            self._transformers = tuple(each)
+
+    def sampled(
+        self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
+    ) -> Tensor:
+        """What `work` makes with the model; where GPU memory runs out, once more from the start, tighter planned.
+
+        Raises DoesNotFitError where memory runs out twice, which says what would fit, and as `model` does.
+        """
+
+        def attempt(failed: Plan | None) -> Tensor:
+            with self.model(engine, loras, how, replace(asked, failed=failed)) as model:
+                return work(model)
+
+        return once_more(attempt, lambda: self.plan, self._make_room, Advice(self._infos[0].spec, asked.shape))
+
+    def _make_room(self) -> None:
+        """Take everything off the device that can wait in main memory."""
+        self.clear_transformers()
+        self.rest_vaes()
+
+    def clear_transformers(self) -> None:
+        """Take the transformers to main memory, until they are asked for."""
+        for network in self._transformers if not self._filed else ():  # those in files are nowhere else anyway
+            network.to(CPU)
 
     def _planned(self, engine: Engine, asked: Asked | None) -> Plan:
         if asked is None:
             raise ValueError(f"offload={engine.offload!r} is planned from the size of the video, which was not given")
-        there = [vae for vae in self._loaded_vaes.values() if next(vae.parameters()).device.type == self.device.type]
+        there = [vae for vae in self._loaded_vaes.values() if _on(vae, self.device)]
         asked = replace(asked, free=self.free_bytes(), vae=sum(held_bytes(vae) for vae in there))
         plan = self._placing.plan(engine, self._infos, self._transformers, asked)
         log.info(plan.line())
@@ -189,13 +272,14 @@ class Parts:
             self.rest_vaes()
         return plan
 
-    def _bringer(self, transformer: nn.Module) -> Callable[[], nn.Module]:
+    def _bringer(self, homes: Sequence[Home], here: list[Home], index: int) -> Callable[[], nn.Module]:
         def bring() -> nn.Module:
-            if next(transformer.parameters()).device.type != self.device.type:
-                for other in self._transformers:
-                    other.to(CPU)
-                transformer.to(self.device)
-            return transformer
+            if here != [homes[index]]:
+                for home in homes:
+                    home.leave()
+                homes[index].copy_to(self.device)
+                here[:] = [homes[index]]
+            return self._transformers[index]
 
         return bring
 
@@ -225,3 +309,7 @@ class Parts:
             self._applied = tuple(
                 change_loras(module, applied, stack, device=self.device) for module, applied, stack in changing
             )
+
+
+def _on(network: nn.Module, device: torch.device) -> bool:
+    return next(network.parameters()).device.type == device.type

@@ -20,21 +20,21 @@ from lightx2v.classes import Pick, model_class
 from lightx2v.config import Cache, Engine, Request, Sampling
 from lightx2v.config_json import UNDONE_BY, read_told
 from lightx2v.decoding import Decoding, VAERequest, choose_vaes
-from lightx2v.diffuse import Hooks, Start, diffuse
+from lightx2v.diffuse import Hooks, Model, diffuse
 from lightx2v.fitting import check_given, check_images
 from lightx2v.folder import ModelFolder
-from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import require_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
-from lightx2v.offload import Asked, Plan, offloaded
+from lightx2v.models import encoders_of
+from lightx2v.offload import Asked, Plan, budgeted, offloaded
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
-from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, timed, two_scales
+from lightx2v.report import Report, Watch
+from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, two_scales
 from lightx2v.sampling import Step
-from lightx2v.stages import decode, encode, ticker
-from lightx2v.vae.tiling import Tiling
+from lightx2v.stages import Encoded, decode, encode, ticker
 
 log = logging.getLogger(__name__)
 CACHE_METHODS = {"none": "none", "nocaching": "none", "tea": "teacache", "mag": "magcache"}
@@ -69,6 +69,7 @@ class LightX2VPipeline:
         dit_original_ckpt: str | Path | None = None,
         low_noise_original_ckpt: str | Path | None = None,
         high_noise_original_ckpt: str | Path | None = None,
+        transformer_model_name: str | None = None,
         support_tasks: Sequence[str] = (),
         device: str | torch.device | None = None,
     ) -> None:
@@ -80,7 +81,8 @@ class LightX2VPipeline:
             "high_noise_original_ckpt": high_noise_original_ckpt,
         }
         self._originals = {name: Path(path) for name, path in named.items() if path}
-        self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals)
+        own = (self._originals, Quantize(), transformer_model_name)
+        self._pick = Pick(self._folder, model_cls, self._class, tasks, *own)
         self._asked: set[str] = set()  # methods that the caller called: a config file does not undo them
         self._by_file: tuple[str, ...] = ()  # methods that the last config file called
         self._infos: tuple[CheckpointInfo, ...] = ()  # none while the transformer is missing
@@ -89,13 +91,13 @@ class LightX2VPipeline:
         self._choose_cache: Callable[[Sequence[CheckpointInfo]], CacheFactory | None] = lambda infos: None
         self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network
         self.memory_plan: Plan | None = None  # of the last video, where one was made
+        self.report = Report()  # of the last video: what ran, how long, in how much memory
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._parts, self._decoding = Parts(self._folder, (), chosen), Decoding()
         self._vaes = VAERequest(False, False, None, None)
         self._engine, self._loras, self._lora_how = Engine(offload="auto"), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
-        scheduler = "distilled" if self._class.distilled else "unipc"
-        self._request = Request("", sampling=Sampling(scheduler=scheduler))
+        self._request = Request("", sampling=Sampling(scheduler=self._class.scheduler))
         self._use(self._pick)
 
     @checked
@@ -124,20 +126,18 @@ class LightX2VPipeline:
         config_json: one of LightX2V's JSON files, instead of defaults (docs/config-json.md): it sets offload, LoRAs and
         the like too, but for methods that were called for that; arguments given here win over it.
 
-        attn_mode: "auto" or an attention backend's name. height, width: pixels; with a start image their product is the
-        area and the image gives the proportions, unless resize_mode is "fixed_shape". fps: of the file; None: 24 for
-        TI2V-5B, 16 for the others.
-        guidance_scale: one, or two for the high- and the low-noise expert.
+        attn_mode: "auto", "exact" or an attention backend's name (docs/kernels.md). height, width: pixels; with a start
+        image their product is the area and the image gives the proportions, unless resize_mode is "fixed_shape".
+        fps: of the file; None: the model's. guidance_scale: one, or two for the high- and the low-noise expert.
         boundary: noise level at which the experts change; None: the model's own. boundary_step_index: or the number of
         steps of the high-noise one; None: 2 for a distilled pair.
-        scheduler: "unipc", "euler" or "distilled" (walks denoising_step_list); None keeps model_cls's own.
-        dtype: "auto", "bf16", "fp16", "fp32".
-        Raises UnsupportedBackendError, with every reason, for an attention that cannot run here.
+        scheduler: "unipc", "euler" or "distilled" (walks denoising_step_list); None: model_cls's own. dtype: "auto",
+        "bf16", "fp16", "fp32". Raises UnsupportedBackendError, with reasons, for an attention that cannot run here.
         """
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode={resize_mode!r} is not supported yet; known: None, 'fixed_shape'")
         engine = replace(self._engine, attention=attn_mode, dtype=dtype)
-        require_kernels((self._info,), engine, self._parts.device)  # raises now rather than after the text is encoded
+        require_kernels(self._infos or (self._info,), engine, self._parts.device)  # raises before text is encoded
         high, low = two_scales(guidance_scale)
         if boundary_step_index is None and boundary is None and self._class.experts and self._class.distilled:
             boundary_step_index = 2
@@ -152,8 +152,7 @@ class LightX2VPipeline:
             denoising_step_list=tuple(denoising_step_list),
             scheduler=scheduler or self._request.sampling.scheduler,
         )
-        rate = fps or (24 if self._info.spec.task == "ti2v" else 16)
-        size = {"num_frames": num_frames, "height": height, "width": width, "fps": rate}
+        size = {"num_frames": num_frames, "height": height, "width": width, "fps": fps or self._info.spec.fps}
         request = snapped(replace(self._request, **size, sampling=sampling), self._info.spec)  # type: ignore[arg-type]
         self._set_engine(engine)
         self._resize_mode, self._request = resize_mode, request
@@ -179,9 +178,9 @@ class LightX2VPipeline:
         self._asked.add("enable_lightvae")
 
     @checked
-    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int = 256, overlap: int = 64) -> None:
-        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be."""
-        self._decoding = Decoding(mode, Tiling(tile_size, overlap))
+    def enable_vae_tiling(self, mode: str = "tiled", tile_size: int | None = None, overlap: int = 64) -> None:
+        """Decode in tiles of so many pixels (256): "tiled" always, "full" never, "auto" if need be, of any size."""
+        self._decoding = Decoding.of(mode, tile_size, overlap)
         self._asked.add("enable_vae_tiling")
 
     @checked
@@ -194,12 +193,12 @@ class LightX2VPipeline:
         vae_offload: bool = False,
         *,
         vram_budget_gb: float = 0.0,
+        ram_budget_gb: float = 0.0,
     ) -> None:
         """Where weights wait; every choice is explained in docs/memory.md. Without this call: "auto"."""
-        if vram_budget_gb > 0 and not cpu_offload:
-            raise ValueError(f"vram_budget_gb={vram_budget_gb:g} without cpu_offload=True changes nothing; set both")
         engine = offloaded(self._engine, cpu_offload, offload_granularity)
-        self._set_engine(replace(engine, vram_budget_gb=vram_budget_gb, vae_offload=vae_offload))
+        budgets = {"vram_budget_gb": vram_budget_gb, "ram_budget_gb": ram_budget_gb}
+        self._set_engine(budgeted(replace(engine, vae_offload=vae_offload), **budgets))
         self._asked.add("enable_offload")
 
     @checked
@@ -219,21 +218,20 @@ class LightX2VPipeline:
     ) -> None:
         """Use quantised files from the next video on; all switches off: the plain ones again.
 
-        ..._ckpt: files or folders; None looks through model_path, and a transformer that is nowhere is quantised as it
-        is read. quant_scheme: "fp8", "int8", or with a kernel that runs or raises, "fp8-triton"; "none" restores. A
-        file of another format decides, with a warning. Raises CheckpointError for a file that is missing or not
-        quantised, ValueError for an unknown scheme, UnsupportedBackendError for one that cannot run here.
+        ..._ckpt: files or folders; None looks through model_path, and what is nowhere is quantised as it is read.
+        quant_scheme: "fp8", "int8", or with a kernel, "fp8-triton"; "none" restores. Raises CheckpointError for a file
+        missing or not quantised, ValueError for an unknown scheme, UnsupportedBackendError where it cannot run.
         """
         switches = (dit_quantized, text_encoder_quantized, image_encoder_quantized)
         dits = (dit_quantized_ckpt, low_noise_quantized_ckpt, high_noise_quantized_ckpt)
         others = (text_encoder_quantized_ckpt or None, image_encoder_quantized_ckpt or None)
         schemes = (text_encoder_quant_scheme, image_encoder_quant_scheme)
         wanted = Quantize(*switches, *dits, *others, quant_scheme, *schemes)
-        pick, folder = replace(self._pick, quantize=wanted), self._folder
-        image = quantised_image_encoder(folder, wanted, pick.find()[0])
-        encoders = quantised_text_encoder(folder, wanted), image
+        pick, of = replace(self._pick, quantize=wanted), encoders_of(self._class.family)
+        image = quantised_image_encoder(self._folder, wanted, pick.find()[0], of)
+        text = quantised_text_encoder(self._folder, wanted, of)
         self._use(pick)
-        self._parts.use_encoders(*encoders)
+        self._parts.use_encoders(text, image)
         self._asked.add("enable_quantize")
 
     @checked
@@ -300,8 +298,7 @@ class LightX2VPipeline:
         strength: 1 as trained; may be left out. name: of a model with two experts, "high_noise_model" or
         "low_noise_model"; left out, both get it.
         lora_dynamic_apply: compute beside the weights instead of adding to them: changes of strength are instant, each
-        step is a little slower.
-        Raises CheckpointError, from headers alone, for a file that is missing or for another model.
+        step is a little slower. Raises CheckpointError, from headers alone, for a file missing or of another model.
         """
         loras = tuple(lora_of(config) for config in lora_configs)
         self._parts.check_loras(loras)
@@ -363,18 +360,20 @@ class LightX2VPipeline:
         request = self._sized(request, start if start is not None else end)
         if not return_result_tensor:
             require_mp4(save_result_path, request.width, request.height)
-        seconds: dict[str, float] = {}
-        with timed(seconds, "encode"):
-            cond, uncond, begin = encode(self._parts, self._info.spec, request, start, end)
-        with timed(seconds, "sample"):
-            latents = self._sample(request, cond, uncond, begin, ticker(progress, on_step))
-        with timed(seconds, "decode"):
+        watch = Watch(self._parts.device)
+        with watch.stage("encode"):
+            encoded = encode(self._parts, self._info.spec, request, start, end)
+        with watch.stage("sample") as lines:
+            latents = self._sample(request, encoded, lambda: ticker(progress, on_step))
+            lines += self._parts.said(self.cache_reports)
+        with watch.stage("decode"):
             frames = decode(self._parts, latents, self._decoding, progress)
         if not return_result_tensor:
-            with timed(seconds, "save"):
+            with watch.stage("save"):
                 save_mp4(frames, save_result_path, request.fps, comment=f"prompt: {prompt}\nseed: {seed}")
         model = {"model": self._info.spec.title, "model_cls": self._pick.model_cls, "task": task or self._task}
-        metadata = {**model, **described(request), "seconds": seconds}
+        metadata = {**model, **described(request), "seconds": watch.seconds}
+        self.report = Report(tuple(watch.stages))
         return {"video": frames if return_result_tensor else None, "metadata": metadata}
 
     @checked
@@ -403,7 +402,7 @@ class LightX2VPipeline:
         """These checkpoints from now on; what depends on them is chosen again. Changes nothing where it raises."""
         infos, missing = pick.find()
         engine = pick.quantize.engine(self._engine, infos)
-        require_kernels(infos, engine, self._parts.device)
+        require_kernels(infos if engine != self._engine else (), engine, self._parts.device)
         before, cache, vaes = self._infos, self._cache, None
         if [info.path for info in infos] != [info.path for info in before]:
             self._parts.use_transformers(infos)
@@ -434,14 +433,15 @@ class LightX2VPipeline:
             self._asked, self._by_file = set(asked), tuple(told.calls)
         return told.generator
 
-    def _sample(
-        self, request: Request, cond: Conditioning, uncond: Conditioning | None, begin: Start, hooks: Hooks
-    ) -> Tensor:
-        self.cache_reports = ()
+    def _sample(self, request: Request, encoded: Encoded, hooks: Callable[[], Hooks]) -> Tensor:
+        cond, uncond, begin = encoded
         asked = Asked(begin.latents.shape, self._cache is not None, self._loras)
-        with self._parts.model(self._engine, self._loras, self._lora_how, asked) as model:
-            self.memory_plan = self._parts.plan
-            latents = diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks, cache=self._cache)
+
+        def work(model: Model) -> Tensor:
+            self.cache_reports, self.memory_plan = (), self._parts.plan
+            return diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks(), cache=self._cache)
+
+        latents = self._parts.sampled(self._engine, self._loras, self._lora_how, asked, work)
         if isinstance(self._cache, Recorder):
             save(self._cache, self._infos, request)
         return latents

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightx2v.arguments import nearest
-from lightx2v.checkpoint import CheckpointError, read_header
+from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import Engine
 from lightx2v.folder import EXPERTS, TRANSFORMER, ModelFolder
 from lightx2v.identify import CheckpointInfo, identify
-from lightx2v.text.umt5 import open_encoder
-from lightx2v.vision.layout import QUANTISED, sizes, weights
+from lightx2v.models import Encoders
 from lightx2v_kernels import UnsupportedBackendError
 
 log = logging.getLogger(__name__)
@@ -166,37 +165,28 @@ def _found(folder: ModelFolder, patterns: Sequence[str], stated: str) -> Checkpo
     return None
 
 
-def quantised_text_encoder(folder: ModelFolder, wanted: Quantize) -> Path | None:
-    """The quantised umT5, or None for the folder's plain one."""
+def quantised_text_encoder(folder: ModelFolder, wanted: Quantize, encoders: Encoders) -> Path | None:
+    """The quantised text encoder, or None for the folder's plain one."""
     if not wanted.text:
         return None
-    scheme = wanted.text_scheme or wanted.scheme
-
-    def stored(path: Path) -> str:
-        packed = [info.packed for info in open_encoder(path)[0].tensors.values() if info.packed]
-        return packed[0].scheme if packed else ""
-
-    patterns = ("models_t5_*-{0}.pth", "models_t5_*-{0}.safetensors", "models_t5_*{0}*")
-    return _encoder(folder, "text_encoder_quantized_ckpt", wanted.text_ckpt, scheme, patterns, stored)
+    scheme, patterns = wanted.text_scheme or wanted.scheme, encoders.quantised_text
+    argument = "text_encoder_quantized_ckpt"
+    return _encoder(folder, argument, wanted.text_ckpt, scheme, patterns, encoders.text_scheme)
 
 
-def quantised_image_encoder(folder: ModelFolder, wanted: Quantize, models: Sequence[CheckpointInfo]) -> Path | None:
-    """The quantised CLIP, or None for the folder's plain one, and for models that look at no image through it."""
+def quantised_image_encoder(
+    folder: ModelFolder, wanted: Quantize, models: Sequence[CheckpointInfo], encoders: Encoders
+) -> Path | None:
+    """The quantised image encoder, or None for the folder's plain one, and for models that look at no image through
+    it."""
     if not wanted.image:
         return None
     if models and not models[0].spec.reads_clip:
         log.info("%s has no image encoder: image_encoder_quantized changes nothing", models[0].spec.title)
         return None
-    scheme = wanted.image_scheme or wanted.scheme
-
-    def stored(path: Path) -> str:
-        header = read_header(path)
-        sizes(header)
-        kinds = {str(header.tensors[name].dtype) for name in weights(header) if header.tensors[name].dtype in QUANTISED}
-        return "int8" if "torch.int8" in kinds else "fp8" if kinds else ""
-
-    patterns = ("models_clip_*-{0}.pth", "models_clip_*-{0}.safetensors", "models_clip_*{0}*")
-    return _encoder(folder, "image_encoder_quantized_ckpt", wanted.image_ckpt, scheme, patterns, stored)
+    scheme, patterns = wanted.image_scheme or wanted.scheme, encoders.quantised_image
+    argument = "image_encoder_quantized_ckpt"
+    return _encoder(folder, argument, wanted.image_ckpt, scheme, patterns, encoders.image_scheme)
 
 
 def _encoder(

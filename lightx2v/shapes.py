@@ -33,6 +33,19 @@ def to_video(latent: LatentShape, stride: tuple[int, int, int]) -> VideoShape:
     return VideoShape((latent.t - 1) * st + 1, latent.h * sh, latent.w * sw)
 
 
+def smaller(
+    latent: LatentShape, share: float, stride: tuple[int, int, int], patch_size: tuple[int, int, int]
+) -> list[VideoShape]:
+    """Videos of at most that share of the tokens: as large but shorter, and as long but smaller. Less than one token
+    is left out."""
+    scale = sqrt(max(share, 0.0))
+    sides = [int(side * scale) // cell * cell for side, cell in zip(latent[1:], patch_size[1:], strict=True)]
+    shorter = latent._replace(t=int(latent.t * share))
+    found = [shorter] if shorter.t >= 1 else []
+    found += [latent._replace(h=sides[0], w=sides[1])] if min(sides) >= 1 else []
+    return [to_video(each, stride) for each in found]
+
+
 def num_tokens(latent: LatentShape, patch_size: tuple[int, int, int]) -> int:
     pt, ph, pw = patch_size
     return (latent.t // pt) * (latent.h // ph) * (latent.w // pw)

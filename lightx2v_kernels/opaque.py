@@ -56,12 +56,22 @@ def _runs_now(args: tuple[Any, ...]) -> bool:
         return False
     recorded = torch.is_grad_enabled()
     for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or (recorded and arg.requires_grad)):
+        kind = type(arg)
+        if kind in _PLAIN:
+            if recorded and arg.requires_grad:
+                return False
+        elif kind not in _NO_TENSORS and isinstance(arg, Tensor):
             return False
     return True
 
 
+_NO_TENSORS = (float, type(None), torch.dtype)
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def empty_like(x: Tensor, *_: Any) -> Tensor:
+    """Contiguous, whatever the strides of x."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

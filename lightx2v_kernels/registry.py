@@ -10,21 +10,28 @@ look-ups.
 
 import functools
 import importlib
-import importlib.util
 import logging
 import pkgutil
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightx2v_kernels.closeness import relative_error, why_too_far
+from lightx2v_kernels import timings
+from lightx2v_kernels.closeness import cosine, relative_error, why_too_far
+from lightx2v_kernels.machine import importable, installed, listed, short, sm_reasons, version_reason
 from lightx2v_kernels.quantized import tensors, widths
+from lightx2v_kernels.timings import Timings, Workload
 
-AUTO = "auto"
+AUTO = "auto"  # the fastest
+EXACT = "exact"  # the fastest of those that are not lossy
+# From this rank on a backend is for when nothing else can run: it is not timed.
+LAST_RESORT = 1000
+# What "auto" asks of a lossy backend: the cosine of its result to fp32, and that it saves this share of the time of the
+# fastest exact one.
+CLOSE_ENOUGH, WORTHWHILE = 0.999, 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -59,51 +66,78 @@ class Backend:
     """One implementation of one op, and what it needs. None means no limit.
 
     load: imports what the backend needs and returns the callable; called only once the backend is about to be taken.
-    rank: `auto` tries the lowest first.
-    package: top-level module that must be importable; probed, never imported here. fix: what installs it.
+    rank: where nothing is measured, `auto` tries the lowest first.
+    package: top-level module that must be importable, or several of which one must be; probed, never imported here.
+    fix: what installs it.
+    distribution, majors: what installers call the package, and which of its major versions will do.
     devices: torch device types. min_sm, max_sm: CUDA compute capability, both inclusive, as (major, minor).
     max_error: set for a backend that is lossy by design: the relative error to fp32 that it keeps to. Such a backend
-        runs when named, and is never taken by `auto`.
+        runs when named; `auto` takes it where it is measured to be close enough and worth its error.
+    rotary: imports and returns the backend's own `Kernels.rotary_attention`, where it has one.
+    variants: other backends of this op, which compute the same: where speed is measured, naming this one takes the
+        fastest of it and them.
     """
 
     op: str
     name: str
     load: Callable[[], Callable[..., Any]]
     rank: int
-    package: str | None = None
+    package: str | tuple[str, ...] | None = None
     fix: str | None = None
+    distribution: str | None = None
+    majors: frozenset[int] | None = None
     devices: frozenset[str] | None = None
     min_sm: tuple[int, int] | None = None
     max_sm: tuple[int, int] | None = None
     dtypes: frozenset[torch.dtype] | None = None
     head_dims: frozenset[int] | None = None
     max_error: float | None = None
+    rotary: Callable[[], Callable[..., Any]] | None = None
+    variants: tuple[str, ...] = ()
+
+    @property
+    def _packages(self) -> tuple[str, ...]:
+        return (self.package,) if isinstance(self.package, str) else self.package or ()
+
+    @property
+    def absent(self) -> bool:
+        """Whether its package is not installed."""
+        return bool(self._packages) and not any(map(importable, self._packages))
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Every reason why this backend cannot run there, in words, with what would change it; None if it can."""
         reasons = []
-        if self.package and not _importable(self.package):
-            reasons.append(f"package '{self.package}' is not installed ({self.fix or f'pip install {self.package}'})")
+        fix = self.fix or f"pip install {self.distribution or self.package}"
+        if self.absent:
+            reasons.append(f"package '{' or '.join(self._packages)}' is not installed ({fix})")
+        elif self.distribution and self.majors and (reason := version_reason(self.distribution, self.majors)):
+            reasons.append(f"{reason} ({fix})")
         if self.devices and device.type not in self.devices:
             reasons.append(f"needs a {' or '.join(sorted(self.devices))} device, got {device.type}")
         if self.min_sm or self.max_sm:
-            reasons.extend(_sm_reasons(device, self.min_sm, self.max_sm))
+            reasons.extend(sm_reasons(device, self.min_sm, self.max_sm))
         if self.dtypes and dtype not in self.dtypes:
-            reasons.append(f"needs dtype {_listed(sorted(map(_short, self.dtypes)))}, got {_short(dtype)}")
+            reasons.append(f"needs dtype {listed(sorted(map(short, self.dtypes)))}, got {short(dtype)}")
         if self.head_dims and head_dim not in self.head_dims:
-            reasons.append(f"needs head_dim {_listed(map(str, sorted(self.head_dims)))}, got {head_dim}")
+            reasons.append(f"needs head_dim {listed(map(str, sorted(self.head_dims)))}, got {head_dim}")
         return "; ".join(reasons) or None
 
 
 @dataclass(frozen=True)
 class Registry:
-    """The backends of one op. A value: `register` returns a new one."""
+    """The backends of one op. A value: `register` returns a new one.
+
+    workloads: name -> what speed is measured on; without one the ranks decide.
+    elsewhere: names that other projects have for this op -> what to do here, in words.
+    """
 
     op: Op
     backends: tuple[Backend, ...] = ()
+    workloads: Mapping[str, Workload] = field(default_factory=dict, hash=False)
+    elsewhere: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        seen = {AUTO}
+        seen = {AUTO, EXACT}
         for backend in self.backends:
             if backend.op != self.op.name:
                 raise ValueError(f"backend '{backend.name}' is for op '{backend.op}', not for '{self.op.name}'")
@@ -123,34 +157,60 @@ class Registry:
         """name -> why it cannot run there (None: it can), best rank first. Runs no kernel."""
         return {backend.name: backend.why_not(device, dtype, head_dim) for backend in self.ranked()}
 
-    def select(self, name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-        """The backend `name`, or for "auto" the best-ranked one that is capable and passes its self-test there.
+    def choices(self) -> tuple[str, ...]:
+        """What `select` takes: "auto", "exact", then the names."""
+        return AUTO, EXACT, *self.names()
 
+    def select(
+        self, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str = "self"
+    ) -> Backend:
+        """The backend `name`, or for "auto" and "exact" the best that is capable and passes its self-test there.
+
+        Best is the fastest on `workload` where the op has it and the device is a GPU, else the one of the lowest rank.
         Raises UnsupportedBackendError if the name is unknown, or if nothing that was asked for can run.
         """
         device = _indexed(device)
-        if name == AUTO:
-            return _best(self, device, dtype, head_dim)
+        if name in (AUTO, EXACT):
+            return self._best(name, device, dtype, head_dim, workload)
         known = {backend.name: backend for backend in self.backends}
         if name not in known:
             raise UnsupportedBackendError(self._unknown(name))
         backend = known[name]
+        if backend.variants and device.type == "cuda" and workload in self.workloads:
+            return self._best(name, device, dtype, head_dim, workload)
         if reason := backend.why_not(device, dtype, head_dim) or self_test(self.op, backend, device, dtype, head_dim):
             others = [n for n, why in self.refusals(device, dtype, head_dim).items() if why is None and n != name]
             raise UnsupportedBackendError(
                 f"{self.op.name} backend '{name}' cannot run on {_place(device, dtype, head_dim)}: {reason}; "
-                f"use {_listed([AUTO, *others])} instead"
+                f"use {listed([AUTO, *others])} instead"
             )
         return backend
 
+    def _best(self, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str) -> Backend:
+        if device.type == "cuda" and workload in self.workloads:
+            try:
+                return _fastest(self, name, device, dtype, head_dim, workload)
+            except torch.OutOfMemoryError as error:  # full now: not a fact about this machine, so not kept
+                logger.info("%s: speed is not measured, the ranks decide: %s", self.op.name, error)
+        return _first(self, name, device, dtype, head_dim)
+
+    def candidates(self, name: str) -> list[Backend]:
+        """What a choice is made from, best rank first."""
+        named = {other for backend in self.backends if backend.name == name for other in (name, *backend.variants)}
+        return [
+            backend
+            for backend in self.ranked()
+            if name == AUTO or (name == EXACT and backend.max_error is None) or backend.name in named
+        ]
+
     def ranked(self) -> list[Backend]:
-        """The backends in the order in which "auto" tries them."""
+        """The backends in the order in which "auto" tries them where nothing is measured."""
         return sorted(self.backends, key=lambda backend: (backend.rank, backend.name))
 
     def _unknown(self, name: str) -> str:
-        choices = _listed([AUTO, *self.names()])
-        if name in self.op.upstream:
-            return f"'{name}' is an upstream name that this version does not provide yet; use {choices}"
+        choices = listed(self.choices())
+        if name in self.elsewhere:
+            return f"{self.op.name} backend '{name}': {self.elsewhere[name]}; known: {choices}"
         return f"unknown {self.op.name} backend '{name}'; known: {choices}"
 
 
@@ -172,17 +232,19 @@ def registries() -> Mapping[str, Registry]:
         ops = {op.name: op for op in contract.OPS}
         if astray := [backend for backend in offered if backend.op not in ops]:
             raise ValueError(
-                f"backend '{astray[0].name}' in {folder.name} is for op '{astray[0].op}'; there: {_listed(ops)}"
+                f"backend '{astray[0].name}' in {folder.name} is for op '{astray[0].op}'; there: {listed(ops)}"
             )
         for op in ops.values():
-            found[op.name] = Registry(op, tuple(backend for backend in offered if backend.op == op.name))
+            mine = tuple(backend for backend in offered if backend.op == op.name)
+            workloads = getattr(contract, "WORKLOADS", {}).get(op.name, {})
+            found[op.name] = Registry(op, mine, workloads, getattr(contract, "ELSEWHERE", {}).get(op.name, {}))
     return found
 
 
 def registry(op: str) -> Registry:
     """The registry of one op. Raises UnsupportedBackendError if there is no such op."""
     if op not in registries():
-        raise UnsupportedBackendError(f"unknown op '{op}'; known: {_listed(registries())}")
+        raise UnsupportedBackendError(f"unknown op '{op}'; known: {listed(registries())}")
     return registries()[op]
 
 
@@ -191,13 +253,20 @@ def names(op: str) -> tuple[str, ...]:
     return registry(op).names()
 
 
-def select(op: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def choices(op: str) -> tuple[str, ...]:
+    """What may be asked for: "auto", "exact", then the backend names of an op, best rank first."""
+    return registry(op).choices()
+
+
+def select(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str = "self"
+) -> Backend:
     """See Registry.select."""
-    return registry(op).select(name, device, dtype, head_dim)
+    return registry(op).select(name, device, dtype, head_dim, workload)
 
 
-# Two caches of pure facts about this machine, keyed by everything they depend on. Package versions cannot change under
-# a running process, so they are no part of the key; results are not kept between processes, where they could.
+# Caches of pure facts about this machine, keyed by everything they depend on. Package versions cannot change under a
+# running process, so they are no part of the key; what `timings` keeps between processes, where they could, has them.
 @functools.cache
 def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Run the backend on the op's examples on that very device: None if it computes the op, else why not, in words."""
@@ -221,19 +290,100 @@ def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype
 
 
 @functools.cache
-def _best(registry: Registry, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    op, passed_over = registry.op, []
-    for backend in registry.ranked():
+def _first(registry: Registry, name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The best-ranked of the candidates that is exact, capable and passes its self-test."""
+    op, passed_over = registry.op, {}
+    for backend in registry.candidates(name):
         if backend.max_error is not None:
-            passed_over.append(f"{backend.name}: lossy, runs only when named")
+            passed_over[backend.name] = "lossy, and its speed is not measured here; runs when named"
         elif why := backend.why_not(device, dtype, head_dim) or self_test(op, backend, device, dtype, head_dim):
-            passed_over.append(f"{backend.name}: {why}")
+            passed_over[backend.name] = why
         else:
-            skipped = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
-            logger.info("%s: %s on %s%s", op.name, backend.name, _place(device, dtype, head_dim), skipped)
+            aside = _aside(registry, passed_over)
+            logger.info("%s: %s on %s%s", op.name, backend.name, _place(device, dtype, head_dim), aside)
             return backend
-    reasons = "; ".join(passed_over) or "none is registered"
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed_over.items()) or "none is registered"
     raise UnsupportedBackendError(f"no {op.name} backend can run on {_place(device, dtype, head_dim)}: {reasons}")
+
+
+@functools.cache
+def _fastest(
+    registry: Registry, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str
+) -> Backend:
+    """The fastest of the candidates; what was measured in an earlier process is not measured again."""
+    candidates = {backend.name: backend for backend in registry.candidates(name) if backend.rank < LAST_RESORT}
+    reasons = {each: backend.why_not(device, dtype, head_dim) for each, backend in candidates.items()}
+    able = [backend for each, backend in candidates.items() if reasons[each] is None]
+    refused = {each: why for each, why in reasons.items() if why}
+    facts = timings.facts_of(
+        device,
+        op=registry.op.name,
+        workload=workload,
+        dtype=short(dtype),
+        head_dim=head_dim,
+        candidates={each.name: each.distribution and installed(each.distribution) for each in able},
+        triton=installed("triton"),
+    )
+    found = timings.read(facts)
+    taken = found and _pick(found, able)
+    if not (found and taken) or self_test(registry.op, taken, device, dtype, head_dim):
+        found = _time(registry, able, device, dtype, head_dim, workload)
+        taken = _pick(found, able)
+        if found.ms:
+            timings.write(facts, found)
+    if not taken:
+        return _first(registry, name, device, dtype, head_dim)
+    others = [f"{each} {ms:.3g}" for each, ms in sorted(found.ms.items(), key=lambda it: it[1]) if each != taken.name]
+    logger.info(
+        "%s (%s): %s takes %.3g ms on %s%s%s",
+        *(registry.op.name, workload, taken.name, found.ms[taken.name], _place(device, dtype, head_dim)),
+        f"; {', '.join(others)}" if others else "",
+        _aside(registry, {**refused, **found.passed_over}),
+    )
+    return taken
+
+
+def _time(
+    registry: Registry, able: Sequence[Backend], device: torch.device, dtype: torch.dtype, head_dim: int, workload: str
+) -> Timings:
+    """Time those of the backends that pass their self-test, and that are right at this size too."""
+    op, load, backends = registry.op, registry.workloads[workload], {backend.name: backend for backend in able}
+    verdicts = {each.name: self_test(op, each, device, dtype, head_dim) for each in able}
+    failed = {name: why for name, why in verdicts.items() if why}
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
+        arguments = load.arguments(device, dtype, head_dim)
+        few = (load.rows(arguments[0]), *arguments[1:])
+        truth, plain = op.reference(*(each.double() for each in few)), (op.plain or op.reference)(*few)
+
+        def why_wrong(name: str, out: Tensor) -> str | None:
+            part = load.rows(out)
+            if reason := why_otherwise(part, plain) or _why_wrong(backends[name], part, truth, plain):
+                return f"at {tuple(out.shape)}: {reason}"
+            if backends[name].max_error is not None and (found := cosine(part, truth)) < CLOSE_ENOUGH:
+                return f"lossy, cosine {found:.5f} to fp32 is below {CLOSE_ENOUGH}; runs when named"
+            return None
+
+        functions = {name: backend.load() for name, backend in backends.items() if name not in failed}
+        timed = timings.measure(functions, arguments, why_wrong)
+    return Timings(timed.ms, {**failed, **timed.passed_over})
+
+
+def _pick(found: Timings, able: Sequence[Backend]) -> Backend | None:
+    """The fastest exact one, or a lossy one that is faster by enough."""
+    ordered = sorted((each for each in able if each.name in found.ms), key=lambda each: found.ms[each.name])
+    exact = next((each for each in ordered if each.max_error is None), None)
+    lossy = next((each for each in ordered if each.max_error is not None), None)
+    if exact and lossy:
+        return lossy if found.ms[lossy.name] <= (1 - WORTHWHILE) * found.ms[exact.name] else exact
+    return exact or lossy
+
+
+def _aside(registry: Registry, passed_over: Mapping[str, str]) -> str:
+    """Why not the others, for a line of log, where a package that is not there needs no more words than that."""
+    absent = [backend.name for backend in registry.backends if backend.absent and backend.name in passed_over]
+    told = "; ".join(f"{name}: {why}" for name, why in passed_over.items() if name not in absent)
+    parts = [f"passed over: {told}"] * bool(told) + [f"not installed: {', '.join(absent)}"] * bool(absent)
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def why_otherwise(result: Any, expected: Any) -> str | None:
@@ -264,23 +414,6 @@ def _why_wrong(backend: Backend, out: Tensor, truth: Tensor, plain: Tensor) -> s
     return None
 
 
-def _importable(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
-
-
-def _sm_reasons(device: torch.device, low: tuple[int, int] | None, high: tuple[int, int] | None) -> list[str]:
-    wanted = " to ".join(dict.fromkeys(f"sm_{major}{minor}" for major, minor in filter(None, (low, high))))
-    wanted += " or newer" if high is None else "" if low else " or older"
-    if device.type != "cuda" or torch.version.hip:
-        return [f"needs an NVIDIA GPU ({wanted}), got {'ROCm' if torch.version.hip else device.type}"]
-    sm = torch.cuda.get_device_capability(device)
-    if (low and sm < low) or (high and sm > high):
-        return [f"needs {wanted}, this GPU is sm_{sm[0]}{sm[1]}"]
-    return []
-
-
 def _indexed(device: torch.device) -> torch.device:
     # "cuda" means whichever GPU is current, which may change; facts are cached about one GPU.
     if device.type != "cuda":
@@ -294,13 +427,4 @@ def _indexed(device: torch.device) -> torch.device:
 
 def _place(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{device}{gpu}, {_short(dtype)}, head_dim {head_dim}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(items: Any) -> str:
-    *first, last = items
-    return f"{', '.join(first)} or {last}" if first else last
+    return f"{device}{gpu}, {short(dtype)}, head_dim {head_dim}"

@@ -11,15 +11,17 @@ from typing import Any
 import comfy.latent_formats
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.text_encoders
 import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
+from server import PromptServer
 from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.checkpoint.folder import BLOCK, INDEX, NON_BLOCK, SHARD, indexed_files
-from lightx2v.latents import WAN22, LatentFormat
+from lightx2v.latents import HUNYUAN15, WAN22, LatentFormat
 from lightx2v.preview import Colours, LoopingPicture, latent_to_rgb, tiny_to_rgb
 from lightx2v.sampling import Step
 from lightx2v.vae import tae
@@ -156,6 +158,11 @@ def demo_file(name: str) -> Path:
     return path
 
 
+def qwen_vocabulary() -> Path:
+    """The folder of Qwen2.5's tokenizer, which ComfyUI carries for its own text encoders."""
+    return Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
+
+
 def fingerprint(category: str, name: str) -> tuple[str, int, int]:
     """Changes when the file does, so that a loader runs again."""
     try:
@@ -221,13 +228,44 @@ def room_beside(handle: comfy.model_patcher.ModelPatcher, activation_bytes: int)
 
 
 def room_if_all_left(handles: Sequence[comfy.model_patcher.ModelPatcher]) -> int:
-    """Bytes beside these handles on their device if every other model made way."""
+    """Bytes beside these handles on their device if every other model made way, less what --reserve-vram keeps."""
     device = handles[0].load_device
     free = int(mm.get_free_memory(device))
     if device.type == "cpu":
         return free
+    free -= int(mm.extra_reserved_memory())
     others = [loaded for loaded in mm.current_loaded_models if not any(loaded.model is each for each in handles)]
     return free + sum(int(loaded.model_loaded_memory()) for loaded in others if loaded.device == device)
+
+
+def make_room() -> None:
+    """Take every model off the device, and give back what PyTorch keeps. Only after memory ran out."""
+    mm.unload_all_models()
+    mm.soft_empty_cache()
+
+
+def asks_for_little() -> bool:
+    """Whether ComfyUI was started with --lowvram or --novram."""
+    return any(getattr(mm.args, flag, False) for flag in ("lowvram", "novram"))
+
+
+def keeps_on_gpu() -> bool:
+    """Whether ComfyUI was started with --gpu-only or --highvram."""
+    return any(getattr(mm.args, flag, False) for flag in ("gpu_only", "highvram"))
+
+
+def pin_limit() -> int | None:
+    """Bytes of RAM that may still be pinned; 0 with --disable-pinned-memory, None where this ComfyUI sets no limit."""
+    if getattr(mm.args, "disable_pinned_memory", False):
+        return 0
+    most = getattr(mm, "MAX_PINNED_MEMORY", -1)
+    return None if most <= 0 else max(0, int(most - getattr(mm, "TOTAL_PINNED_MEMORY", 0)))
+
+
+def ram_to_spare() -> bool:
+    """Whether a tenth of all RAM is free."""
+    cpu = torch.device("cpu")
+    return bool(mm.get_free_memory(cpu) > 0.1 * mm.get_total_memory(cpu))
 
 
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:
@@ -256,9 +294,17 @@ def progress() -> Callable[[int, int], None]:
     return update
 
 
+def show_text(text: str, node_id: str | None) -> None:
+    """Show text on a node, where the interface can; it is gone when the page is loaded again."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
+
+
 def colours(space: LatentFormat) -> Colours:
-    """How latents of Wan's own VAEs look, as the host's previews have it."""
-    known = comfy.latent_formats.Wan22() if space == WAN22 else comfy.latent_formats.Wan21()
+    """How latents of the models' own VAEs look, as the host's previews have it."""
+    formats = {WAN22: comfy.latent_formats.Wan22, HUNYUAN15: comfy.latent_formats.HunyuanVideo15}
+    known = formats.get(space, comfy.latent_formats.Wan21)()
     return Colours(known.latent_rgb_factors, known.latent_rgb_factors_bias)
 
 

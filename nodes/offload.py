@@ -8,10 +8,13 @@ import comfy.model_management as mm
 from torch import Tensor, nn
 
 from lightx2v.cache.choice import kept_bytes
+from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Engine
 from lightx2v.diffuse import Model
 from lightx2v.loading import compute_dtype
 from lightx2v.offload import Asked, Plan
+from lightx2v.offload.shortage import Advice, once_more
+from lightx2v.report import sampling_lines
 
 from . import host
 from .load import LoadedTransformer
@@ -19,15 +22,47 @@ from .load import LoadedTransformer
 OFFLOADS = ("auto", "model", "block")
 
 
-@contextmanager
-def brought(experts: Sequence[LoadedTransformer], engine: Engine, samples: Tensor, cached: bool) -> Iterator[Model]:
-    """One handle or two as the engine's model, while it samples latents (B, C, T, H, W) or (B, C, H, W).
+def sampled(
+    experts: Sequence[LoadedTransformer],
+    engine: Engine,
+    samples: Tensor,
+    cached: bool,
+    work: Callable[[Model], Tensor],
+) -> tuple[Tensor, Plan | None]:
+    """What `work` makes of one handle or two as the engine's model, while it samples latents (B, C, [T,] H, W); and the
+    plan, where one was made.
 
-    engine: attention, offload and budget that the sampler asks for. Raises DoesNotFitError where nothing helps.
+    engine: attention, offload and budget that the sampler asks for. Where GPU memory runs out, `work` runs once more
+    with a tighter plan.
+    Raises DoesNotFitError where nothing helps.
     """
     shape = samples.shape if samples.ndim == 5 else samples.unsqueeze(2).shape
-    plan = _plan(experts, engine, Asked(shape, cached))
-    if plan is not None:
+    plans: list[Plan | None] = [None]
+
+    def attempt(failed: Plan | None) -> Tensor:
+        plans[:] = [_plan(experts, engine, Asked(shape, cached, failed=failed, pin_limit=host.pin_limit()))]
+        with _brought(experts, engine, samples, cached, plans[0]) as model:
+            return work(model)
+
+    made = once_more(attempt, lambda: plans[0], host.make_room, Advice(experts[0].info.spec, shape))
+    return made, plans[0]
+
+
+def said(
+    experts: Sequence[LoadedTransformer], engine: Engine, plan: Plan | None, caches: Sequence[CacheReport]
+) -> list[str]:
+    """For the report: files, kernels, types, memory, LoRAs and those caches."""
+    first = experts[0]
+    infos, applied = [expert.info for expert in experts], [expert.applied for expert in experts]
+    return sampling_lines(infos, replace(engine, dtype=first.engine.dtype), first.load_device, plan, applied, caches)
+
+
+@contextmanager
+def _brought(
+    experts: Sequence[LoadedTransformer], engine: Engine, samples: Tensor, cached: bool, plan: Plan | None
+) -> Iterator[Model]:
+    """Blocks pass where the plan says so; else ComfyUI moves each transformer as a whole."""
+    if plan is not None and plan.ram:
         with _passing(experts, engine.attention, plan) as model:
             yield model
         return
@@ -40,21 +75,21 @@ def brought(experts: Sequence[LoadedTransformer], engine: Engine, samples: Tenso
 
 
 def _plan(experts: Sequence[LoadedTransformer], engine: Engine, asked: Asked) -> Plan | None:
-    """What passes through the GPU; None where ComfyUI moves each transformer as a whole."""
+    """What passes through the GPU; None where that is not asked for."""
     first = experts[0]
-    if engine.offload == "model" or (
-        engine.offload == "auto" and not engine.vram_budget_gb and first.load_device.type != "cuda"
-    ):
+    if engine.offload == "auto" and not engine.vram_budget_gb and asked.failed is None:
+        if first.load_device.type != "cuda" or host.keeps_on_gpu():
+            return None
+        engine = replace(engine, offload="block") if host.asks_for_little() else engine
+    if engine.offload == "model":
         return None
     asked = replace(asked, free=host.room_if_all_left(experts))
     networks = [expert.model.network for expert in experts]
     plan = first.placing.plan(
         replace(engine, dtype=first.engine.dtype), [expert.info for expert in experts], networks, asked
     )
-    if not plan.streamed and engine.offload == "auto":
-        return None
     host.log.info(plan.line())
-    return plan if plan.ram else None
+    return plan
 
 
 @contextmanager
@@ -62,11 +97,12 @@ def _passing(experts: Sequence[LoadedTransformer], attention: str, plan: Plan) -
     first = experts[0]
     for expert in experts:
         host.back_to_ram(expert)
-    networks = [expert.resting_network(attention) for expert in experts]
+    networks = [expert.resting_network(attention, plan) for expert in experts]
     mm.free_memory(plan.peak, first.load_device)
     applied = [expert.applied for expert in experts if expert.applied is not None]
+    infos = [expert.info for expert in experts]
     try:
-        with first.placing.placed(networks, applied, plan) as (bringers, around):
+        with first.placing.placed(networks, applied, plan, infos) as (bringers, around):
             first.tell_host(first.placing.device_bytes)
             yield Model(first.info.spec, first.load_device, *bringers, around=around)
     finally:

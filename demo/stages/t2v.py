@@ -79,7 +79,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def training_kernels() -> Kernels:
     """The engine's plain PyTorch ops, which torch.compile fuses, with `padded_attention`."""
-    return references(attention=padded_attention)
+    return references(attention=padded_attention, cross_attention=padded_attention)
 
 
 def new_encoder(vocabulary: int, device: torch.device, generator: torch.Generator) -> UMT5EncoderModel:

@@ -11,36 +11,21 @@ second copy of what a block holds beside tensors. Changing some dictionary entri
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightx2v.blocks import Block, RunBlocks
+from lightx2v.checkpoint import Header
+from lightx2v.offload.disk import Reader, filed, largest
 from lightx2v.offload.lane import Buffer, Lane, pin
+from lightx2v.offload.parts import parts_of, spread
 from lightx2v.offload.slab import Slab, Views
-
-
-def spread(count: int, moving: int) -> tuple[int, ...]:
-    """Which of `count` blocks move, evenly between the others, so that each copy has as much to hide behind."""
-    return tuple(index for index in range(count) if (index + 1) * moving // count > index * moving // count)
-
-
-def parts_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks that a network walks, its one list of modules, and every module beside them.
-
-    Raises ValueError for a network without such a list, or with several.
-    """
-    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
-    if len(lists) != 1 or not len(lists[0]):
-        raise ValueError(
-            f"{type(network).__name__} has {len(lists)} lists of blocks, one was expected: it cannot be streamed"
-        )
-    inside = {id(module) for block in lists[0] for module in block.modules()}
-    return list(lists[0]), [module for module in network.modules() if id(module) not in inside]
 
 
 @dataclass(frozen=True)
@@ -52,9 +37,9 @@ class _Host:
     blocks: tuple[Slab, ...]
 
     @staticmethod
-    def of(network: nn.Module) -> "_Host":
-        blocks, beside = parts_of(network)
-        slabs = tuple(Slab(block.modules()) for block in blocks)
+    def of(network: nn.Module, header: Header | None = None) -> "_Host":
+        (blocks, beside), elsewhere = parts_of(network), filed(network, header)
+        slabs = tuple(Slab(block.modules(), elsewhere) for block in blocks)
         return _Host(network, Slab(beside), slabs)
 
     @property
@@ -63,7 +48,7 @@ class _Host:
 
     @property
     def nbytes(self) -> int:
-        return sum(slab.nbytes for slab in self.slabs)
+        return sum(slab.kept for slab in self.slabs)
 
 
 @dataclass(frozen=True)
@@ -81,6 +66,20 @@ class _Fetched:
     slot: _Slot
 
 
+class _Visit:
+    """A context that two hooks of a block enter and leave."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._context = context
+        self._open = ExitStack()
+
+    def begin(self, *_: Any) -> None:
+        self._open.enter_context(self._context())
+
+    def end(self, *_: Any) -> None:
+        self._open.close()
+
+
 class BlockStream:
     """One network, or the experts of one model that share the device memory.
 
@@ -89,6 +88,7 @@ class BlockStream:
         tensors were replaced.
     pin_limit: bytes to pin at most; None: everything.
     lane: where copies run; None: as the device has it.
+    headers: by the same names, of the files in which weights were left (`disk.py`).
     """
 
     def __init__(
@@ -98,11 +98,14 @@ class BlockStream:
         *,
         pin_limit: int | None = None,
         lane: Lane | None = None,
+        headers: Mapping[str, Header] | None = None,
     ) -> None:
         self.device = device
         self._lane = Lane(device) if lane is None else lane
-        self._hosts = {name: _Host.of(network) for name, network in networks.items()}
-        self._pins = pin((slab.host for host in self._hosts.values() for slab in host.slabs), device, pin_limit)
+        self._hosts = {name: _Host.of(network, (headers or {}).get(name)) for name, network in networks.items()}
+        slabs = [slab for host in self._hosts.values() for slab in host.slabs]
+        self._reader = Reader(device, most) if (most := largest(slabs)) else None
+        self._pins = pin((slab.host for slab in slabs), device, pin_limit)
         self._moving: dict[str, tuple[int, ...]] = {}
         self._rest: Buffer | None = None
         self._own: list[Buffer] = []
@@ -117,11 +120,14 @@ class BlockStream:
     def release(self) -> None:
         """Pin nothing any longer: the weights stay, and may be given to another stream."""
         self._pins.release()
+        if self._reader is not None:
+            self._reader.release()
 
     @property
     def host_bytes(self) -> int:
-        """Of all weights at rest."""
-        return sum(host.nbytes for host in self._hosts.values())
+        """Of all weights at rest in RAM, and of what passes through it."""
+        staging = self._reader.nbytes if self._reader is not None else 0
+        return sum(host.nbytes for host in self._hosts.values()) + staging
 
     @property
     def device_bytes(self) -> int:
@@ -175,6 +181,8 @@ class BlockStream:
 
     def _close(self) -> None:
         self._leave()
+        if self._reader is not None:
+            self._reader.drain()
         self._lane.drain()
         self._rest = None
         self._own, self._moving = [], {}
@@ -198,9 +206,16 @@ class BlockStream:
             *((host.blocks[index], next(own)) for index in self._staying(expert)),
         ]:
             buffer.release()  # the other network's turn ends here
-            buffer.fill(slab.host)
+            self._fill(buffer, slab)
             slab.point(slab.views(buffer.memory))
         memory.use()
+
+    def _fill(self, buffer: Buffer, slab: Slab) -> None:
+        if slab.kept:
+            buffer.fill(slab.host)
+        if slab.kept < slab.nbytes:
+            assert self._reader is not None
+            self._reader.start(buffer, slab)
 
     def _staying(self, expert: str) -> list[int]:
         return [index for index in range(len(self._hosts[expert].blocks)) if index not in self._moving[expert]]
@@ -233,6 +248,19 @@ class BlockStream:
             return run(staged, tokens, args)
 
         return walk
+
+    @contextmanager
+    def hooked(self, expert: str = "") -> Iterator[None]:
+        """The same for a network that calls its blocks itself, while the stream is open."""
+        network, own = self.bring(expert), dict(zip(self._staying(expert), self._own, strict=False))
+        with ExitStack() as hooks:
+            for index, block in enumerate(parts_of(network)[0]):
+                visit = _Visit(partial(self._visiting, expert, index, None)) if index not in own else None
+                before = (lambda *_, buffer=own[index]: buffer.use()) if visit is None else visit.begin
+                hooks.callback(block.register_forward_pre_hook(before).remove)
+                if visit is not None:
+                    hooks.callback(block.register_forward_hook(visit.end, always_call=True).remove)
+            yield
 
     def _staying_block(self, block: Block, buffer: Buffer) -> Block:
         def call(tokens: Tensor, args: Any) -> Tensor:
@@ -270,7 +298,7 @@ class BlockStream:
 
     def _fetch(self, expert: str, index: int) -> None:
         slot = self._idle.popleft()
-        slot.buffer.fill(self._hosts[expert].blocks[index].host)
+        self._fill(slot.buffer, self._hosts[expert].blocks[index])
         self._coming.append(_Fetched(expert, index, slot))
 
     def _fetch_ahead(self, last: _Fetched, following: str | None) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightx2v.checkpoint import CheckpointError, Header, Packed, TensorInfo
+from lightx2v.checkpoint import CheckpointError, Header, Packed, TensorInfo, read_tensors
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
 from lightx2v.lora.branch import BranchedLinear
@@ -150,7 +150,7 @@ def filling(transformer: nn.Module, header: Header, device: torch.device) -> Hea
             scale = f"{layer_name}.{SCALE}"
             stays = stored_format(info) == layer.reads
             tensors[name], tensors[scale] = (
-                _as_stored(info) if stays else Quantising(name, info, device).infos(layer.reads)
+                _as_stored(info) if stays else Quantising(header, name, device).infos(layer.reads)
             )
     return replace(header, tensors=tensors)
 
@@ -169,18 +169,18 @@ def _as_stored(info: TensorInfo) -> tuple[TensorInfo, TensorInfo]:
 
 
 class Quantising:
-    """One weight on its way into 8 bits: read once, given as two tensors, the weight first.
+    """One weight on its way into 8 bits: given as two tensors, and read once where the scales follow the values.
 
-    info: (N, K), plain or packed in any way. device: where to compute.
+    header: has the weight (N, K), plain or packed in any way. device: where to compute.
     """
 
-    def __init__(self, name: str, info: TensorInfo, device: torch.device) -> None:
-        self._name, self._info, self._device = name, info, device
+    def __init__(self, header: Header, name: str, device: torch.device) -> None:
+        self._header, self._name, self._device = header, name, device
         self._scale: Tensor | None = None
 
     def infos(self, dtype: torch.dtype) -> tuple[TensorInfo, TensorInfo]:
-        """What gives the values (N, K) in dtype, and what gives their scales (N,) float32 after that."""
-        info = self._info
+        """What gives the values (N, K) in dtype, and what gives their scales (N,) float32."""
+        info = self._header.tensors[self._name]
 
         def values(found: Mapping[str, Tensor]) -> Tensor:
             parts = {role: part.to(self._device) for role, part in found.items()}
@@ -189,7 +189,9 @@ class Quantising:
             return values
 
         def scale(found: Mapping[str, Tensor]) -> Tensor:
-            assert self._scale is not None, "the weight is read before its scale"
+            if self._scale is None:  # the values stay in the file
+                ((_, weight),) = read_tensors(self._header, [self._name], self._device)
+                return quantise_weight(weight.to(self._device), dtype, f"{info.file}: '{self._name}'")[1]
             scale, self._scale = self._scale, None
             return scale
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lightx2v.checkpoint import CheckpointError, TensorInfo, read_tensors
 from lightx2v.checkpoint.writing import Entry, write_safetensors
 from lightx2v.config import one_of
-from lightx2v.identify import CheckpointInfo, identify_network
+from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.quant import METADATA_MARK
 from lightx2v.quant.packing import FORMATS, SCALE, multiplies, quantise_weight
 
@@ -61,7 +61,7 @@ def write_quantised(
         raise ValueError(f"layout='comfy': ComfyUI reads no {scheme} files; use scheme='fp8', or layout='lightx2v'")
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: the result is one .safetensors file; give a name that ends so")
-    info = identify_network(source)
+    info = identify(source)
     _require_plain(info, layout)
     if target.exists() and (not force or any(target.samefile(file) for file in _files(info))):
         raise ValueError(f"{target}: is there already; give another name{', or force' if not force else ''}")

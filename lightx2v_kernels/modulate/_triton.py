@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lightx2v_kernels import tiles
 from lightx2v_kernels.modulate import reference
-from lightx2v_kernels.norm._triton import Norm, Residual, _rows, _table, empty_like, load_table, normalise
-from lightx2v_kernels.opaque import opaque
+from lightx2v_kernels.norm._triton import Norm, Residual, _rows, _table, load_table, normalise, table_reading
+from lightx2v_kernels.opaque import empty_like, opaque
 from lightx2v_kernels.quantize._triton import empty_quantized
 from lightx2v_kernels.quantized import Quantized
 
@@ -29,32 +29,34 @@ def _add(
     gate_sample,
     gate_token,
     WIDTH: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
+    GATE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tiles = tl.cdiv(length, ROWS)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    per_sample = tl.cdiv(length, ROWS)
+    sample = (tl.program_id(0) // per_sample).to(tl.int64)
+    row = (tl.program_id(0) % per_sample).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_mask = row < length
     column_mask = column < WIDTH
     mask = row_mask[:, None] & column_mask[None, :]
-    kept = tl.load(x + sample * x_sample + row[:, None] * x_token + column[None, :], mask=mask).to(tl.float32)
-    added = tl.load(y + sample * y_sample + row[:, None] * y_token + column[None, :], mask=mask).to(tl.float32)
-    factor = load_table(gate + sample * gate_sample, row, column, row_mask, column_mask, gate_token, PER_TOKEN)
+    kept = x + sample * x_sample + row[:, None] * x_token + column[None, :]
+    kept = tl.load(kept, mask=mask, eviction_policy="evict_first").to(tl.float32)
+    added = y + sample * y_sample + row[:, None] * y_token + column[None, :]
+    added = tl.load(added, mask=mask, eviction_policy="evict_first").to(tl.float32)
+    factor = load_table(gate + sample * gate_sample, row, column, row_mask, column_mask, gate_token, GATE)
     written = out + (sample * length + row)[:, None] * WIDTH + column[None, :]
     tl.store(written, (kept + added * factor).to(out.dtype.element_ty), mask=mask)
 
 
 def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = empty_like(x)
     x, y = _rows(x), _rows(y)
     table, (gate_sample, gate_token) = _table(gate)
     batch, length, width = x.shape
     tile = tiles.residual(width)
     if x.numel():
-        _add[(batch * triton.cdiv(length, tile.rows), triton.cdiv(width, _COLUMNS))](
+        _add[(batch * tiles.count(length, tile.rows), tiles.count(width, _COLUMNS))](
             x,
             y,
             table,
@@ -65,7 +67,7 @@ def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
             gate_sample,
             gate_token,
             WIDTH=width,
-            PER_TOKEN=gate_token != 0,
+            GATE=table_reading(gate_token, tile.rows),
             ROWS=tile.rows,
             BLOCK=_COLUMNS,
             num_warps=tile.warps,
@@ -79,7 +81,7 @@ def _adaln(eps: float, shift: Tensor, scale: Tensor) -> Norm:
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = empty_like(x)
     normalise(x, _adaln(eps, shift, scale), (out, None))
     return out
 
@@ -95,7 +97,7 @@ def _modulate_quantize(
 def _residual_modulate(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    kept, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    kept, out = empty_like(x), empty_like(x)
     normalise(x, _adaln(eps, shift, scale), (out, None), Residual(y, gate, kept))
     return kept, out
 
@@ -103,7 +105,7 @@ def _residual_modulate(
 def _residual_layer_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    kept, out = x.new_empty(x.shape), x.new_empty(x.shape)
+    kept, out = empty_like(x), empty_like(x)
     normalise(x, Norm(eps, weight, bias), (out, None), Residual(y, gate, kept))
     return kept, out
 
@@ -111,7 +113,7 @@ def _residual_layer_norm(
 def _residual_modulate_quantize(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept, out = x.new_empty(x.shape), empty_quantized(x, dtype)
+    kept, out = empty_like(x), empty_quantized(x, dtype)
     normalise(x, _adaln(eps, shift, scale), out, Residual(y, gate, kept))
     return kept, *out
 
@@ -125,17 +127,17 @@ def _residual_layer_norm_quantize(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept, out = x.new_empty(x.shape), empty_quantized(x, dtype)
+    kept, out = empty_like(x), empty_quantized(x, dtype)
     normalise(x, Norm(eps, weight, bias), out, Residual(y, gate, kept))
     return kept, *out
 
 
 def _two(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+    return empty_like(x), empty_like(x)
 
 
 def _one_and_quantized(x: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_only_quantized(x, *others)
+    return empty_like(x), *_only_quantized(x, *others)
 
 
 def _only_quantized(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:

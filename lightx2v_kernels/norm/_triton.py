@@ -5,7 +5,6 @@ twice the size of a row each) is read once for all of them.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -14,20 +13,35 @@ from torch import Tensor
 
 from lightx2v_kernels import tiles
 from lightx2v_kernels.norm import reference
-from lightx2v_kernels.opaque import opaque
+from lightx2v_kernels.opaque import empty_like, opaque
 from lightx2v_kernels.quantize._triton import NONE, empty_quantized, kind, quantize_rows, writable
 from lightx2v_kernels.quantized import LARGEST, Quantized
 
+SHARED, SPREAD, PER_TOKEN = range(3)  # how a table is read: see load_table
+
 
 @triton.jit
-def load_table(table, row, column, row_mask, column_mask, stride, PER_TOKEN: tl.constexpr):
-    """One row for all tokens of a sample (1, D), or a row a token (R, D), in fp32. table is at its sample."""
-    if PER_TOKEN:
-        mask = row_mask[:, None] & column_mask[None, :]
-        values = tl.load(table + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
-    else:
+def load_table(table, row, column, row_mask, column_mask, stride, HOW: tl.constexpr):
+    """A table at its sample, in fp32: one row for all tokens, (1, D), or a row a token, (R, D).
+
+    One row comes through shared memory, from its own layout into that of the tokens; spread, every row of the tile
+    reads it again, from the cache.
+    """
+    mask = row_mask[:, None] & column_mask[None, :]
+    if HOW == 0:
         values = tl.load(table + column, mask=column_mask, other=0.0, eviction_policy="evict_last")[None, :]
+    elif HOW == 1:
+        values = tl.load(table + row[:, None] * 0 + column[None, :], mask=mask, other=0.0, eviction_policy="evict_last")
+    else:
+        values = tl.load(
+            table + row[:, None] * stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+        )
     return values.to(tl.float32)
+
+
+def table_reading(token_stride: int, rows: int) -> int:
+    """How a program of that many rows reads a table."""
+    return PER_TOKEN if token_stride else SPREAD if rows == 1 else SHARED
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -55,16 +69,16 @@ def _normalise(
     WIDTH: tl.constexpr,
     CENTRED: tl.constexpr,
     ONE_PLUS: tl.constexpr,
-    GATE_PER_TOKEN: tl.constexpr,
-    TABLE_PER_TOKEN: tl.constexpr,
+    GATE: tl.constexpr,
+    TABLES: tl.constexpr,
     LIMIT: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tiles = tl.cdiv(length, ROWS)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    per_sample = tl.cdiv(length, ROWS)
+    sample = (tl.program_id(0) // per_sample).to(tl.int64)
+    row = (tl.program_id(0) % per_sample).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     row_mask = row < length
     column_mask = column < WIDTH
@@ -72,13 +86,13 @@ def _normalise(
     written = (sample * length + row)[:, None] * WIDTH + column[None, :]
 
     tokens = x + sample * x_sample + row[:, None] * x_token + column[None, :]
-    value = tl.load(tokens, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(tokens, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if y is not None:
         branch = y + sample * y_sample + row[:, None] * y_token + column[None, :]
-        added = tl.load(branch, mask=mask, other=0.0).to(tl.float32)
+        added = tl.load(branch, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if gate is not None:
             gate += sample * gate_sample
-            added *= load_table(gate, row, column, row_mask, column_mask, gate_token, GATE_PER_TOKEN)
+            added *= load_table(gate, row, column, row_mask, column_mask, gate_token, GATE)
         rounded = (value + added).to(kept.dtype.element_ty)
         tl.store(kept + written, rounded, mask=mask)
         value = rounded.to(tl.float32)
@@ -88,11 +102,11 @@ def _normalise(
     value *= tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)[:, None]
     if scale is not None:
         scale += sample * scale_sample
-        factor = load_table(scale, row, column, row_mask, column_mask, scale_token, TABLE_PER_TOKEN)
+        factor = load_table(scale, row, column, row_mask, column_mask, scale_token, TABLES)
         value *= 1.0 + factor if ONE_PLUS else factor
     if shift is not None:
         shift += sample * shift_sample
-        value += load_table(shift, row, column, row_mask, column_mask, shift_token, TABLE_PER_TOKEN)
+        value += load_table(shift, row, column, row_mask, column_mask, shift_token, TABLES)
 
     if KIND == 0:
         tl.store(out + written, value.to(out.dtype.element_ty), mask=mask)
@@ -136,7 +150,7 @@ def normalise(x: Tensor, norm: Norm, out: tuple[Tensor, Tensor | None], residual
     values, scales = out
     how = NONE if scales is None else kind(values.dtype, values.device)
     tile = tiles.norm(width, how != NONE)
-    _normalise[(batch * triton.cdiv(length, tile.rows),)](
+    _normalise[(batch * tiles.count(length, tile.rows),)](
         x,
         y,
         gate,
@@ -155,8 +169,8 @@ def normalise(x: Tensor, norm: Norm, out: tuple[Tensor, Tensor | None], residual
         WIDTH=width,
         CENTRED=norm.centred,
         ONE_PLUS=norm.one_plus,
-        GATE_PER_TOKEN=gate_strides[1] != 0,
-        TABLE_PER_TOKEN=scale_strides[1] != 0 or shift_strides[1] != 0,
+        GATE=table_reading(gate_strides[1], tile.rows),
+        TABLES=table_reading(scale_strides[1] or shift_strides[1], tile.rows),
         LIMIT=LARGEST.get(values.dtype, 0.0),
         KIND=how,
         ROWS=tile.rows,
@@ -186,13 +200,13 @@ def _table(table: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = empty_like(x)
     normalise(x, Norm(eps, weight, centred=False), (out, None))
     return out
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = empty_like(x)
     normalise(x, Norm(eps, weight, bias), (out, None))
     return out
 
@@ -203,11 +217,6 @@ def _layer_norm_quantize(
     out = empty_quantized(x, dtype)
     normalise(x, Norm(eps, weight, bias), out)
     return out
-
-
-def empty_like(x: Tensor, *_: Any) -> Tensor:
-    """Contiguous, whatever the strides of x."""
-    return x.new_empty(x.shape)
 
 
 rms_norm = opaque("rms_norm", _rms_norm, empty_like, reference.rms_norm)

@@ -27,9 +27,9 @@ def _norm_rope(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    tiles = tl.cdiv(length, ROWS)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    per_sample = tl.cdiv(length, ROWS)
+    sample = (tl.program_id(0) // per_sample).to(tl.int64)
+    row = (tl.program_id(0) % per_sample).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.arange(0, BLOCK_HEADS)
     channel = tl.arange(0, BLOCK_DIM)
     pair = tl.arange(0, BLOCK_DIM // 2)
@@ -39,14 +39,15 @@ def _norm_rope(
     within = head[:, None] * DIM + channel[None, :]
 
     tokens = x + sample * x_sample + row[:, None, None] * x_token + within[None, :, :]
-    value = tl.load(tokens, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(tokens, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     squares = tl.sum(value * value, 2)
     if PER_HEAD:
+        scale = tl.load(weight + channel, mask=channel < DIM, other=0.0, eviction_policy="evict_last")[None, None, :]
         value *= tl.rsqrt(squares / DIM + eps)[:, :, None]
-        value *= tl.load(weight + channel, mask=channel < DIM, other=0.0).to(tl.float32)[None, None, :]
     else:
+        scale = tl.load(weight + within, mask=head_mask, other=0.0, eviction_policy="evict_last")[None, :, :]
         value *= tl.rsqrt(tl.sum(squares, 1) / (HEADS * DIM) + eps)[:, None, None]
-        value *= tl.load(weight + within, mask=head_mask, other=0.0).to(tl.float32)[None, :, :]
+    value *= scale.to(tl.float32)
 
     angle = row[:, None] * (DIM // 2) + pair[None, :]
     angle_mask = row_mask[:, None] & (pair < DIM // 2)[None, :]
@@ -64,7 +65,7 @@ def _launch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> 
     x = x if x.stride(2) == 1 else x.contiguous()
     tile = tiles.norm_rope(heads, head_dim)
     if x.numel():
-        _norm_rope[(batch * triton.cdiv(length, tile.rows),)](
+        _norm_rope[(batch * tiles.count(length, tile.rows),)](
             x,
             weight.contiguous(),
             cos.contiguous(),

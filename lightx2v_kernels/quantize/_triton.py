@@ -58,7 +58,8 @@ def _quantize(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    value = tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    value = value.to(tl.float32)
     if GELU:
         # tanh(z) = 2 * sigmoid(2 z) - 1, so that gelu(x) = x * sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3).
         value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
@@ -76,7 +77,8 @@ def kind(dtype: torch.dtype, device: torch.device) -> int:
 
 def empty_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """values and scale for x (..., K), unwritten."""
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    values = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return values, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
 def writable(values: Tensor, how: int) -> Tensor:
@@ -96,7 +98,7 @@ def _launch(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
     tile = tiles.quantize(flat.shape[1])
     how = kind(dtype, x.device)
     if flat.shape[0]:
-        _quantize[(triton.cdiv(flat.shape[0], tile.rows),)](
+        _quantize[(tiles.count(flat.shape[0], tile.rows),)](
             flat,
             writable(values, how),
             scale,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from host.tiny_models import write_tiny_models
 from lightx2v import LightX2VPipeline
 from lightx2v.__main__ import main
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.decoding import Decoding, decode_video
+from lightx2v.decoding import Decoding, decode_video, fitting
 from lightx2v.memory import vae_decode_bytes
+from lightx2v.offload import DoesNotFitError
 from lightx2v.vae.loading import VAEInfo
 from lightx2v.vae.stream import decode
-from lightx2v.vae.tiling import Tiling
-from lightx2v.vae.wan import WanVAE
+from lightx2v.vae.tiling import Tiling, largest_tile
+from lightx2v.vae.wan import WanVAE, WanVAEConfig
 from tiny_vae import tiny_tae, tiny_vae, tiny_vae22
 
 SMALL = {"height": 32, "width": 48, "num_frames": 5, "infer_steps": 1}
@@ -157,8 +159,46 @@ def test_tiles_once_when_memory_runs_out(raw: Tensor, caplog: pytest.LogCaptureF
         made = decode_video(INFO, vae, raw, Decoding("auto", TILES), progress=False)
     assert torch.equal(made, tiled) and widths.count(20) == 1
     assert "Decoding in tiles of 64 pixels: memory ran out for whole frames" in caplog.text
-    with pytest.raises(torch.OutOfMemoryError):
+    refused = r"ran out while decoding 160x96 in whole frames \(the test's\): decode in tiles of 256 pixels, take"
+    with pytest.raises(DoesNotFitError, match=refused):
         decode_video(INFO, vae, raw, Decoding("full", TILES), progress=False)
+
+
+def test_memory_that_runs_out_for_tiles_too(raw: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    vae, made_room = tiny_vae(), []
+    wide = torch.cat([raw, raw], 4)
+    needed = vae_decode_bytes(INFO, (1, 16, 2, 12, 32), torch.float32, frames=False)
+    reconstruct, widths = WanVAE.reconstruct, []
+
+    def made(most: int) -> Tensor:
+        def tight(part: Tensor, state: object = None) -> Tensor:
+            widths.append(part.shape[4])
+            if part.shape[4] > most:
+                raise torch.OutOfMemoryError("the test's")
+            return reconstruct(vae, part, state)  # type: ignore[arg-type]
+
+        vae.reconstruct = tight  # type: ignore[method-assign]
+        make_room = partial(made_room.append, 1)
+        return decode_video(INFO, vae, wide, Decoding(), free=needed, progress=False, make_room=make_room)
+
+    with caplog.at_level(logging.WARNING):
+        assert made(24).shape == (1, 3, 5, 96, 320) and not made_room
+        assert "in tiles of 192 pixels: whole frames take" in caplog.text and set(widths) == {24}
+        assert made(16).shape == (1, 3, 5, 96, 320) and made_room == [1]
+    assert "in tiles of 128 pixels: memory ran out for tiles of 192 pixels" in caplog.text
+    with pytest.raises(DoesNotFitError, match=r"decoding 320x96 in tiles of 128 pixels .*: make the video smaller"):
+        made(15)
+
+
+@pytest.mark.parametrize(("free", "size"), [(20e9, None), (7.4e9, 768), (4e9, 320), (1e9, 256), (1, 128)])
+def test_tiles_of_720p_by_free_memory(free: float, size: int | None) -> None:
+    """Wan2.1's VAE in bf16: whole frames take 9.7 GB."""
+    info, shape = VAEInfo(Path("vae"), WanVAEConfig()), (1, 16, 21, 90, 160)
+    tiling = fitting(info, shape, torch.bfloat16, int(free))
+    assert (tiling.size if tiling else None) == size
+    if tiling and free > 1:
+        tile = largest_tile(shape[2:], info.space.stride, tiling)
+        assert vae_decode_bytes(info, (1, 16, *tile), torch.bfloat16, frames=False) <= free
 
 
 def test_the_pipeline_takes_a_mode(pipe: LightX2VPipeline) -> None:

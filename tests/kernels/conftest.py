@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when triton is imported: its kernels then run on CPU tensors, in Python
+# Triton reads this when it is first imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 CUDA = pytest.param(

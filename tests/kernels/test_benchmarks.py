@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernels, tiles, transformer
+from benchmarks import kernels, tiles
 from benchmarks.cases import of_size, tokenwise
 from benchmarks.size import Size
-from benchmarks.timing import median_ms, report
+from benchmarks.timing import report
 from benchmarks.tokenwise import IN_8_BITS, IN_BF16, bytes_moved, forward_ms
 from lightx2v_kernels import registry
 from lightx2v_kernels.registry import Backend
@@ -21,10 +21,11 @@ TINY = {case.label + case.op: case for case in of_size(Size("tiny ", 1, 300, 256
 @pytest.mark.parametrize("label", TINY)
 def test_every_op_has_a_case_and_passes_its_gate(label: str) -> None:
     rows = kernels.measure(TINY[label], CPU, torch.float32)
-    assert {case.op for case in TINY.values()} == set(registry.registries())
+    of_vaes = {"conv_input", "conv3d", "doubled_conv"}  # benchmarks.vae times them
+    assert {case.op for case in TINY.values()} == set(registry.registries()) - of_vaes
     assert [row["backend"] for row in rows] == list(registry.names(TINY[label].op))
     able = [row for row in rows if not row["gate"].startswith("cannot run: ")]
-    assert all(row["gate"] == "passed" and row["ms"] > 0 and row["rate"] > 0 for row in able)
+    assert len(able) >= 1 and all(row["gate"] == "passed" and row["ms"] > 0 and row["rate"] > 0 for row in able)
     assert rows[-1]["ratio"] == 1
 
 
@@ -96,27 +97,7 @@ def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
 
 
-def test_median_ms_is_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(10_000))
-    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: next(clock) * 0.25)
-    assert median_ms(lambda: None, CPU) == 250
-
-
-def test_transformer_work_and_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wan 1.3B at 480p: 2 x 1.4e9 weights x 32760 tokens, and 30 layers of 4 x 32760^2 x 1536 for attention."""
-    assert transformer.num_tokens(transformer.MODELS["wan-1.3b"]) == 32760
-    assert transformer.flops(transformer.MODELS["wan-1.3b"]) == pytest.approx(2 * 1.4e9 * 32760 + 1.978e14, rel=0.05)
-    tiny = transformer.MODELS["demo"]
-    assert transformer.gate(tiny, "auto", CPU, torch.float32) is None
-    broken = transformer.select(attention="reference", device=CPU, dtype=torch.float32, head_dim=128)
-    object.__setattr__(broken, "norm_rope", lambda x, weight, cos, sin, eps: x.unflatten(-1, (-1, 128)))
-    monkeypatch.setattr(transformer, "select", lambda **_: broken)
-    assert "relative error" in transformer.gate(tiny, "auto", CPU, torch.float32)
-
-
 def test_a_refused_choice_is_one_line() -> None:
-    with pytest.raises(SystemExit, match=r"--attention sage_attn2 --device cpu: 'sage_attn2' is an upstream name"):
-        transformer.main(["--device", "cpu", "--attention", "sage_attn2"])
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match=r"--device cuda: PyTorch .* sees no GPU"):
             kernels.main(["--device", "cuda"])

@@ -1,17 +1,19 @@
 """HunyuanVideo-1.5 checkpoints: what their headers look like and which network they mean."""
 
 import re
+from functools import partial
 
 from torch import nn
 
 from lightx2v.checkpoint import Header
 from lightx2v.latents import HUNYUAN15
-from lightx2v.models import ModelSpec
+from lightx2v.models import ImageInput, ModelSpec
+from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
 from lightx2v.models.hunyuan_video_15.config import HEAD_DIM, HunyuanConfig
+from lightx2v.models.hunyuan_video_15.encoders import ENCODERS
 from lightx2v.models.hunyuan_video_15.transformer import HunyuanTransformer
 from lightx2v_kernels import Kernels
 
-MISSING = "its network is here, its text encoders are not yet"
 # Noisy latents, those of the given frames, and their mask. The super-resolution model reads 33 more.
 IN_CHANNELS = HUNYUAN15.channels * 2 + 1
 REFINER = "txt_in.individual_token_refiner.blocks"
@@ -97,8 +99,12 @@ def _spec(name: str, title: str, step_distilled: bool) -> ModelSpec:
         head_dim=HEAD_DIM,
         latents=HUNYUAN15,
         patch_size=(1, 1, 1),
-        image_channels=IN_CHANNELS - HUNYUAN15.channels,
-        missing=MISSING,
+        encoders=ENCODERS,
+        arguments=partial(arguments, reads_step_end=step_distilled),
+        image_input=ImageInput(image_condition, to_model_input),
+        reads_clip=True,
+        image_states="last_hidden_state",
+        fps=24,
     )
 
 

@@ -163,6 +163,7 @@ class HunyuanTransformer(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.config = config
+        self.kernels = kernels
         self.img_in = PatchEmbedding(config)
         self.time_in = Embedder(config.freq_dim, size)
         if config.reads_step_end:

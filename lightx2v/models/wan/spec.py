@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightx2v.checkpoint import Header
+from lightx2v.guidance import text_and_images
 from lightx2v.latents import WAN21, WAN22, LatentFormat
-from lightx2v.models import ModelSpec
+from lightx2v.models import ImageInput, ModelSpec
 from lightx2v.models.wan.caching import PUBLISHED, time_signal
+from lightx2v.models.wan.conditioning import image_condition, to_model_input
 from lightx2v.models.wan.config import HEAD_DIM, WanConfig
+from lightx2v.models.wan.encoders import ENCODERS
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import Kernels
 
@@ -121,9 +124,12 @@ class _Kind:
             head_dim=HEAD_DIM,
             latents=self.latents,
             patch_size=(1, 2, 2),
-            image_channels=self.image_channels,
+            encoders=ENCODERS,
+            arguments=text_and_images,
+            image_input=ImageInput(image_condition, to_model_input) if self.image_channels else None,
             reads_clip=self.clip,
             keeps_frames=self.task == "ti2v",
+            fps=24 if self.task == "ti2v" else 16,
             boundary=self.boundary,
             time_signal=time_signal,
             figures=PUBLISHED.get(self.name + suffix, {}),

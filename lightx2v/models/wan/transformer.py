@@ -62,8 +62,7 @@ class Attention(nn.Module):
             self.k_img = nn.Linear(size, size)
             self.v_img = nn.Linear(size, size)
             self.norm_k_img = RMSNorm(size, config.eps, kernels)
-        self._attention = kernels.attention
-        self._norm_rope = kernels.norm_rope
+        self._kernels = kernels
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
@@ -78,15 +77,15 @@ class Attention(nn.Module):
         """x (B, L, D), context (B, S, D) or None, rope for self-attention, image (B, I, D) or None -> (B, L, D)."""
         source: Tokens = x if context is None else context
         q, k, v = self.q(x), self.k(source), self._heads(self.v(source))
-        if rope is None:
-            q, k = self._heads(self.norm_q(q)), self._heads(self.norm_k(k))
+        if rope is not None:
+            norms = self.norm_q.weight, self.norm_k.weight
+            y = self._kernels.rotary_attention(q, k, v, *norms, *rope, self.norm_q.eps)
         else:
-            q = self._norm_rope(q, self.norm_q.weight, *rope, self.norm_q.eps)
-            k = self._norm_rope(k, self.norm_k.weight, *rope, self.norm_k.eps)
-        y = self._attention(q, k, v)
-        if image is not None:
-            k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
-            y = y + self._attention(q, k, v)
+            q, k = self._heads(self.norm_q(q)), self._heads(self.norm_k(k))
+            y = self._kernels.cross_attention(q, k, v)
+            if image is not None:
+                k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
+                y = y + self._kernels.cross_attention(q, k, v)
         return self.o(rearrange(y, "b l h d -> b l (h d)"))
 
 
@@ -191,6 +190,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         size, patch = config.hidden_size, config.patch_size
         self.config = config
+        self.kernels = kernels
         self.patch_embedding = nn.Conv3d(config.in_channels, size, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, size), nn.GELU(approximate="tanh"), nn.Linear(size, size)

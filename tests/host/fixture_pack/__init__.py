@@ -6,9 +6,10 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
-from .memory import FixtureHoldMemory, FixtureLoadedModels
+from .hunyuan import FixtureHunyuanClip
+from .memory import FixtureFailingModel, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
-from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
+from .vision import FixtureCellVae, FixtureClipVision, FixturePicture, FixtureTightVae
 
 
 class FixtureExtension(ComfyExtension):
@@ -16,7 +17,9 @@ class FixtureExtension(ComfyExtension):
         return [
             FixtureClipVision,
             FixtureCrampedVae,
+            FixtureFailingModel,
             FixtureHoldMemory,
+            FixtureHunyuanClip,
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
@@ -24,7 +27,7 @@ class FixtureExtension(ComfyExtension):
             FixtureRandomLatent,
             FixtureTightVae,
             FixtureUmt5Clip,
-            FixtureVae48,
+            FixtureCellVae,
             FixtureWanConditioning,
         ]
 

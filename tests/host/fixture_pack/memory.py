@@ -34,6 +34,34 @@ class FixtureHoldMemory(io.ComfyNode):
         return io.NodeOutput(patcher)
 
 
+class FixtureFailingModel(io.ComfyNode):
+    """Let GPU memory run out at some calls of a network's last block, counted from 0, as in a list like "0, 3"."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixtureFailingModel",
+            category="tests",
+            not_idempotent=True,
+            inputs=[io.Custom("LIGHTX2V_MODEL").Input("model"), io.String.Input("calls", default="0")],
+            outputs=[io.Custom("LIGHTX2V_MODEL").Output("failing")],
+        )
+
+    @classmethod
+    def execute(cls, model: object, calls: str) -> io.NodeOutput:
+        fails, seen = {int(call) for call in calls.split(",")}, []
+
+        def fail(*_: object) -> None:
+            seen.append(1)
+            if len(seen) - 1 in fails:
+                raise torch.OutOfMemoryError("the test's")
+            if len(seen) > max(fails):
+                hook.remove()
+
+        hook = model.model.network.blocks[-1].register_forward_pre_hook(fail)
+        return io.NodeOutput(model)
+
+
 class FixtureLoadedModels(io.ComfyNode):
     """List what ComfyUI counts as loaded, one JSON object a model: patcher class, module class, bytes."""
 
