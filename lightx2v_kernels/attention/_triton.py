@@ -378,10 +378,10 @@ def mend(
 ) -> None:
     """Compute again, into out (B, L, H, D), the tiles of an anchored softmax that left float32's range.
 
-    flags: (B, H, ceil(L / marked)) int32, set where a tile of `marked` queries did. q, k, v: (B, L | S, H, D). scales: of
-    int8 q and k, those of k for 64 keys each.
+    flags: (B, H, ceil(L / marked)) int32, set where a tile of `marked` queries did. q, k, v: (B, L | S, H, D).
+    scales: of int8 q and k, those of k for 64 keys each.
     """
-    (batch, queries, heads, dim), keys, block = q.shape, k.shape[1], 64
+    (_, queries, heads, dim), keys, block = q.shape, k.shape[1], 64
     strides = [x.stride() for x in (q, k, v, out)]
     q_scale, k_scale = scales or (flags, flags)
     attend_again[(min(flags.numel(), PROGRAMS),)](
