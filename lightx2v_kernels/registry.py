@@ -242,6 +242,8 @@ def _fastest(
     taken = found and _pick(found, able)
     if not (found and taken) or registry.fault(taken, device, dtype, head_dim):
         found = _time(registry, able, device, dtype, head_dim, workload)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # it took a GB, once; what is planned next counts free memory
         taken = _pick(found, able)
         if found.ms:
             timings.write(facts, found)
