@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-ROUNDS = 5  # of which the median counts
+ROUNDS, ENOUGH_MS = 5, 1000  # of which the median counts; on a slow GPU no further one begins after that long
 CALLS = 3  # a round, one behind the other: what Python takes to launch the next one then costs no time of its own
 WARM_UP_MS = 30  # of work before the first timed call: an idle GPU's clock is low
 
@@ -84,6 +84,9 @@ def measure(
     for _ in range(ROUNDS):
         for name, call in calls.items():
             ms[name].append(took(call))
+            spent += ms[name][-1]
+        if spent > ENOUGH_MS:
+            break
     return Timings({name: round(statistics.median(times), 4) for name, times in ms.items()}, passed_over)
 
 

@@ -244,6 +244,12 @@ def test_turns_are_fair_to_all_and_the_median_counts() -> None:
     assert found == Timings({"a": 1, "b": 2})
 
 
+def test_a_slow_gpu_is_not_asked_five_times() -> None:
+    asked: list[float] = []
+    timings.measure({"a": lambda x: x}, (torch.ones(1),), lambda name, out: None, lambda call: asked.append(1) or 400.0)
+    assert len(asked) == 3  # one to warm up, then until a second is over
+
+
 @pytest.mark.parametrize(
     ("platform", "variables", "expected"),
     [
