@@ -82,7 +82,7 @@ def _entry(setting: Setting, scheme: str, attention: str) -> Entry:
         make=lambda: _contestant(setting, scheme, attention),
         lossy=packed,
         holds=scheme if packed else "",
-        extra_bytes=packed_bytes(setting.subject, setting.network) if packed else 0,
+        extra_bytes=packed_bytes(setting.subject, setting.network, scheme) if packed else 0,
         facts={"engine": "lightx2v", "quant": scheme, "attention": attention},
     )
 

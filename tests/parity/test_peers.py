@@ -29,6 +29,12 @@ def test_peers_agree_with_the_engine(comfy: object) -> None:
     assert all(row["ms"] > 0 for row in found.values())
 
 
+def test_a_peer_of_the_other_family_agrees() -> None:
+    found = rows(replace(TOY, model="hunyuan-1.5", peers=("diffusers", "comfyui")))
+    assert found["diffusers"]["error"] < 1e-4
+    assert "only Wan is run" in found["ComfyUI"]["failed"]
+
+
 def test_a_peer_with_other_weights_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     swap = {"self_attn.q": "self_attn.k", "self_attn.k": "self_attn.q"}
     right = peers.to_diffusers
