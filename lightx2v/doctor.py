@@ -13,7 +13,7 @@ from lightx2v.checkpoint import CheckpointError
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import recognise
 from lightx2v.latents import WAN21, WAN22
-from lightx2v_kernels import UnsupportedBackendError, registry
+from lightx2v_kernels import registry
 
 NEEDED = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
 OPTIONAL = (
@@ -43,18 +43,17 @@ def machine() -> Iterator[str]:
 
 def backends() -> Iterator[str]:
     """For every op each backend, best first: whether it runs here, or why not; then which one is taken."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for op in sorted(registry.registries()):
+    place = (device, dtype, HEAD_DIM)
+    for op, found in sorted(registry.registries().items()):
         yield f"{op} backends for {device}, {str(dtype).removeprefix('torch.')}, head_dim {HEAD_DIM}:"
-        for name in registry.names(op):
-            try:
-                taken = registry.select(op, name, device, dtype, HEAD_DIM).name
-                yield f"  {name:<15} can run{'' if taken == name else f': {taken} is its fastest'}"
-            except UnsupportedBackendError as error:
-                yield f"  {name:<15} cannot run: {error}"
+        for backend in found.ranked():
+            why = backend.why_not(*place) or found.fault(backend, *place)
+            lossy = "" if backend.max_error is None else f", lossy: within {backend.max_error:g} of fp32"
+            yield f"  {backend.name:<15} {f'cannot run: {why}' if why else f'can run{lossy}'}"
         yield f"  {'auto takes':<15} {registry.select(op, 'auto', device, dtype, HEAD_DIM).name}"
-        for workload in registry.registry(op).workloads:
+        for workload in found.workloads:
             taken = registry.select(op, "exact", device, dtype, HEAD_DIM, workload).name
             yield f"  {'exact takes':<15} {taken} for {workload}-{op}"
 
