@@ -19,6 +19,7 @@ from rich.table import Table
 from benchmarks.cases import Case, tokenwise
 from benchmarks.size import CUDA_TOKENWISE_SIZES, Size
 from benchmarks.timing import machine, median_ms, report
+from benchmarks.tokenwise import TOKENWISE
 from lightx2v_kernels import registry, tiles
 from lightx2v_kernels.tiles import Tile
 
@@ -32,7 +33,7 @@ RULES = {"gated_residual": "residual", "norm_rope": "norm_rope", "quantize": "qu
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    ops = sorted(op for op in registry.registries() if "triton" in registry.names(op) and op != "attention")
+    ops = [op for op in TOKENWISE if "triton" in registry.names(op)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=ops, action="append", help="one op only, may be repeated (default: all)")
     parser.add_argument("--size", choices=SIZES, default="wan-14b-480p", help="of the tokens (default: %(default)s)")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.tokenwise import TOKENWISE
 from closeness import assert_close
 from lightx2v_kernels import registry
 from lightx2v_kernels.quantized import LARGEST, Quantized, tensors
@@ -14,7 +15,7 @@ from lightx2v_kernels.quantized import LARGEST, Quantized, tensors
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPS = [op for op in registry.registries() if "triton" in registry.names(op) and op != "attention"]
+OPS = [op for op in TOKENWISE if "triton" in registry.names(op)]
 QUANTISING = [op for op in OPS if op.endswith("quantize")]
 EPS = 1e-6
 
