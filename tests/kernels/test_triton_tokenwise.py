@@ -237,3 +237,11 @@ def test_addresses_beyond_two_to_the_31(op: str) -> None:
         if isinstance(part, Quantized):
             part = Quantized(part.values[:, -1:], part.scale[:, -1:]).dense(torch.float32)
         assert torch.equal(part[:, -1:], right)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch sees fewer than two CUDA devices")
+@pytest.mark.parametrize("op", OPS)
+def test_another_gpu_than_the_current_one(op: str) -> None:
+    args = [a.to("cuda:1") if isinstance(a, Tensor) else a for a in arguments(op, 33, 256, torch.bfloat16)]
+    check(op, tuple(args))
