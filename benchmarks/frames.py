@@ -31,6 +31,7 @@ LAYERS = (
     (384, 384, (3, 3, 3), 8, 1, 10),
     (16, 384, (3, 3, 3), 8, 1, 1),
     (384, 768, (3, 1, 1), 8, 1, 1),
+    (3, 96, (3, 3, 3), 1, 4, 0),
     (24, 24, (3, 3, 3), 1, 4, 0),
     (48, 48, (3, 3, 3), 1, 4, 0),
     (128, 128, (3, 3, 3), 1, 4, 0),
@@ -124,7 +125,7 @@ def _variants(layer: Layer, backends: list[Any]) -> list[Any]:
         (128, 256, 0, 64, 3, 8), (64, 256, 0, 64, 3, 4), (256, 16, 0, 32, 4, 8),
     ):  # fmt: skip
         padded_out = -(-out // (first + more)) * (first + more)
-        if run % depth == 0 and padded_out <= 1.4 * max(out, 16):
+        if -(-run // depth) * depth <= 1.4 * run and padded_out <= 1.4 * max(out, 16):
             how = Tiles(places, first, more, depth, stages, warps)
             name = f"triton {places}x{first}+{more}x{depth} s{stages} w{warps}"
             found.append((name, partial(conv3d, how=how), op))
