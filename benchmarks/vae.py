@@ -133,10 +133,8 @@ def gate(model: Model, vae: VAE, device: torch.device) -> str | None:
     def both(network: VAE) -> list[Tensor]:
         return [decode(network, raw, chunk=2, clamp=False), encode(network, clip.to(next(network.parameters())))]
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        truth = both(build(model, device, torch.float32))
-    with plain():
-        baseline = both(vae)
+    with plain(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        truth, baseline = both(build(model, device, torch.float32)), both(vae)
     for what, *values in zip(("decode", "encode"), both(vae), truth, baseline, strict=True):
         if reason := why_too_far(*values):
             return f"{what}: {reason}"

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightx2v_kernels.conv3d import reference
+from lightx2v_kernels.conv_input._triton import direct
 
 LEAST = 8  # channels, or a multiple of them: a pixel is then read 16 bytes at a time
 
@@ -160,7 +161,6 @@ def shared_memory(device: torch.device) -> int:
     return size
 
 
-@torch.library.custom_op("lightx2v::conv3d", mutates_args=())
 def _launch(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]
 ) -> Tensor:
@@ -185,7 +185,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).contiguous()
 
 
-@_launch.register_fake
+_opaque = torch.library.custom_op("lightx2v::conv3d", _launch, mutates_args=())
+
+
+@_opaque.register_fake
 def _(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]) -> Tensor:
     (b, _, t, h, w), (o, _, _, kh, kw) = x.shape, weight.shape
     return x.new_empty(b, t, h - kh + 1, w - kw + 1, o).permute(0, 4, 1, 2, 3)
@@ -204,7 +207,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(None if a is None else next(found) for a in saved), None)
 
 
-_launch.register_autograd(_backward, setup_context=_setup)
+_opaque.register_autograd(_backward, setup_context=_setup)
 
 
 def conv3d(
@@ -223,5 +226,5 @@ def conv3d(
     o, c, kt, kh, kw = weight.shape
     how = how or tiles(c, o, (kt, kh, kw), shared_memory(x.device))
     fields = [how.places, how.channels, how.more_channels, how.depth, how.stages, how.warps]
-    out: Tensor = _launch(x, past, weight, bias, residual, fields)
+    out: Tensor = direct(_launch, _opaque)(x, past, weight, bias, residual, fields)
     return out

@@ -104,10 +104,10 @@ def test_gradients_and_shapes_of_the_opaque_ops() -> None:
     x, gamma = torch.randn(1, 16, 1, 2, 2).to(PLACE).requires_grad_(), torch.randn(16).to(PLACE).requires_grad_()
     weight, bias = torch.randn(16, 16, 1, 3, 3).to(PLACE).requires_grad_(), torch.randn(16).to(PLACE).requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(preparation._launch, (x, gamma, [1, 1], False, 1), test_utils=tests)
+    torch.library.opcheck(preparation._opaque, (x, gamma, [1, 1], False, 1), test_utils=tests)
     padded, tiles = x.new_ones(1, 16, 1, 4, 4), [16, 16, 0, 16, 2, 4]
-    torch.library.opcheck(convolution._launch, (padded, None, weight, bias, x, tiles), test_utils=tests)
-    torch.library.opcheck(doubling._launch, (x, weight[:, :, 0], bias), test_utils=tests)
+    torch.library.opcheck(convolution._opaque, (padded, None, weight, bias, x, tiles), test_utils=tests)
+    torch.library.opcheck(doubling._opaque, (x, weight[:, :, 0], bias), test_utils=tests)
     leaves = (x, gamma, weight, bias)
 
     def run(prepare: Any, convolve: Any, double: Any) -> tuple[Tensor, ...]:
