@@ -88,17 +88,18 @@ class Layer:
 
     def to_prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of conv_input."""
-        lead, high, wide = (side - 1 for side in self.kernel)
         x = _frames(self.channels, self.frames, self.height, self.width, device, dtype)
-        past = _frames(self.channels, lead, self.height + high, self.width + wide, device, dtype) if lead else None
-        return x, torch.ones(self.channels, device=device, dtype=dtype), past, (lead, high // 2, wide // 2), False, 1
+        sides = (self.kernel[1] // 2, self.kernel[2] // 2)
+        return x, torch.ones(self.channels, device=device, dtype=dtype), sides, False, 1
 
-    def to_convolve(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Arguments of conv3d after the first: weight, bias, residual."""
+    def to_convolve(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Arguments of conv3d after the first: past, weight, bias, residual."""
+        lead, high, wide = (side - 1 for side in self.kernel)
+        past = _frames(self.channels, lead, self.height + high, self.width + wide, device, dtype) if lead else None
         weight = torch.randn(self.out, self.channels, *self.kernel, device=device) * self.terms**-0.5
         weight = weight.to(dtype).contiguous(memory_format=torch.channels_last_3d)
         bias = torch.randn(self.out, device=device, dtype=dtype)
-        return weight, bias, _frames(self.out, self.frames, self.height, self.width, device, dtype)
+        return past, weight, bias, _frames(self.out, self.frames, self.height, self.width, device, dtype)
 
 
 def _capable(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[..., Tensor], Any]]:
@@ -139,9 +140,10 @@ def _gated(run: Run, op: registry.Op, args: tuple[Any, ...]) -> Row | None:
 
     Held to the convolution of a corner, which float32 need not wait long for.
     """
-    x, weight, bias, residual = args
+    x, past, weight, bias, residual = args
     rows, columns = min(residual.shape[3], 40), min(residual.shape[4], 40)
-    x = x[..., : rows + weight.shape[3] - 1, : columns + weight.shape[4] - 1]
+    corner = (..., slice(rows + weight.shape[3] - 1), slice(columns + weight.shape[4] - 1))
+    x, past = x[corner], None if past is None else past[corner]
     residual = residual[..., :rows, :columns]
     wider = Tensor.double if x.dtype == torch.float32 else Tensor.float
     try:
@@ -149,8 +151,8 @@ def _gated(run: Run, op: registry.Op, args: tuple[Any, ...]) -> Row | None:
     except Exception as error:  # a compiler may fail with anything; the others are still to be measured
         return {"ms": None, "rate": None, "note": f"{type(error).__name__}: {error}"[:80]}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        truth = op.reference(*(wider(a) for a in (x, weight, bias, residual)))
-    wrong = why_too_far(out, truth, op.reference(x, weight, bias, residual))
+        truth = op.reference(*(None if a is None else wider(a) for a in (x, past, weight, bias, residual)))
+    wrong = why_too_far(out, truth, op.reference(x, past, weight, bias, residual))
     return {"ms": None, "rate": None, "note": f"wrong: {wrong}"} if wrong else None
 
 

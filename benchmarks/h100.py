@@ -46,6 +46,10 @@ PARTS = {
         rounds=3,
         seconds=240,
     ),
+    "hunyuan": Plan(
+        "hunyuan-1.5", attention=("auto", LOSSY), quant=("none", "fp8"), peers=("diffusers",), rounds=3, seconds=150
+    ),
+    "14b-gguf": Plan("wan2.1-14b", quant=("gguf-q8_0", "gguf-q4_k"), seconds=60),
     # For comparison with figures that were taken on plain weights.
     "14b-plain": Plan(
         "wan2.1-14b",

@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"{args.results}: {error}")
     unfinished = args.svg.with_name(args.svg.name + ".part")
-    unfinished.write_text(draw(found, document.get("gpu", document["processor"])), encoding="utf-8")
+    unfinished.write_text(draw(found, document.get("gpu") or document["processor"]), encoding="utf-8")
     unfinished.replace(args.svg)
     return 0
 

@@ -23,9 +23,11 @@ from lightx2v_kernels import registry, tiles
 from lightx2v_kernels.tiles import Tile
 
 SIZES = {size.name: size for size in CUDA_TOKENWISE_SIZES}
-# Rows and warps; where a thread would hold over 128 values the compiler would have to spill.
+# Rows and warps, where a thread holds this many values of a row: beyond, the compiler would have to spill.
 SHAPES = ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8), (4, 16), (8, 4), (8, 8), (16, 4), (32, 4))
 VALUES = (8, 128)
+# Values a thread holds in fp32 until their maximum is known -> registers that let one more program share an SM.
+LIMITS = {32: 80, 64: 128}
 RULES = {"gated_residual": "residual", "norm_rope": "norm_rope", "quantize": "quantize", "gelu_quantize": "quantize"}
 
 
@@ -51,8 +53,11 @@ def candidates(op: str, size: Size) -> list[Tile]:
     """The tiles worth a try at this width, and the one that the rule gives."""
     found = [rule(op)(*arguments(op, size))]
     for rows, warps in SHAPES:
-        if VALUES[0] <= rows * width(op, size) / (32 * warps) <= VALUES[1]:
-            found += [Tile(rows, warps), Tile(rows, warps, 128)] if warps < 16 else [Tile(rows, warps)]
+        values = rows * width(op, size) / (32 * warps)
+        if VALUES[0] <= values <= VALUES[1]:
+            found.append(Tile(rows, warps))
+            if op not in RULES and op.endswith("quantize") and values in LIMITS:
+                found.append(Tile(rows, warps, LIMITS[int(values)]))
     return list(dict.fromkeys(found))
 
 
@@ -114,7 +119,7 @@ def main(arguments_: list[str] | None = None) -> int:
     device, size = torch.device("cuda"), SIZES[options.size]
     rows: list[dict[str, Any]] = []
     for case in tokenwise(size):
-        if case.op in options.op:
+        if case.op in options.op and not case.label.endswith("int8"):  # the same tile as fp8
             torch.manual_seed(0)
             args = case.make(device, torch.bfloat16)
             tried = candidates(case.op, size)

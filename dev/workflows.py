@@ -45,7 +45,7 @@ GROUPS = (
     Group("Prompt", 320, "#88a", frozenset({"LightX2VTextEncode", "CLIPTextEncode"})),
     Group("Pictures", 320, "#a8a", frozenset({"LoadImage", "LightX2VImageEncode"})),
     Group("Sample", 280, "#8a8", frozenset({*SAMPLERS, *NATIVE_SAMPLERS})),
-    Group("Decode and save", 340, "#a88", frozenset({"LightX2VDecode", "CreateVideo", "SaveVideo"})),
+    Group("Decode and save", 340, "#a88", frozenset({"LightX2VDecode", "LightX2VReport", "CreateVideo", "SaveVideo"})),
 )
 NOTE_WIDTH, NOTE_HEIGHT = 350, 740
 # Pixels beyond what a node's slots and widgets take: lines of text, the preview, the video's player.
@@ -53,6 +53,7 @@ EXTRA_HEIGHT = {
     "LightX2VTextEncode": 120,
     "CLIPTextEncode": 120,
     "LoadImage": 240,
+    "LightX2VReport": 200,
     "LightX2VSampler": 240,
     "KSamplerAdvanced": 240,
     "SaveVideo": 360,

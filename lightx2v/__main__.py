@@ -40,9 +40,10 @@ def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) 
     )
     if args.vae_path or args.tae_path:
         pipe.enable_lightvae(vae_path=args.vae_path, use_tae=bool(args.tae_path), tae_path=args.tae_path)
-    if args.offload or args.vram_budget_gb:
-        how = args.offload or "auto"
-        pipe.enable_offload(how != "none", "auto" if how == "none" else how, vram_budget_gb=args.vram_budget_gb)
+    if args.offload or args.vram_budget_gb or args.ram_budget_gb:
+        how, budgets = args.offload or "auto", {"vram": args.vram_budget_gb, "ram": args.ram_budget_gb}
+        named = {f"{name}_budget_gb": budget for name, budget in budgets.items()}
+        pipe.enable_offload(how != "none", "auto" if how == "none" else how, **named)
     if args.lora:
         pipe.enable_lora([parse_lora(text) for text in args.lora])
     if cache is not None:
@@ -89,7 +90,7 @@ def _cache(args: argparse.Namespace) -> dict[str, Any] | None:
 def generate(args: argparse.Namespace) -> None:
     """One video from a prompt."""
     pipe = _pipeline(args, _cache(args))
-    made = pipe.generate(
+    pipe.generate(
         args.seed,
         args.prompt,
         args.negative_prompt,
@@ -100,12 +101,8 @@ def generate(args: argparse.Namespace) -> None:
     )
     described = pipe.describe(args.image_path or args.last_frame_path)
     print(f"{args.save_result_path}: {described}, seed {args.seed}, prompt: {args.prompt}")
-    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made["metadata"]["seconds"].items())
-    print(f"  {spent}")
-    if pipe.memory_plan is not None:
-        print(f"  {pipe.memory_plan.line()}")
-    for report in pipe.cache_reports:
-        print(f"  {report.describe()}")
+    for line in pipe.report.text().splitlines():
+        print(f"  {line}")
 
 
 def calibrate(args: argparse.Namespace) -> None:
@@ -149,11 +146,11 @@ def inspect(args: argparse.Namespace) -> None:
         found = recognise(path)
         print(f"{path}: {found.describe()}")
         told = {"kind": found.kind, "family": found.family, "task": found.task, "format": found.layout.format}
-        if found.network is not None:
-            told["variant"] = found.network.spec.name
+        if found.model is not None:
+            told["variant"] = found.model.spec.name
         print("  " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
-        if found.network is not None:
-            print(f"  {found.network.config}")
+        if found.model is not None:
+            print(f"  {found.model.config}")
         for reason, names in _grouped(found.layout.unused).items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             print(f"  not needed: {names[0]}{more} ({reason})")
@@ -236,6 +233,10 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--offload", choices=OFFLOADS, default=None, help=waits)
     budget = "GB of the GPU that auto and block may take; default: all that is free, and the least"
     group.add_argument("--vram_budget_gb", type=float, default=0.0, metavar="GB", help=budget)
+    ram = (
+        "GB of RAM for weights that pass through the GPU; more of them is read from the file; default: all that is free"
+    )
+    group.add_argument("--ram_budget_gb", type=float, default=0.0, metavar="GB", help=ram)
     group.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: cuda where there is one")
 
 

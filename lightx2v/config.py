@@ -28,6 +28,8 @@ class Engine:
     quant: in what the linear layers of blocks multiply, see `lightx2v.quant.packing`. "auto": packed weights of a file
         stay packed where the device has a kernel for them; "none": they are restored; "fp8", "int8": any file's are so.
     linear: "auto" or a backend of `int8_linear` or `fp8_linear` in lightx2v_kernels.linear.
+    ram_budget_gb: GB of RAM in which weights may rest that pass through the GPU, 0 for all that is free; the rest of
+        them is read from the file each time.
     """
 
     attention: str = "auto"
@@ -37,6 +39,7 @@ class Engine:
     vae_offload: bool = False
     quant: str = "auto"
     linear: str = "auto"
+    ram_budget_gb: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
@@ -44,6 +47,8 @@ class Engine:
         one_of("offload", self.offload, OFFLOADS)
         if not 0 <= self.vram_budget_gb < float("inf"):
             raise ValueError(f"vram_budget_gb={self.vram_budget_gb} must be 0 (no limit of its own) or more; 8 is 8 GB")
+        if not 0 <= self.ram_budget_gb < float("inf"):
+            raise ValueError(f"ram_budget_gb={self.ram_budget_gb} must be 0 (all that is free) or more; 16 is 16 GB")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,12 @@ class Decoding:
     mode: str = "auto"
     tiling: Tiling | None = None
 
+    @staticmethod
+    def of(mode: str, size: int | None, overlap: int) -> "Decoding":
+        """size: None with the usual overlap names no tiles."""
+        named = size is not None or overlap != Tiling.overlap
+        return Decoding(mode, Tiling(Tiling.size if size is None else size, overlap) if named else None)
+
     def __post_init__(self) -> None:
         one_of("decode mode", self.mode, MODES)
 

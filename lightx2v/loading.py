@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -60,16 +61,21 @@ def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device
 
 
 def fill(
-    transformer: nn.Module, info: CheckpointInfo, device: torch.device, quantise_on: torch.device | None = None
+    transformer: nn.Module,
+    info: CheckpointInfo,
+    device: torch.device,
+    quantise_on: torch.device | None = None,
+    *,
+    only: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Stream the weights of a built network to a device.
+    """Stream the weights of a built network to a device. only: names of those; the others stay in the file.
 
     Weights are restored or quantised one at a time, so that no more than one is in memory in float32: restored on that
     device, quantised on `quantise_on` (default: the same).
     """
     dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
     header = filling(transformer, info.header, quantise_on or device)
-    assign(transformer, header, dtype=dtypes.get, device=device)
+    assign(transformer, header, dtype=dtypes.get, device=device, only=only)
     log.info("%s: %s; %s", info.path.name, info.describe(), described(transformer))
 
 
@@ -80,11 +86,19 @@ def described(transformer: nn.Module) -> str:
 
 
 def load_transformer(
-    info: CheckpointInfo, engine: Engine, device: torch.device, weights_on: torch.device | None = None
+    info: CheckpointInfo,
+    engine: Engine,
+    device: torch.device,
+    weights_on: torch.device | None = None,
+    left: Callable[[nn.Module], Collection[str]] = lambda transformer: (),
 ) -> nn.Module:
-    """Build the network for `device` and read its weights to `weights_on` (default: device); raises as the two do."""
+    """Build the network for `device` and read its weights to `weights_on` (default: device); raises as the two do.
+
+    left: names of weights that stay in the file, and without contents in the network.
+    """
     transformer = build_transformer(info, engine, device)
-    fill(transformer, info, weights_on or device, device)
+    names = left(transformer)
+    fill(transformer, info, weights_on or device, device, only=lambda name: name not in names)
     return transformer
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Engine
 from lightx2v.decoding import VAEChoice
 from lightx2v.diffuse import Model
@@ -21,11 +22,14 @@ from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.models import ImageEncoder, TextEncoder
+from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.home import Home
+from lightx2v.offload.parts import streamable
 from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
 from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
 from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
-from lightx2v.offload.stream import BlockStream, streamable
+from lightx2v.offload.stream import BlockStream
+from lightx2v.report import sampling_lines
 from lightx2v.vae.hunyuan15 import HunyuanVAE
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.wan import WanVAE
@@ -50,6 +54,7 @@ class Parts:
         self._transformers: tuple[nn.Module, ...] = ()
         self._applied: tuple[Applied, ...] = ()
         self._how = "auto"
+        self._filed = 0  # blocks of each transformer that were left in its file
         self._placing = Placing(device)
         self._engine = Engine()
         self.plan: Plan | None = None  # of the last request, where one was made
@@ -176,6 +181,10 @@ class Parts:
         free = self.free_bytes()
         return has_room(nbytes, sys.maxsize if free is None else free, budget)
 
+    def said(self, caches: Sequence[CacheReport]) -> list[str]:
+        """Of the last pass of the sampler: files, kernels, types, memory, LoRAs and those caches."""
+        return sampling_lines(self._infos, self._engine, self.device, self.plan, self._applied, caches)
+
     def use_engine(self, engine: Engine) -> None:
         """From now on; transformers that were read for another are forgotten."""
         if engine != self._engine:
@@ -200,12 +209,11 @@ class Parts:
         self.use_engine(engine)
         plan = self.plan = self._planned(engine, asked) if planned(engine, self.device) else None
         resident = len(self._infos) == 1 and engine.offload in ("none", "auto") if plan is None else plan.whole
-        if not self._transformers:
-            wait = self.device if resident else CPU
-            self._transformers = tuple(load_transformer(info, engine, self.device, wait) for info in self._infos)
-        self._set_loras(loras, how)
+        self._load(engine, self.device if resident else CPU, plan)
+        self._set_loras(loras, "branch" if self._filed else how)  # what is read again each time cannot be changed
         if plan is not None:
-            with self._placing.placed(self._transformers, self._applied, plan) as (networks, around):
+            placed = self._placing.placed(self._transformers, self._applied, plan, self._infos)
+            with placed as (networks, around):
                 yield Model(self._infos[0].spec, self.device, *networks, around=around)
             return
         if resident:
@@ -219,6 +227,15 @@ class Parts:
         finally:
             for home in homes:
                 home.leave()
+
+    def _load(self, engine: Engine, wait: torch.device, plan: Plan | None) -> None:
+        if self._filed if plan is None else not plan.suits(self._filed):
+            self.forget_transformers()
+        if not self._transformers:
+            self._filed = 0 if plan is None else plan.filed
+            left = partial(left_in_file, count=self._filed)
+            each = (load_transformer(info, engine, self.device, wait, left) for info in self._infos)
+            self._transformers = tuple(each)
 
     def sampled(
         self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
@@ -241,7 +258,7 @@ class Parts:
 
     def clear_transformers(self) -> None:
         """Take the transformers to main memory, until they are asked for."""
-        for network in self._transformers:
+        for network in self._transformers if not self._filed else ():  # those in files are nowhere else anyway
             network.to(CPU)
 
     def _planned(self, engine: Engine, asked: Asked | None) -> Plan:

@@ -28,13 +28,13 @@ from lightx2v.loading import choose_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
 from lightx2v.models import encoders_of
-from lightx2v.offload import Asked, Plan, offloaded
+from lightx2v.offload import Asked, Plan, budgeted, offloaded
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
-from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, timed, two_scales
+from lightx2v.report import Report, Watch
+from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, two_scales
 from lightx2v.sampling import Step
 from lightx2v.stages import Encoded, decode, encode, ticker
-from lightx2v.vae.tiling import Tiling
 
 log = logging.getLogger(__name__)
 CACHE_METHODS = {"none": "none", "nocaching": "none", "tea": "teacache", "mag": "magcache"}
@@ -91,6 +91,7 @@ class LightX2VPipeline:
         self._choose_cache: Callable[[Sequence[CheckpointInfo]], CacheFactory | None] = lambda infos: None
         self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network
         self.memory_plan: Plan | None = None  # of the last video, where one was made
+        self.report = Report()  # of the last video: what ran, how long, in how much memory
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._parts, self._decoding = Parts(self._folder, (), chosen), Decoding()
         self._vaes = VAERequest(False, False, None, None)
@@ -182,12 +183,8 @@ class LightX2VPipeline:
 
     @checked
     def enable_vae_tiling(self, mode: str = "tiled", tile_size: int | None = None, overlap: int = 64) -> None:
-        """Decode in tiles of so many pixels: "tiled" always, "full" never, "auto", as it is at first, if need be.
-
-        tile_size: None is 256, in "auto" the best that fits.
-        """
-        named = tile_size is not None or overlap != Tiling.overlap
-        self._decoding = Decoding(mode, Tiling(tile_size or Tiling.size, overlap) if named else None)
+        """Decode in tiles of so many pixels (256): "tiled" always, "full" never, "auto" if need be, of any size."""
+        self._decoding = Decoding.of(mode, tile_size, overlap)
         self._asked.add("enable_vae_tiling")
 
     @checked
@@ -200,12 +197,12 @@ class LightX2VPipeline:
         vae_offload: bool = False,
         *,
         vram_budget_gb: float = 0.0,
+        ram_budget_gb: float = 0.0,
     ) -> None:
         """Where weights wait; every choice is explained in docs/memory.md. Without this call: "auto"."""
-        if vram_budget_gb > 0 and not cpu_offload:
-            raise ValueError(f"vram_budget_gb={vram_budget_gb:g} without cpu_offload=True changes nothing; set both")
         engine = offloaded(self._engine, cpu_offload, offload_granularity)
-        self._set_engine(replace(engine, vram_budget_gb=vram_budget_gb, vae_offload=vae_offload))
+        budgets = {"vram_budget_gb": vram_budget_gb, "ram_budget_gb": ram_budget_gb}
+        self._set_engine(budgeted(replace(engine, vae_offload=vae_offload), **budgets))
         self._asked.add("enable_offload")
 
     @checked
@@ -369,18 +366,20 @@ class LightX2VPipeline:
         request = self._sized(request, start if start is not None else end)
         if not return_result_tensor:
             require_mp4(save_result_path, request.width, request.height)
-        seconds: dict[str, float] = {}
-        with timed(seconds, "encode"):
+        watch = Watch(self._parts.device)
+        with watch.stage("encode"):
             encoded = encode(self._parts, self._info.spec, request, start, end)
-        with timed(seconds, "sample"):
+        with watch.stage("sample") as lines:
             latents = self._sample(request, encoded, lambda: ticker(progress, on_step))
-        with timed(seconds, "decode"):
+            lines += self._parts.said(self.cache_reports)
+        with watch.stage("decode"):
             frames = decode(self._parts, latents, self._decoding, progress)
         if not return_result_tensor:
-            with timed(seconds, "save"):
+            with watch.stage("save"):
                 save_mp4(frames, save_result_path, request.fps, comment=f"prompt: {prompt}\nseed: {seed}")
         model = {"model": self._info.spec.title, "model_cls": self._pick.model_cls, "task": task or self._task}
-        metadata = {**model, **described(request), "seconds": seconds}
+        metadata = {**model, **described(request), "seconds": watch.seconds}
+        self.report = Report(tuple(watch.stages))
         return {"video": frames if return_result_tensor else None, "metadata": metadata}
 
     @checked

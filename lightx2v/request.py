@@ -1,10 +1,8 @@
 """What one video is asked for: changes for a single call, sizes that the model can make, and what it was in the end."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -98,16 +96,6 @@ def sized_for(image: Tensor, request: Request, spec: ModelSpec) -> Request:
     area = request.height * request.width
     height, width = size_for_image(area, (image.shape[1], image.shape[2]), spec.latents, spec.patch_size)
     return replace(request, height=height, width=width)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the wall-clock seconds of what runs within."""
-    began = perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = perf_counter() - began
 
 
 def described(request: Request) -> dict[str, Any]:

@@ -10,11 +10,12 @@ CPU), any other file one faster backend with what it needs. `registry.py` choose
 How a Triton or CUDA backend is written, so that torch.compile and CUDA graphs see one opaque op and training still
 works:
 
-- `<op>/triton.py` holds `BACKENDS` and a `load` that imports `<op>/_triton.py`, which alone imports triton and holds
+- `<op>/triton.py` holds `BACKENDS` and imports `<op>/_triton.py` when one is taken; that alone imports triton and holds
   the `@triton.jit` code;
-- there the launch is a `torch.library.custom_op("lightx2v::<op>", mutates_args=())` with `register_fake` (shape and
-  dtype, no data) and `register_autograd`, whose backward differentiates the reference on the saved inputs: a fused op
-  saves memory traffic, not derivations;
+- there the launch is wrapped by `opaque.opaque`: a `torch.library.custom_op("lightx2v::<op>")` with a fake (shape and
+  dtype, no data) and an autograd whose backward differentiates the reference on the saved inputs: a fused op saves
+  memory traffic, not derivations. Plain eager calls skip the dispatcher;
+- how many tokens a program takes is a fixed rule in `tiles.py`;
 - outputs are allocated inside with torch.empty, addresses are int64, and the file adds a test and a benchmark entry
   before it gets a rank.
 """

@@ -95,13 +95,21 @@ class Backend:
     rotary: Callable[[], Callable[..., Any]] | None = None
     variants: tuple[str, ...] = ()
 
+    @property
+    def _packages(self) -> tuple[str, ...]:
+        return (self.package,) if isinstance(self.package, str) else self.package or ()
+
+    @property
+    def absent(self) -> bool:
+        """Whether its package is not installed."""
+        return bool(self._packages) and not any(map(importable, self._packages))
+
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Every reason why this backend cannot run there, in words, with what would change it; None if it can."""
         reasons = []
-        packages = (self.package,) if isinstance(self.package, str) else self.package or ()
-        fix = self.fix or f"pip install {self.distribution or packages[0]}" if packages else ""
-        if packages and not any(map(importable, packages)):
-            reasons.append(f"package '{' or '.join(packages)}' is not installed ({fix})")
+        fix = self.fix or f"pip install {self.distribution or self.package}"
+        if self.absent:
+            reasons.append(f"package '{' or '.join(self._packages)}' is not installed ({fix})")
         elif self.distribution and self.majors and (reason := version_reason(self.distribution, self.majors)):
             reasons.append(f"{reason} ({fix})")
         if self.devices and device.type not in self.devices:
@@ -291,14 +299,11 @@ def _first(registry: Registry, name: str, device: torch.device, dtype: torch.dty
         elif why := backend.why_not(device, dtype, head_dim) or self_test(op, backend, device, dtype, head_dim):
             passed_over[backend.name] = why
         else:
-            logger.info(
-                "%s: %s on %s%s", op.name, backend.name, _place(device, dtype, head_dim), _why_others(passed_over)
-            )
+            aside = _aside(registry, passed_over)
+            logger.info("%s: %s on %s%s", op.name, backend.name, _place(device, dtype, head_dim), aside)
             return backend
-    raise UnsupportedBackendError(
-        f"no {op.name} backend can run on {_place(device, dtype, head_dim)}: "
-        f"{_why_others(passed_over, '{}') or 'none is registered'}"
-    )
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed_over.items()) or "none is registered"
+    raise UnsupportedBackendError(f"no {op.name} backend can run on {_place(device, dtype, head_dim)}: {reasons}")
 
 
 @functools.cache
@@ -333,7 +338,7 @@ def _fastest(
         "%s (%s): %s takes %.3g ms on %s%s%s",
         *(registry.op.name, workload, taken.name, found.ms[taken.name], _place(device, dtype, head_dim)),
         f"; {', '.join(others)}" if others else "",
-        _why_others({**refused, **found.passed_over}),
+        _aside(registry, {**refused, **found.passed_over}),
     )
     return taken
 
@@ -352,7 +357,7 @@ def _time(
 
         def why_wrong(name: str, out: Tensor) -> str | None:
             part = load.rows(out)
-            if reason := _why_wrong(backends[name], part, truth, plain):
+            if reason := why_otherwise(part, plain) or _why_wrong(backends[name], part, truth, plain):
                 return f"at {tuple(out.shape)}: {reason}"
             if backends[name].max_error is not None and (found := cosine(part, truth)) < CLOSE_ENOUGH:
                 return f"lossy, cosine {found:.5f} to fp32 is below {CLOSE_ENOUGH}; runs when named"
@@ -373,9 +378,12 @@ def _pick(found: Timings, able: Sequence[Backend]) -> Backend | None:
     return exact or lossy
 
 
-def _why_others(passed_over: Mapping[str, str], around: str = " (passed over: {})") -> str:
-    told = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
-    return around.format(told) if told else ""
+def _aside(registry: Registry, passed_over: Mapping[str, str]) -> str:
+    """Why not the others, for a line of log, where a package that is not there needs no more words than that."""
+    absent = [backend.name for backend in registry.backends if backend.absent and backend.name in passed_over]
+    told = "; ".join(f"{name}: {why}" for name, why in passed_over.items() if name not in absent)
+    parts = [f"passed over: {told}"] * bool(told) + [f"not installed: {', '.join(absent)}"] * bool(absent)
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def why_otherwise(result: Any, expected: Any) -> str | None:

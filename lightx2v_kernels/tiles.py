@@ -23,11 +23,16 @@ def count(length: int, block: int) -> int:
 def norm(width: int, quantised: bool) -> Tile:
     """Of the norms: whole rows in registers, at most 64 values a thread.
 
-    The values of two rows and 128 registers let two programs share an SM where the maximum of a row is needed too.
+    Single long rows need few registers, so that many programs share an SM. Where the maximum of a row is needed too,
+    every value is kept in fp32: then two rows share one reading of the tables, and 128 registers leave room for two
+    programs.
     """
     block = power_of_two(width)
-    rows = max(2, 8192 // block)
-    return Tile(rows, _warps(rows * block, 2048), 128 if quantised else None)
+    if quantised:
+        rows = max(2, 8192 // block)
+        return Tile(rows, _warps(rows * block, 2048), 128)
+    rows = max(1, 4096 // block)
+    return Tile(rows, _warps(rows * block, 2048))
 
 
 @cache

@@ -8,9 +8,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from lightx2v.config import one_of
+from lightx2v.report import Watch
 from lightx2v.vae.tiling import Tiling, decode_tiled
 
 from . import host
+from .report import KEY, so_far
 from .vae import EngineVAE
 
 MODES = ("auto", "full", "tiled")
@@ -30,7 +32,10 @@ class LightX2VDecode(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="From Load VAE (LightX2V), or ComfyUI's own Load VAE."),
                 *cls._tile_inputs(),
             ],
-            outputs=[io.Image.Output("frames", display_name="frames")],
+            outputs=[
+                io.Image.Output("frames", display_name="frames"),
+                io.Latent.Output("reported", display_name="latent"),
+            ],
         )
 
     @staticmethod
@@ -94,12 +99,16 @@ class LightX2VDecode(io.ComfyNode):
         host.cancel_point()
         one_of("mode", mode, MODES)
         samples, tiling = latent["samples"], Tiling(tile_size, overlap, tile_frames)
-        if mode == "auto" and not _fits(vae, samples):
-            mode = "tiled"
-        frames = None if mode == "tiled" else _whole(vae, samples, mode)
-        if frames is None:
-            frames = _tiled(vae, samples, tiling)
-        return io.NodeOutput(frames.flatten(0, 1) if frames.ndim == 5 else frames)
+        watch = Watch(getattr(vae, "device", None) or mm.get_torch_device())
+        with watch.stage("decode") as lines:
+            if mode == "auto" and not _fits(vae, samples):
+                mode = "tiled"
+            frames = None if mode == "tiled" else _whole(vae, samples, mode)
+            lines.append(f"decoded {'whole frames' if frames is not None else f'tiles of {tile_size} pixels'}")
+            if frames is None:
+                frames = _tiled(vae, samples, tiling)
+        reported = {**latent, KEY: so_far(latent).then(*watch.stages)}
+        return io.NodeOutput(frames.flatten(0, 1) if frames.ndim == 5 else frames, reported)
 
 
 def _fits(vae: comfy.sd.VAE, samples: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Loaders. Each picker lists only the files that fit it, told from their headers."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,24 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
+from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import DTYPES, Engine
 from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import build_transformer, compute_dtype, fill, with_attention
 from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
 from lightx2v.memory import transformer_activation_bytes
-from lightx2v.offload import Home, Placing
-from lightx2v.text import umt5
+from lightx2v.models import TextEncoder
+from lightx2v.offload import Home, Placing, Plan
+from lightx2v.offload.disk import left_in_file
+from lightx2v.text import byt5, hunyuan15, qwen, umt5
+from lightx2v.text.chat import is_tokenizer
 
 from . import host
 from .lora import LoraStack
 
-MODELS = "diffusion_models"
+MODELS, TEXT_ENCODERS = "diffusion_models", "text_encoders"
+UMT5, QWEN, BYT5 = "umT5", "Qwen2.5-VL", "byT5"
 NONE = "none"
 EXPERTS = tuple((f"{role}_original_ckpt", f"{role}_quantized_ckpt") for role in ("high_noise", "low_noise"))
 
@@ -41,20 +47,33 @@ class LoadedTransformer(host.EngineHandle):
         self.applied: Applied | None = None  # None: the weights are not read yet
         self.placing = Placing(device)
         self._home: Home | None = None  # once they were in RAM
+        self._filed = 0  # blocks that were left in the file
 
-    def read(self, device: torch.device | None = None) -> None:
-        """Read the weights to a device, the load device where none is given, unless they were."""
-        if self.applied is None:
-            fill(self.model.network, self.info, device or self.load_device)
-            self.applied = apply_loras(self.model.network, self.info, self.loras, device=self.load_device)
+    def read(self, device: torch.device | None = None, filed: int = 0) -> None:
+        """Read the weights to a device, the load device where none is given, unless they were. filed: of so many blocks
+        they stay in the file."""
+        if self.applied is not None:
+            return
+        network, how = self.model.network, "branch" if filed else "auto"  # what is read again cannot be changed
+        left, self._filed = left_in_file(network, filed), filed
+        fill(network, self.info, device or self.load_device, only=lambda name: name not in left)
+        self.applied = apply_loras(network, self.info, self.loras, how, device=self.load_device)
+
+    def _forget(self) -> None:
+        """The weights are read again at their next use."""
+        self.placing.forget()
+        self._home, self.applied, self._filed = None, None, 0
+        self.model.network = build_transformer(self.info, self.engine, self.load_device)
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
+        if self._filed:
+            self._forget()
         self.read()
         return super().partially_load(*args, **kwargs)
 
     def move(self, device: torch.device) -> None:
         """What was in RAM once stays there, so that leaving the device copies nothing; unless RAM is short."""
-        if self.applied is None:
+        if self.applied is None or self._filed:
             return
         if device.type == "cpu":
             self._home = self._home or Home(self.model.network)
@@ -73,11 +92,14 @@ class LoadedTransformer(host.EngineHandle):
         self.read()
         return self._with(attention)
 
-    def resting_network(self, attention: str) -> nn.Module:
-        """The same, with its weights in RAM."""
-        self.read(torch.device("cpu"))
+    def resting_network(self, attention: str, plan: Plan) -> nn.Module:
+        """The same, with its weights in RAM, or in the file as far as the plan leaves them there."""
+        if self.applied is not None and not plan.suits(self._filed):
+            self._forget()
+        self.read(torch.device("cpu"), plan.filed)
         network = self._with(attention)
-        self._home = self._home or Home(network)
+        if not self._filed:
+            self._home = self._home or Home(network)
         return network
 
     def _with(self, attention: str) -> nn.Module:
@@ -120,8 +142,8 @@ class LightX2VLoadModel(io.ComfyNode):
                     options=[*original, NONE],
                     optional=True,
                     tooltip="Models in bf16, fp16 or fp32 of models/diffusion_models (and extra_model_paths) that this "
-                    "pack can run: Wan2.1 T2V 14B is 28.6 GB in bf16. A sharded model is listed once. none: use "
-                    "quantized_ckpt.",
+                    "pack can run: Wan2.1 T2V 14B is 28.6 GB in bf16, HunyuanVideo-1.5 16.7 GB. A sharded "
+                    "model is listed once. none: use quantized_ckpt.",
                 ),
                 _dtype_input(),
                 io.Combo.Input(
@@ -261,38 +283,58 @@ def _loaded(info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...]) -> Lo
 
 @dataclass(frozen=True)
 class LoadedTextEncoder:
-    encoder: umt5.UMT5
+    encoder: TextEncoder
     handle: host.EngineHandle
 
 
 class LightX2VLoadTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        kinds = host.asked(TEXT_ENCODERS, _text_kind)
         return host.schema(
             node_id="LightX2VLoadTextEncoder",
             display_name="Load Text Encoder (LightX2V)",
             category="LightX2V/loaders",
-            description="Loads umT5-xxl, the text encoder of Wan, in any published layout, plain or quantised.",
+            description="Loads umT5-xxl, the text encoder of Wan, or Qwen2.5-VL with byT5, those of HunyuanVideo-1.5, "
+            "in any published layout, plain or quantised.",
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
-                    options=host.files("text_encoders", _is_text_encoder),
-                    tooltip="umT5 files of models/text_encoders: umt5_xxl_fp16.safetensors (11.4 GB), or fp8, int8 and "
-                    "GGUF (6.7 GB in fp8). Without a tokenizer inside the file, Wan's google/umt5-xxl folder must lie "
-                    "next to it.",
+                    options=[name for name, kind in kinds.items() if kind != BYT5],
+                    tooltip="Files of models/text_encoders. Wan: umt5_xxl_fp16.safetensors (11.4 GB), or fp8, int8 and "
+                    "GGUF (6.7 GB in fp8). HunyuanVideo-1.5: qwen_2.5_vl_7b.safetensors (16.6 GB, of which 13.2 GB are "
+                    "read), or fp8. Without a tokenizer inside the file, Wan's google/umt5-xxl folder must lie next to "
+                    "it; Qwen's comes with ComfyUI.",
+                ),
+                io.Combo.Input(
+                    "text_encoder_2",
+                    options=[NONE, *(name for name, kind in kinds.items() if kind == BYT5)],
+                    default=NONE,
+                    optional=True,
+                    tooltip="HunyuanVideo-1.5 alone: byt5_small_glyphxl_fp16.safetensors (0.4 GB), which spells out "
+                    "text in quotation marks. none: prompts must quote nothing.",
                 ),
             ],
             outputs=[host.TextEncoder.Output("encoder", display_name="text encoder")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, text_encoder: str, **_: Any) -> tuple[str, int, int]:
-        return host.fingerprint("text_encoders", text_encoder)
+    def fingerprint_inputs(cls, text_encoder: str, text_encoder_2: str = NONE, **_: Any) -> tuple:
+        return tuple(host.fingerprint(TEXT_ENCODERS, name) for name in (text_encoder, text_encoder_2) if name != NONE)
 
     @classmethod
-    def execute(cls, text_encoder: str) -> io.NodeOutput:
+    def execute(cls, text_encoder: str, text_encoder_2: str = NONE) -> io.NodeOutput:
         device, resting = mm.text_encoder_device(), mm.text_encoder_offload_device()
-        encoder = umt5.load(host.locate("text_encoders", text_encoder), tokenizer=None, dtype=None, device=resting)
+        path = host.locate(TEXT_ENCODERS, text_encoder)
+        second = None if text_encoder_2 == NONE else host.locate(TEXT_ENCODERS, text_encoder_2)
+        encoder: TextEncoder
+        if _text_kind(path) == UMT5:
+            if second is not None:
+                raise ValueError(f"{text_encoder} is umT5, which has no second encoder; set text_encoder_2 to {NONE}")
+            encoder = umt5.load(path, tokenizer=None, dtype=None, device=resting)
+        else:
+            own = is_tokenizer(path if path.is_dir() else path.parent / "tokenizer")
+            encoder = hunyuan15.load(path, second, tokenizer=None if own else host.qwen_vocabulary(), device=resting)
         return io.NodeOutput(LoadedTextEncoder(encoder, host.EngineHandle(host.Housed(encoder.model), device, resting)))
 
 
@@ -302,6 +344,12 @@ def _traits(path: Path) -> tuple[bool, bool]:
     return info.quantised, info.spec.boundary is not None
 
 
-def _is_text_encoder(path: Path) -> bool:
+def _text_kind(path: Path) -> str:
+    """Which text encoder a file is; raises CheckpointError for what is none."""
+    openers = {QWEN: qwen.open_encoder, BYT5: byt5.open_encoder}
+    for kind, open_encoder in openers.items():
+        with suppress(CheckpointError):
+            open_encoder(path)
+            return kind
     umt5.open_encoder(path)
-    return True
+    return UMT5

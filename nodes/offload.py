@@ -8,11 +8,13 @@ import comfy.model_management as mm
 from torch import Tensor, nn
 
 from lightx2v.cache.choice import kept_bytes
+from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Engine
 from lightx2v.diffuse import Model
 from lightx2v.loading import compute_dtype
 from lightx2v.offload import Asked, Plan
 from lightx2v.offload.shortage import Advice, once_more
+from lightx2v.report import sampling_lines
 
 from . import host
 from .load import LoadedTransformer
@@ -25,12 +27,13 @@ def sampled(
     engine: Engine,
     samples: Tensor,
     cached: bool,
-    work: Callable[[Model, Plan | None], Tensor],
-) -> Tensor:
-    """What `work` makes of one handle or two as the engine's model, while it samples latents (B, C, [T,] H, W).
+    work: Callable[[Model], Tensor],
+) -> tuple[Tensor, Plan | None]:
+    """What `work` makes of one handle or two as the engine's model, while it samples latents (B, C, [T,] H, W); and the
+    plan, where one was made.
 
-    engine: attention, offload and budget that the sampler asks for. `work` is told the plan, where one was made; where
-    GPU memory runs out, it runs once more with a tighter one.
+    engine: attention, offload and budget that the sampler asks for. Where GPU memory runs out, `work` runs once more
+    with a tighter plan.
     Raises DoesNotFitError where nothing helps.
     """
     shape = samples.shape if samples.ndim == 5 else samples.unsqueeze(2).shape
@@ -39,9 +42,19 @@ def sampled(
     def attempt(failed: Plan | None) -> Tensor:
         plans[:] = [_plan(experts, engine, Asked(shape, cached, failed=failed, pin_limit=host.pin_limit()))]
         with _brought(experts, engine, samples, cached, plans[0]) as model:
-            return work(model, plans[0])
+            return work(model)
 
-    return once_more(attempt, lambda: plans[0], host.make_room, Advice(experts[0].info.spec, shape))
+    made = once_more(attempt, lambda: plans[0], host.make_room, Advice(experts[0].info.spec, shape))
+    return made, plans[0]
+
+
+def said(
+    experts: Sequence[LoadedTransformer], engine: Engine, plan: Plan | None, caches: Sequence[CacheReport]
+) -> list[str]:
+    """For the report: files, kernels, types, memory, LoRAs and those caches."""
+    first = experts[0]
+    infos, applied = [expert.info for expert in experts], [expert.applied for expert in experts]
+    return sampling_lines(infos, replace(engine, dtype=first.engine.dtype), first.load_device, plan, applied, caches)
 
 
 @contextmanager
@@ -84,11 +97,12 @@ def _passing(experts: Sequence[LoadedTransformer], attention: str, plan: Plan) -
     first = experts[0]
     for expert in experts:
         host.back_to_ram(expert)
-    networks = [expert.resting_network(attention) for expert in experts]
+    networks = [expert.resting_network(attention, plan) for expert in experts]
     mm.free_memory(plan.peak, first.load_device)
     applied = [expert.applied for expert in experts if expert.applied is not None]
+    infos = [expert.info for expert in experts]
     try:
-        with first.placing.placed(networks, applied, plan) as (bringers, around):
+        with first.placing.placed(networks, applied, plan, infos) as (bringers, around):
             first.tell_host(first.placing.device_bytes)
             yield Model(first.info.spec, first.load_device, *bringers, around=around)
     finally:

@@ -7,20 +7,22 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from lightx2v.cache.choice import choose
+from lightx2v.cache.walk import CacheReport
 from lightx2v.config import CACHES, SCHEDULERS, Cache, Engine, Sampling, one_of
 from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
 from lightx2v.fitting import check_images, check_latents
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
-from lightx2v.offload import Plan
 from lightx2v.preview import read_colours
+from lightx2v.report import Watch
 from lightx2v.schedules import parse_step_list
 from lightx2v_kernels.registry import choices
 
 from . import host
 from .cache import CacheOptions
 from .load import LoadedExperts, LoadedTransformer
-from .offload import OFFLOADS, sampled
+from .offload import OFFLOADS, said, sampled
+from .report import KEY, so_far
 
 LAST_STEP = 10000
 STEP_LIST = ", ".join(map(str, Sampling().denoising_step_list))
@@ -228,11 +230,13 @@ class LightX2VSampler(io.ComfyNode):
         info, samples = experts[0].info, latent["samples"]
         check_latents(info, samples)
         check_images(info, start=_given(positive, "concat_latent_image"), end=False)
-        cache = choose(cache_options or Cache(widgets["cache"]), [expert.info for expert in experts])
+        caches: list[CacheReport] = []
+        cache = choose(cache_options or Cache(widgets["cache"]), [expert.info for expert in experts], caches.append)
         space = info.spec.latents
         picture = host.picture_of(space, read_colours(info.header, space.channels))
 
-        def work(ready: Model, plan: Plan | None) -> Tensor:
+        def work(ready: Model) -> Tensor:
+            caches.clear()
             return diffuse(
                 ready,
                 Start(samples, latent.get("noise_mask"), latent.get("batch_index")),
@@ -243,9 +247,13 @@ class LightX2VSampler(io.ComfyNode):
                 cache=cache,
             )
 
-        out = sampled(experts, engine, samples, cache is not None, work)
+        watch = Watch(experts[0].load_device)
+        with watch.stage("sample") as lines:
+            out, plan = sampled(experts, engine, samples, cache is not None, work)
+            lines += said(experts, engine, plan, caches)
         passed_on = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
-        return io.NodeOutput({**passed_on, "samples": out.to(mm.intermediate_device())})
+        made = {"samples": out.to(mm.intermediate_device()), KEY: so_far(latent).then(*watch.stages)}
+        return io.NodeOutput({**passed_on, **made})
 
 
 def _engine(widgets: dict[str, Any]) -> Engine:

@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser, peers: Peers | None = None) -
     )
     parser.add_argument("--size", choices=("480p", "720p"), default="480p", help="default: %(default)s; demo: 128x128")
     parser.add_argument("--frames", type=int, help="default: as the model was trained, 81 or 121; demo 17")
-    backends = f"auto, {engine.ALL} (that can run), {engine.LOSSY} (those in 8 bits), "
+    backends = f"auto, exact, {engine.ALL} (that can run), {engine.LOSSY} (those in 8 bits), "
     backends += f"or of {', '.join(registry.names('attention'))}; default: auto"
     parser.add_argument("--attention", nargs="+", default=["auto"], metavar="NAME", help=backends)
     schemes = f"of {', '.join((engine.NONE, *SCHEMES))}; default: none"

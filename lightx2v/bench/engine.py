@@ -56,15 +56,15 @@ def entries(setting: Setting, schemes: Sequence[str], attention: Sequence[str]) 
 
     attention: names of backends, "auto", ALL, LOSSY.
     """
-    names = backends(setting, attention)
+    names = backends(attention, setting.device, setting.dtype, setting.subject.spec.head_dim)
     pairs = [(NONE, BASELINE)] + [(scheme, name) for scheme in schemes for name in names]
     return [_entry(setting, *pair) for pair in dict.fromkeys(pairs)]
 
 
-def backends(setting: Setting, asked: Sequence[str]) -> list[str]:
+def backends(asked: Sequence[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Names of attention backends, in the order of the registry where ALL or LOSSY stands for them."""
     able = registry.registry("attention")
-    fits = able.refusals(setting.device, setting.dtype, setting.subject.spec.head_dim)
+    fits = able.refusals(device, dtype, head_dim)
     lossy = {backend.name for backend in able.backends if backend.max_error is not None}
     # The reference holds the whole score matrix: at the length of a video it fits no memory.
     capable = [name for name, why_not in fits.items() if why_not is None and name != "reference"]
@@ -82,7 +82,7 @@ def _entry(setting: Setting, scheme: str, attention: str) -> Entry:
         make=lambda: _contestant(setting, scheme, attention),
         lossy=packed,
         holds=scheme if packed else "",
-        extra_bytes=packed_bytes(setting.subject, setting.network) if packed else 0,
+        extra_bytes=packed_bytes(setting.subject, setting.network, scheme) if packed else 0,
         facts={"engine": "lightx2v", "quant": scheme, "attention": attention},
     )
 

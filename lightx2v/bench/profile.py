@@ -8,6 +8,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from lightx2v.bench.timing import gpu_state
+
 # Tried in this order, against the kernel's name in lower case. The first three name what a kernel does; a fused kernel
 # that quantises what it has normed or activated counts as elementwise, as it is bound by the same memory traffic.
 GROUPS: tuple[tuple[str, str], ...] = (
@@ -34,7 +36,8 @@ def group_of(kernel: str) -> str:
 
 
 def profiled(fn: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """One call: ms a group, their total, and the longest kernels by name, so that a name in the wrong group shows.
+    """One call: ms a group, their total, and the longest kernels by name, so that a name in the wrong group shows; on a
+    GPU also its state while it is at work.
 
     On a CPU the groups are of PyTorch's operators.
     """
@@ -42,13 +45,14 @@ def profiled(fn: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         fn()
         if gpu:
+            busy = gpu_state()
             torch.cuda.synchronize(device)
     names: dict[str, float] = {}
     for event in profiler.key_averages():
         if (event.device_type == DeviceType.CUDA) == gpu and not event.key.startswith(MARKS):
             spent = event.self_device_time_total if gpu else event.self_cpu_time_total
             names[event.key] = names.get(event.key, 0.0) + spent / 1000
-    return summary(names)
+    return summary(names) | ({"gpu": busy} if gpu else {})
 
 
 def summary(names: Mapping[str, float]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightx2v.bench.profile import profiled
-from lightx2v.bench.timing import Times, gpu_state, time_calls
+from lightx2v.bench.timing import Times, time_calls
 from lightx2v_kernels.closeness import relative_error
 
 Row = dict[str, Any]
@@ -158,23 +158,16 @@ def _timed(ready: Sequence[tuple[Contestant, Row]], course: Course, flops: float
         if name == again:
             row["again"] = True  # the first entry, timed once more beside these
         elif course.profile and not course.over:
-            row |= _watched(made, course)
+            row["profile"] = _profile(made, course.device)
         course.say(f"{name}: {row['ms']} ms ({row['ms_min']}-{row['ms_max']}), {row['tflops']} TFLOP/s")
         yield row
 
 
-def _watched(made: Contestant, course: Course) -> Row:
-    """A profile, and the state of the GPU while a call is under way."""
-    row: Row = {}
+def _profile(made: Contestant, device: torch.device) -> Row:
     try:
-        row["profile"] = profiled(made.call, course.device)
-        if course.device.type == "cuda":
-            made.call()
-            row["busy"] = gpu_state()
-            torch.cuda.synchronize(course.device)
+        return profiled(made.call, device)
     except Exception as error:
-        row["profile"] = {"failed": _words(error)}
-    return row
+        return {"failed": _words(error)}
 
 
 def collect(device: torch.device) -> None:

@@ -125,7 +125,7 @@ class Subject:
         """The same kind of network, small enough to try everything out on a CPU."""
         narrow = {"hidden_size": 256, "ffn_size": 512, "text_dim": 64}
         if isinstance(self.config, HunyuanConfig):
-            narrow |= {"refiner_ffn_size": 512, "glyph_dim": 64, "glyph_size": 64, "image_dim": 64}
+            narrow |= {"ffn_size": 1024, "refiner_ffn_size": 1024, "glyph_dim": 64, "image_dim": 64}
         toy = self.small()
         return replace(toy, config=replace(toy.config, **narrow))
 

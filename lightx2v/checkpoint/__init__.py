@@ -6,7 +6,7 @@ milliseconds and before any weight is read.
 """
 
 from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Packed, TensorInfo
-from lightx2v.checkpoint.reader import read_bytes, read_header, read_tensors
+from lightx2v.checkpoint.reader import read_bytes, read_header, read_into, read_tensors
 from lightx2v.checkpoint.weights import DtypeRule, assign, places
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "places",
     "read_bytes",
     "read_header",
+    "read_into",
     "read_tensors",
 ]

@@ -1,5 +1,6 @@
 """The header of any kind of checkpoint, and its tensors one at a time."""
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,6 +70,31 @@ def read_tensors(
                 else:
                     parts = {role: files.tensor(name, part).to(device) for role, part in info.packed.parts.items()}
                     yield name, info.packed.unpack(parts)
+
+
+def read_into(header: Header, name: str, target: Tensor) -> None:
+    """Read one tensor into contiguous main memory of its shape, and of the type that it is to have there.
+
+    One that lies in the file as it is wanted is read past every other copy. Raises CheckpointError for a file that
+    is gone or ends too early.
+    """
+    info = header.tensors[name]
+    if info.span is None or info.packed is not None or info.encoding or info.dtype != target.dtype:
+        ((_, tensor),) = read_tensors(header, [name], target.device)
+        target.copy_(tensor)
+        return
+    start, nbytes = info.span
+    memory = memoryview((ctypes.c_char * nbytes).from_address(target.data_ptr())).cast("B")
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(start)
+            while memory:
+                count = file.readinto(memory)
+                if not count:
+                    raise CheckpointError(f"{info.file}: ends within '{name}'; download the file again")
+                memory = memory[count:]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{info.file}: is gone since the model was loaded; put it back, or load again") from error
 
 
 def read_bytes(header: Header, names: Iterable[str]) -> dict[str, bytes]:

@@ -43,14 +43,16 @@ def assign(
     rename: Callable[[str], str | None] = lambda name: name,
     dtype: DtypeRule = None,
     device: torch.device | str = "cpu",
+    only: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Give every parameter and persistent buffer of a meta-device module its weights.
 
     dtype: of floating-point weights; a function decides per module name. None keeps the file's, float32 for packed.
+    only: module names that are read; the others stay without contents.
     Raises as `places` does, before any weight is read.
     """
     origin = places(module, header, rename)
-    for name, tensor in read_tensors(header, list(origin), device):
+    for name, tensor in read_tensors(header, [name for name, target in origin.items() if only(target)], device):
         target = origin[name]
         wanted = dtype(target) if callable(dtype) else dtype
         if not tensor.is_floating_point():

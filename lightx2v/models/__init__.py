@@ -90,7 +90,6 @@ class ModelSpec:
     boundary: float | None = None  # sigma from which on down the low-noise expert takes over, where there are two
     time_signal: TimeSignal | None = None  # what TeaCache reads of the timestep; None: no feature caches
     figures: Mapping[str, Figures] = field(default_factory=dict)  # published; key: what tells checkpoints of one layout
-    missing: str | None = None  # what of the family is not here yet, in words; such a model cannot be run
 
 
 @dataclass(frozen=True)

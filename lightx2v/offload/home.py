@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from lightx2v.offload.parts import parts_of
 from lightx2v.offload.slab import Slab
-from lightx2v.offload.stream import parts_of
 
 
 class Home:

@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterable
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -42,21 +43,35 @@ class Buffer:
         self._copies = copies
         if copies is not None:
             self._filled, self._read = torch.cuda.Event(), torch.cuda.Event()
+        self._expected: Future[None] | None = None
         self.release()  # the allocator may hand out memory that earlier work on this stream still reads
 
-    def fill(self, source: Tensor) -> None:
-        """Start copying (n,) bytes to the beginning, after all that reads what is there now."""
-        target = self.memory[: source.numel()]
+    def fill(self, source: Tensor, at: int = 0) -> torch.cuda.Event | None:
+        """Start copying (n,) bytes to byte `at` and after, once all that reads what is there now is done.
+
+        Returns what tells when that is copied, where copies run by themselves. May be called on any thread.
+        """
+        target = self.memory[at : at + source.numel()]
         if self._copies is None:
             target.copy_(source)
-            return
+            return None
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(self._read)
             target.copy_(source, non_blocking=True)
             self._filled.record(self._copies)
+            copied = torch.cuda.Event()
+            copied.record(self._copies)
+        return copied
+
+    def expect(self, filling: "Future[None]") -> None:
+        """Another thread fills this; `use` waits for it on the host, and raises what it raised."""
+        self._expected = filling
 
     def use(self) -> None:
         """What the device computes from here on sees the copy."""
+        if self._expected is not None:
+            expected, self._expected = self._expected, None
+            expected.result()
         if self._copies is not None:
             torch.cuda.current_stream(self.memory.device).wait_event(self._filled)
 

@@ -13,15 +13,17 @@ from torch import nn
 
 from lightx2v.blocks import RunBlocks
 from lightx2v.cache.choice import kept_bytes
+from lightx2v.checkpoint import Header
 from lightx2v.config import Engine, one_of
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import build_transformer, compute_dtype
 from lightx2v.lora import Applied, Lora
 from lightx2v.memory import transformer_activation_bytes
 from lightx2v.offload.lane import link_rate
-from lightx2v.offload.plan import DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
+from lightx2v.offload.plan import GB, RAM_RESERVE, DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
 from lightx2v.offload.shortage import Advice
 from lightx2v.offload.stream import BlockStream
+from lightx2v.quant.packing import filling
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -49,6 +51,16 @@ def offloaded(engine: Engine, offload: bool, granularity: str) -> Engine:
         )
         granularity = "block"
     return replace(engine, offload=granularity)
+
+
+def budgeted(engine: Engine, **budgets: float) -> Engine:
+    """The engine with these budgets. Raises ValueError for one that nothing would use."""
+    for name, budget in budgets.items():
+        if budget > 0 and engine.offload == "none":
+            raise ValueError(f"{name}={budget:g} without cpu_offload=True changes nothing; set both")
+        if budget > 0 and engine.offload == "model":
+            raise ValueError(f"{name}={budget:g} changes nothing for whole models; use offload_granularity 'block'")
+    return replace(engine, **budgets)  # type: ignore[arg-type]
 
 
 def planned(engine: Engine, device: torch.device) -> bool:
@@ -97,9 +109,12 @@ class Placing:
         if self._link is None:
             self._link = link_rate(self.device)
         ram, total = ram_bytes()
+        free_ram = ram + sum(held_bytes(network) for network in networks if _on(network, CPU))
+        if engine.ram_budget_gb:
+            free_ram = min(free_ram, int(engine.ram_budget_gb * GB) + RAM_RESERVE)
         machine = Machine(
             free_vram=sys.maxsize if asked.free is None else asked.free + asked.vae + here,
-            free_ram=ram + sum(held_bytes(network) for network in networks if _on(network, CPU)),
+            free_ram=free_ram,
             pin_limit=self._pin_limit(total, asked),
             link=self._link,
         )
@@ -120,16 +135,24 @@ class Placing:
 
     @contextmanager
     def placed(
-        self, networks: Sequence[nn.Module], applied: Sequence[Applied], plan: Plan
+        self,
+        networks: Sequence[nn.Module],
+        applied: Sequence[Applied],
+        plan: Plan,
+        infos: Sequence[CheckpointInfo] = (),
     ) -> Iterator[tuple[Networks, Around]]:
-        """The transformers for one request, with LoRAs on them as `applied` says."""
+        """The transformers for one request, with LoRAs on them as `applied` says.
+
+        infos: where weights are read from that were left in their file.
+        """
         if plan.whole:
             self.forget()
             for network in networks:
                 network.to(self.device)
             yield [_giver(network) for network in networks], _as_it_is
             return
-        stream = self._streaming(networks, applied, plan.pinned)
+        headers = [filling(each, info.header, CPU) for each, info in zip(networks, infos, strict=False)]
+        stream = self._streaming(networks, applied, plan.pinned, headers)
         names = ("",) if len(networks) == 1 else ("high", "low")
         with stream.open(plan.resident, plan.prefetch):
             yield [_bringer(stream, name) for name in names], stream.around
@@ -145,14 +168,18 @@ class Placing:
             self._stream.release()
         self._stream, self._made_with = None, ()
 
-    def _streaming(self, networks: Sequence[nn.Module], applied: Sequence[Applied], pin_limit: int) -> BlockStream:
+    def _streaming(
+        self, networks: Sequence[nn.Module], applied: Sequence[Applied], pin_limit: int, headers: Sequence[Header]
+    ) -> BlockStream:
         made_with = (*networks, *applied)
         same = len(made_with) == len(self._made_with)
         same = same and all(new is old for new, old in zip(made_with, self._made_with, strict=True))
         if self._stream is None or not same:
             self.forget()  # before the next is pinned
-            named = {"": networks[0]} if len(networks) == 1 else dict(zip(("high", "low"), networks, strict=True))
-            self._stream, self._made_with = BlockStream(named, self.device, pin_limit=pin_limit), made_with
+            names = ("",) if len(networks) == 1 else ("high", "low")
+            named, files = dict(zip(names, networks, strict=True)), dict(zip(names, headers, strict=False))
+            self._stream = BlockStream(named, self.device, pin_limit=pin_limit, headers=files)
+            self._made_with = made_with
         return self._stream
 
 
@@ -173,8 +200,9 @@ def _on(network: nn.Module, device: torch.device) -> bool:
 
 
 def held_bytes(network: nn.Module) -> int:
-    """Of all its weights."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+    """Of all its weights, but those that are in a file."""
+    tensors = (*network.parameters(), *network.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_meta)
 
 
 def _file_bytes(path: Path) -> int:

@@ -4,12 +4,15 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from lightx2v.offload.parts import parts_of, spread
 from lightx2v.offload.slab import ALIGNMENT
-from lightx2v.offload.stream import parts_of, spread
 
 GB = 1e9
 # Beside what PyTorch counts: workspaces of matrix kernels, and what an allocator of 2 MB pieces cannot fill.
 RESERVE = 600_000_000
+# Of RAM, beside the weights at rest: what other programs come to need, the VAE, finished frames.
+RAM_RESERVE = 2_000_000_000
+PIECES = 2  # of RAM, through which weights pass that are read from their file
 LESS = 0.5  # of the tokens: what is advised where nothing tells how far memory was from enough
 
 
@@ -90,6 +93,7 @@ class Plan:
     vae: "stays" on the device, or "visits" it.
     peak: bytes on the device at most, `RESERVE` included; budget: those that it had to keep within.
     passing: bytes that are copied in each pass. seconds: that this takes; None where the link was not measured.
+    filed: blocks of the larger transformer that stay in their file, because RAM is too small. reading: bytes of them.
     """
 
     resident: int
@@ -106,6 +110,16 @@ class Plan:
     ram: int
     free_ram: int
     seconds: float | None = None
+    filed: int = 0
+    reading: int = 0
+
+    def suits(self, filed: int) -> bool:
+        """Whether networks serve that have so many blocks in their file: about as many, so that RAM which comes and
+        goes does not let everything be read again."""
+        if filed == self.filed or not (filed and self.filed and self.ram):
+            return filed == self.filed
+        missing = (self.filed - filed) * self.reading / self.filed
+        return self.filed >= filed / 2 and missing <= RAM_RESERVE / 2
 
     @property
     def whole(self) -> bool:
@@ -127,6 +141,8 @@ class Plan:
             words += [f"{name} on the CPU"] if place == "cpu" else []
         words += ["VAE in RAM meanwhile"] if self.vae == "visits" else []
         words += [f"{self.ram / GB:.1f} GB in RAM, {self.pinned / GB:.1f} of it pinned"] if self.ram else []
+        if self.filed:
+            words.append(f"{self.filed} blocks are read from the file as they are needed ({self.reading / GB:.1f} GB)")
         if self.ram > self.free_ram:
             words.append(f"only {self.free_ram / GB:.1f} GB of RAM are free: the system may swap to disk")
         return "memory: " + "; ".join(words)
@@ -161,6 +177,9 @@ def plan(
     stays = needs.vae if not vae_offload and weights + needs.vae + beside <= budget else 0
     passing = _passing(transformers, resident)
     ram = 0 if together or (len(transformers) == 1 and not passing) else sum(sums)
+    filed = _filed(transformers, machine.free_ram - RAM_RESERVE) if ram else 0
+    reading = sum(map(sum, _in_file(transformers, filed)))
+    ram += (PIECES * max(map(max, _in_file(transformers, filed))) if filed else 0) - reading
     return Plan(
         resident=resident,
         streamed=count - resident,
@@ -176,6 +195,8 @@ def plan(
         ram=ram,
         free_ram=machine.free_ram,
         seconds=passing / machine.link if machine.link else None,
+        filed=filed,
+        reading=reading,
     )
 
 
@@ -229,6 +250,24 @@ def streamed_bytes(transformers: tuple[Sizes, ...], resident: int, prefetch: int
     own = sum(max(each[i] for each in stays if i < len(each)) for i in range(max(map(len, stays))))
     shared = min(prefetch + 1, most) * max(moves, default=0)
     return max(sizes.rest for sizes in transformers) + own + shared
+
+
+def _filed(transformers: tuple[Sizes, ...], room: int) -> int:
+    """Blocks that stay in their file: the fewest with which the others go into so much RAM, or all."""
+    count = max(len(sizes.blocks) for sizes in transformers)
+    total = sum(sizes.total for sizes in transformers)
+    for filed in range(count + 1):
+        away = _in_file(transformers, filed)
+        if total - sum(map(sum, away)) + (PIECES * max(map(max, away)) if filed else 0) <= room:
+            return filed
+    return count
+
+
+def _in_file(transformers: tuple[Sizes, ...], filed: int) -> list[list[int]]:
+    """Bytes of each block that stays in its file, of each transformer."""
+    chosen = (spread(len(sizes.blocks), min(filed, len(sizes.blocks))) for sizes in transformers)
+    pairs = zip(transformers, chosen, strict=True)
+    return [[sizes.blocks[index] for index in indices] or [0] for sizes, indices in pairs]
 
 
 def _passing(transformers: tuple[Sizes, ...], resident: int) -> int:

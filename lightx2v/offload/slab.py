@@ -1,8 +1,8 @@
 """All tensors of a part of a network, side by side in one piece of memory, so that one copy moves them."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class _Entry:
     dtype: torch.dtype
     shape: torch.Size
     parameter: bool
+    stored: "Stored | None" = None  # where it is read from, if it does not rest in RAM
+    home: Tensor | None = None  # what stands for it meanwhile
 
     def view(self, memory: Tensor) -> Tensor:
         found = memory[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
@@ -32,19 +34,37 @@ class _Entry:
 Views = tuple[Tensor, ...]
 
 
+class Stored(Protocol):
+    """Where a tensor is that does not rest in RAM."""
+
+    def read(self, target: Tensor) -> None: ...
+
+
 class Slab:
     """The parameters and buffers of modules, of any types, as views into one piece of host memory.
 
     modules: each gives its own tensors, not its children's. Afterwards they lie in host memory, wherever they were.
-    nbytes: of the piece, gaps for alignment included. Raises ValueError for weights that were not read yet.
+    stored: by id, tensors without contents that are read from elsewhere each time; they come after the others.
+    nbytes: of all, gaps for alignment included. kept: of `host`, which has those that rest there.
+    Raises ValueError for weights that were not read yet.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._entries, tensors, self.nbytes = _lay_out(modules)
+    def __init__(self, modules: Iterable[nn.Module], stored: Mapping[int, Stored] | None = None) -> None:
+        self._entries, tensors, self.kept, self.nbytes = _lay_out(modules, stored or {})
+        resting = [entry for entry in self._entries if entry.stored is None]
         with torch.inference_mode(False), torch.no_grad():  # a slab outlives the request that it is made in
-            self.host = _resting(self._entries, tensors, self.nbytes)
-            self._home = self.views(self.host)
+            self.host = _resting(resting, tensors, self.kept)
+            self._home = tuple(entry.view(self.host) if entry.home is None else entry.home for entry in self._entries)
         self.point(self._home)
+
+    def to_read(self, memory: Tensor) -> list[tuple[Stored, Tensor]]:
+        """What is stored elsewhere, and where it goes in a piece that begins with the first of it."""
+        with torch.inference_mode(False), torch.no_grad():
+            return [
+                (entry.stored, replace(entry, offset=entry.offset - self.kept, parameter=False).view(memory))
+                for entry in self._entries
+                if entry.stored is not None
+            ]
 
     def views(self, memory: Tensor) -> Views:
         """The tensors, in a piece of memory that holds, or will hold, a copy of the slab."""
@@ -62,7 +82,10 @@ class Slab:
         self.point(self._home)
 
 
-def _lay_out(modules: Iterable[nn.Module]) -> tuple[tuple[_Entry, ...], list[Tensor], int]:
+def _lay_out(
+    modules: Iterable[nn.Module], stored: Mapping[int, Stored]
+) -> tuple[tuple[_Entry, ...], list[Tensor], int, int]:
+    """Entries, the tensors of those that rest in RAM, bytes of these, bytes of all."""
     held: dict[int, tuple[Tensor, list[tuple[Holder, str]]]] = {}
     seen: set[int] = set()
     for module in modules:
@@ -74,16 +97,20 @@ def _lay_out(modules: Iterable[nn.Module]) -> tuple[tuple[_Entry, ...], list[Ten
             for name, tensor in holder.items():
                 if tensor is not None:
                     held.setdefault(id(tensor), (tensor, []))[1].append((holder, name))
-    entries, tensors, offset = [], [], 0
-    for tensor, holders in held.values():
-        if tensor.is_meta:
+    entries, tensors, offset, kept = [], [], 0, 0
+    for tensor, holders in sorted(held.values(), key=lambda each: id(each[0]) in stored):
+        origin = stored.get(id(tensor))
+        if origin is None and tensor.is_meta:
             raise ValueError(f"'{holders[0][1]}' {list(tensor.shape)} has no values yet: read the weights before")
         nbytes = tensor.numel() * tensor.element_size()
         parameter = isinstance(tensor, nn.Parameter)
-        entries.append(_Entry(tuple(holders), offset, nbytes, tensor.dtype, tensor.shape, parameter))
-        tensors.append(tensor)
+        home = None if origin is None else tensor
+        entries.append(_Entry(tuple(holders), offset, nbytes, tensor.dtype, tensor.shape, parameter, origin, home))
         offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return tuple(entries), tensors, offset
+        if origin is None:
+            tensors.append(tensor)
+            kept = offset
+    return tuple(entries), tensors, kept, offset
 
 
 def _resting(entries: Sequence[_Entry], tensors: Sequence[Tensor], nbytes: int) -> Tensor:

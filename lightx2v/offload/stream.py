@@ -21,41 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.blocks import Block, RunBlocks
+from lightx2v.checkpoint import Header
+from lightx2v.offload.disk import Reader, filed, largest
 from lightx2v.offload.lane import Buffer, Lane, pin
+from lightx2v.offload.parts import parts_of, spread
 from lightx2v.offload.slab import Slab, Views
-
-
-def spread(count: int, moving: int) -> tuple[int, ...]:
-    """Which of `count` blocks move, evenly between the others, so that each copy has as much to hide behind."""
-    return tuple(index for index in range(count) if (index + 1) * moving // count > index * moving // count)
-
-
-def parts_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks that a network walks, the one list of modules nearest to its top, and every module beside them.
-
-    Raises ValueError for a network without such a list, or with several as near.
-    """
-    lists = _lists(network)
-    if len(lists) != 1 or not len(lists[0]):
-        raise ValueError(
-            f"{type(network).__name__} has {len(lists)} lists of blocks, one was expected: it cannot be streamed"
-        )
-    inside = {id(module) for block in lists[0] for module in block.modules()}
-    return list(lists[0]), [module for module in network.modules() if id(module) not in inside]
-
-
-def streamable(network: nn.Module) -> bool:
-    """Whether `parts_of` knows its blocks."""
-    lists = _lists(network)
-    return len(lists) == 1 and len(lists[0]) > 0
-
-
-def _lists(network: nn.Module) -> list[nn.ModuleList]:
-    level, lists = [network], list[nn.ModuleList]()
-    while level and not lists:
-        level = [child for module in level for child in module.children()]
-        lists = [child for child in level if isinstance(child, nn.ModuleList)]
-    return lists
 
 
 @dataclass(frozen=True)
@@ -67,9 +37,9 @@ class _Host:
     blocks: tuple[Slab, ...]
 
     @staticmethod
-    def of(network: nn.Module) -> "_Host":
-        blocks, beside = parts_of(network)
-        slabs = tuple(Slab(block.modules()) for block in blocks)
+    def of(network: nn.Module, header: Header | None = None) -> "_Host":
+        (blocks, beside), elsewhere = parts_of(network), filed(network, header)
+        slabs = tuple(Slab(block.modules(), elsewhere) for block in blocks)
         return _Host(network, Slab(beside), slabs)
 
     @property
@@ -78,7 +48,7 @@ class _Host:
 
     @property
     def nbytes(self) -> int:
-        return sum(slab.nbytes for slab in self.slabs)
+        return sum(slab.kept for slab in self.slabs)
 
 
 @dataclass(frozen=True)
@@ -118,6 +88,7 @@ class BlockStream:
         tensors were replaced.
     pin_limit: bytes to pin at most; None: everything.
     lane: where copies run; None: as the device has it.
+    headers: by the same names, of the files in which weights were left (`disk.py`).
     """
 
     def __init__(
@@ -127,11 +98,14 @@ class BlockStream:
         *,
         pin_limit: int | None = None,
         lane: Lane | None = None,
+        headers: Mapping[str, Header] | None = None,
     ) -> None:
         self.device = device
         self._lane = Lane(device) if lane is None else lane
-        self._hosts = {name: _Host.of(network) for name, network in networks.items()}
-        self._pins = pin((slab.host for host in self._hosts.values() for slab in host.slabs), device, pin_limit)
+        self._hosts = {name: _Host.of(network, (headers or {}).get(name)) for name, network in networks.items()}
+        slabs = [slab for host in self._hosts.values() for slab in host.slabs]
+        self._reader = Reader(device, most) if (most := largest(slabs)) else None
+        self._pins = pin((slab.host for slab in slabs), device, pin_limit)
         self._moving: dict[str, tuple[int, ...]] = {}
         self._rest: Buffer | None = None
         self._own: list[Buffer] = []
@@ -146,11 +120,14 @@ class BlockStream:
     def release(self) -> None:
         """Pin nothing any longer: the weights stay, and may be given to another stream."""
         self._pins.release()
+        if self._reader is not None:
+            self._reader.release()
 
     @property
     def host_bytes(self) -> int:
-        """Of all weights at rest."""
-        return sum(host.nbytes for host in self._hosts.values())
+        """Of all weights at rest in RAM, and of what passes through it."""
+        staging = self._reader.nbytes if self._reader is not None else 0
+        return sum(host.nbytes for host in self._hosts.values()) + staging
 
     @property
     def device_bytes(self) -> int:
@@ -204,6 +181,8 @@ class BlockStream:
 
     def _close(self) -> None:
         self._leave()
+        if self._reader is not None:
+            self._reader.drain()
         self._lane.drain()
         self._rest = None
         self._own, self._moving = [], {}
@@ -227,9 +206,16 @@ class BlockStream:
             *((host.blocks[index], next(own)) for index in self._staying(expert)),
         ]:
             buffer.release()  # the other network's turn ends here
-            buffer.fill(slab.host)
+            self._fill(buffer, slab)
             slab.point(slab.views(buffer.memory))
         memory.use()
+
+    def _fill(self, buffer: Buffer, slab: Slab) -> None:
+        if slab.kept:
+            buffer.fill(slab.host)
+        if slab.kept < slab.nbytes:
+            assert self._reader is not None
+            self._reader.start(buffer, slab)
 
     def _staying(self, expert: str) -> list[int]:
         return [index for index in range(len(self._hosts[expert].blocks)) if index not in self._moving[expert]]
@@ -312,7 +298,7 @@ class BlockStream:
 
     def _fetch(self, expert: str, index: int) -> None:
         slot = self._idle.popleft()
-        slot.buffer.fill(self._hosts[expert].blocks[index].host)
+        self._fill(slot.buffer, self._hosts[expert].blocks[index])
         self._coming.append(_Fetched(expert, index, slot))
 
     def _fetch_ahead(self, last: _Fetched, following: str | None) -> None:

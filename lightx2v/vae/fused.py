@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from lightx2v_kernels import registry
 
 HALF = (torch.bfloat16, torch.float16)
+OPS = ("conv_input", "conv3d", "doubled_conv")
 CHANNELS = 128  # of the self-tests
-Padding = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class FrameKernels:
-    """Contracts: lightx2v_kernels/conv_input and lightx2v_kernels/conv3d."""
+    """Contracts: lightx2v_kernels/conv_input, conv3d and doubled_conv."""
 
-    conv_input: Callable[[Tensor, Tensor | None, Tensor | None, Padding, bool, int], Tensor]
-    conv3d: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    conv_input: Callable[[Tensor, Tensor | None, tuple[int, int], bool, int], Tensor]
+    conv3d: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor]
+    doubled_conv: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def frame_kernels(x: Tensor, weight: Tensor) -> FrameKernels | None:
@@ -37,10 +38,10 @@ def frame_kernels(x: Tensor, weight: Tensor) -> FrameKernels | None:
 
 @functools.cache
 def _chosen(device: torch.device, dtype: torch.dtype) -> FrameKernels | None:
-    prepare, convolve = (registry.select(op, registry.AUTO, device, dtype, CHANNELS) for op in ("conv_input", "conv3d"))
-    if prepare.package is None:  # nothing but PyTorch: its layers by themselves copy less than its padding here
+    chosen = [registry.select(op, registry.AUTO, device, dtype, CHANNELS) for op in OPS]
+    if all(backend.package is None for backend in chosen):  # PyTorch's layers by themselves copy less
         return None
-    return FrameKernels(prepare.load(), convolve.load())
+    return FrameKernels(*(backend.load() for backend in chosen))
 
 
 def convolve_causally(
@@ -55,19 +56,23 @@ def convolve_causally(
 ) -> tuple[Tensor, Tensor]:
     """residual + conv(x), of the norm and SiLU of x if there is a gamma; and the past for the next chunk.
 
-    x: (B, C, t, H, W). past: what the chunk before has given, None at a clip's start.
+    x: (B, C, t, H, W). past: what the chunk before has given, None at a clip's start. replicate: beyond the edges the
+    last pixel goes on, and before the clip its first frame, instead of zeros.
     """
     lead, height, width = (size - 1 for size in conv.kernel_size)
     weights = None if gamma is None else gamma.flatten()
-    padded = kernels.conv_input(x, weights, past, (lead, height // 2, width // 2), replicate, 1)
-    made = kernels.conv3d(padded, conv.weight, _bias(conv), residual)
-    return made, padded[:, :, padded.shape[2] - lead :]
+    padded = kernels.conv_input(x, weights, (height // 2, width // 2), replicate, 1)
+    if replicate and past is None:
+        past = torch.cat([padded[:, :, :1]] * lead, 2)
+    return kernels.conv3d(padded, past, conv.weight, _bias(conv), residual), _last(padded, past, lead)
 
 
-def convolve_doubled(kernels: FrameKernels, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv, 3x3, over every frame of x (B, C, t, H, W) at twice its height and width."""
-    padded = kernels.conv_input(x, None, None, (0, 1, 1), False, 2)
-    return kernels.conv3d(padded, conv.weight.unsqueeze(2), _bias(conv), None)
+def _last(frames: Tensor, past: Tensor | None, count: int) -> Tensor:
+    """A copy of the last `count` frames, with those of the past where there are fewer."""
+    if frames.shape[2] < count:
+        before = torch.zeros_like(frames[:, :, :1]).expand(-1, -1, count, -1, -1) if past is None else past
+        frames = torch.cat([before[:, :, frames.shape[2] :], frames], 2)
+    return frames[:, :, frames.shape[2] - count :].clone()
 
 
 def _bias(conv: nn.Conv2d | nn.Conv3d) -> Tensor:

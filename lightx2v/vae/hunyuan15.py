@@ -61,14 +61,15 @@ class EdgeConv3d(nn.Module):
         past = None if state is None else state.get(self)
         if (kernels := frame_kernels(x, self.conv.weight)) is not None:
             gamma = None if norm is None else norm.gamma
-            y, x = convolve_causally(kernels, self.conv, x, past, gamma=gamma, residual=residual, replicate=True)
+            y, last = convolve_causally(kernels, self.conv, x, past, gamma=gamma, residual=residual, replicate=True)
         else:
             x = x if norm is None else F.silu(norm(x))
             x = torch.cat([x[:, :, :1]] * LOOKS_BACK + [x], 2) if past is None else torch.cat([past, x], 2)
             y = convolve(self.conv, F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
             y = y if residual is None else residual + y
+            last = x[:, :, -LOOKS_BACK:].clone()
         if state is not None:
-            state[self] = x[:, :, -LOOKS_BACK:].clone()
+            state[self] = last
         return y
 
 

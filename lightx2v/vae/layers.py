@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightx2v.vae.fused import convolve_causally, convolve_doubled, frame_kernels
+from lightx2v.vae.fused import convolve_causally, frame_kernels
 
 State = dict[nn.Module, Tensor]
 """Frames (B, C, 1 or 2, h, w) that a layer needs again with the next chunk, keyed by the layer.
@@ -50,7 +50,7 @@ class CausalConv3d(nn.Conv3d):
             gamma = None if norm is None else norm.gamma
             y, last = convolve_causally(kernels, self, x, past, gamma=gamma, residual=residual)
             if state is not None:
-                state[self] = last.clone()
+                state[self] = last
             return y
         y = self.convolve_next(x if norm is None else F.silu(norm(x)), past, state)
         return y if residual is None else residual + y
@@ -136,9 +136,9 @@ class Upsample(nn.Module):
         if self.time_conv is not None:
             x = self.double_frames(x, self.time_conv, state)
         conv = self.resample[1]
-        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(conv, nn.Conv2d) and conv.bias is not None
         if (kernels := frame_kernels(x, conv.weight)) is not None:
-            return convolve_doubled(kernels, conv, x)
+            return kernels.doubled_conv(x, conv.weight, conv.bias)
         frames, batch = fold_time(x)
         frames = F.interpolate(frames, scale_factor=2.0, mode="nearest")
         return unfold_time(self.resample(frames), batch)

@@ -13,10 +13,10 @@ from lightx2v_kernels.registry import Backend
 def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from flash_attn import flash_attn_func
 
-    from lightx2v_kernels.attention._opaque import opaque
+    from lightx2v_kernels.attention._package import one_op
 
     # The scale is 1 / sqrt(D) where none is given.
-    return opaque("flash_attn2", lambda q, k, v: flash_attn_func(q, k, v))
+    return one_op("flash_attn2", lambda q, k, v: flash_attn_func(q, k, v))
 
 
 BACKENDS = (

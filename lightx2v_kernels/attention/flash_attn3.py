@@ -38,15 +38,15 @@ def flash_attn_func() -> Callable[..., Tensor]:
 
 @functools.cache
 def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from lightx2v_kernels.attention._opaque import opaque
+    from lightx2v_kernels.attention._package import one_op
 
     flash = flash_attn_func()
-    return opaque("flash_attn3", lambda q, k, v: _result(flash(q, k, v)))
+    return one_op("flash_attn3", lambda q, k, v: _result(flash(q, k, v)))
 
 
 @functools.cache
 def load_fp8() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from lightx2v_kernels.attention._opaque import opaque
+    from lightx2v_kernels.attention._package import one_op
 
     flash = flash_attn_func()
 
@@ -55,7 +55,7 @@ def load_fp8() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         out = _result(flash(q8, k8, v8, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale))  # in bfloat16
         return out.to(q.dtype)
 
-    return opaque("flash_attn3_fp8", attention)
+    return one_op("flash_attn3_fp8", attention)
 
 
 def quantised(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from lightx2v_kernels.registry import Backend
 
 @functools.cache
 def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    from lightx2v_kernels.attention._opaque import opaque
+    from lightx2v_kernels.attention._package import one_op
 
     flash_attn_func: Any = importlib.import_module("flash_attn.cute").flash_attn_func
-    return opaque("flash_attn4", lambda q, k, v: flash_attn_func(q, k, v)[0])  # and the softmax' logarithm
+    return one_op("flash_attn4", lambda q, k, v: flash_attn_func(q, k, v)[0])  # and the softmax' logarithm
 
 
 BACKENDS = (

@@ -13,14 +13,14 @@ from lightx2v_kernels.registry import Backend
 def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from sageattention import sageattn
 
-    from lightx2v_kernels.attention._opaque import opaque
+    from lightx2v_kernels.attention._package import one_op
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Its own smoothing writes into k.
         smooth = k - k.mean(1, keepdim=True)
         return sageattn(q, smooth, v, tensor_layout="NHD", is_causal=False, smooth_k=False)
 
-    return opaque("sage_attn", attention)
+    return one_op("sage_attn", attention)
 
 
 BACKENDS = (

@@ -15,7 +15,7 @@ HOPPER = (9, 0)
 def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from sageattention import sageattn, sageattn_qk_int8_pv_fp8_cuda_sm90
 
-    from lightx2v_kernels.attention._opaque import opaque
+    from lightx2v_kernels.attention._package import one_op
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if torch.cuda.get_device_capability(q.device) == HOPPER:
@@ -25,7 +25,7 @@ def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             )
         return sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
-    return opaque("sage_attn2", attention)
+    return one_op("sage_attn2", attention)
 
 
 BACKENDS = (

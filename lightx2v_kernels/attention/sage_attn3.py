@@ -13,14 +13,14 @@ from lightx2v_kernels.registry import Backend
 def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from sageattn3 import sageattn3_blackwell
 
-    from lightx2v_kernels.attention._opaque import opaque
+    from lightx2v_kernels.attention._package import one_op
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it reads (B, H, L, D)
         k = k.clone(memory_format=torch.contiguous_format)  # and writes into k
         return sageattn3_blackwell(q, k, v, is_causal=False).transpose(1, 2)
 
-    return opaque("sage_attn3", attention)
+    return one_op("sage_attn3", attention)
 
 
 BACKENDS = (

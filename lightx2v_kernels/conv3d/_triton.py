@@ -2,8 +2,7 @@
 
 In memory a line of pixels is one run of numbers, so the kw pixels under one row of the kernel are a run of kw C numbers
 that starts at the first of them. The matrix A of the product has such runs side by side, kt kh of them, for every
-place; nothing of it is stored. Places are counted along whole padded lines, kw - 1 of which are computed in vain per
-line (0.2 to 2 % at the sizes of the VAEs) so that neighbouring rows of A are C numbers apart everywhere.
+place; nothing of it is stored.
 """
 
 from dataclasses import dataclass
@@ -32,13 +31,13 @@ class Tiles:
 
 @triton.jit
 def _conv3d(
-    x,  # (B, T, H, W, C) contiguous
+    x,  # (B, t, H', W', C) contiguous
+    past,  # (B, kt - 1, H', W', C) contiguous
     weight,  # (O, kt kh kw C) contiguous
     bias,
-    residual,  # (B, T', H', W', O) contiguous
+    residual,  # (B, t, H, W, O) contiguous
     out,  # the same
     frames,
-    out_frames,
     height,
     width,
     C: tl.constexpr,
@@ -46,7 +45,9 @@ def _conv3d(
     KT: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
+    PAST: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    DOUBLED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MORE_N: tl.constexpr,
@@ -55,20 +56,26 @@ def _conv3d(
 ):
     # Frames vary fastest: programs that run together share the frames that their kernels overlap in.
     number = tl.program_id(0)
-    frame = number % out_frames
-    batch = tl.program_id(2)
-    out_height = height - KH + 1
-    out_width = width - KW + 1
-    last = (out_height - 1) * width + out_width - 1
-    places = (number // out_frames) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * (BLOCK_N + MORE_N)
+    frame = number % frames
+    batch = tl.program_id(2).to(tl.int64)
+    # DOUBLED: x has a pixel on every side, and there is a kernel and a quarter of the result for each phase (0 or 1) of
+    # its rows and columns.
+    out_height = height - (2 if DOUBLED else KH - 1)
+    out_width = width - (2 if DOUBLED else KW - 1)
+    phase = tl.program_id(1) % 4 if DOUBLED else 0
+    places = (number // frames) * BLOCK_M + tl.arange(0, BLOCK_M)
+    kept = places < out_height * out_width
+    held = tl.minimum(places, out_height * out_width - 1)
+    first = tl.program_id(1) // (4 if DOUBLED else 1) * (BLOCK_N + MORE_N)
     RUN: tl.constexpr = KW * C
     STEPS: tl.constexpr = RUN // BLOCK_K
 
     inner = tl.arange(0, BLOCK_K)
     frame_size = height * width * C
-    from_x = x + (batch * frames + frame).to(tl.int64) * frame_size
-    a_at = tl.minimum(places, last)[:, None] * C + inner[None, :]
+    from_x = x + (batch * frames + frame) * frame_size + (phase // 2 * width + phase % 2) * C
+    weight += phase * (OUT * KT * KH * RUN)
+    from_past = past + (batch * (KT - 1) + frame) * frame_size
+    a_at = ((held // out_width) * width + held % out_width)[:, None] * C + inner[None, :]
     columns = first + tl.arange(0, BLOCK_N)
     b_at = tl.minimum(columns, OUT - 1)[None, :] * (KT * KH * RUN) + inner[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -77,19 +84,25 @@ def _conv3d(
         more_at = tl.minimum(more_columns, OUT - 1)[None, :] * (KT * KH * RUN) + inner[:, None]
         more = tl.zeros((BLOCK_M, MORE_N), tl.float32)
 
-    for step in tl.range(0, KT * KH * STEPS, num_stages=STAGES):
+    missing = tl.maximum(KT - 1 - frame, 0)  # frames under the kernel that lie before x
+    start = 0 if PAST else missing * (KH * STEPS)  # zeros add nothing
+    for step in tl.range(start, KT * KH * STEPS, num_stages=STAGES):
         tap = step // STEPS
-        run = (tap // KH) * frame_size + (tap % KH) * (width * C) + (step % STEPS) * BLOCK_K
-        a = tl.load(from_x + run + a_at)
+        time = tap // KH
+        run = (tap % KH) * (width * C) + (step % STEPS) * BLOCK_K
+        source = from_x + (time - (KT - 1)) * frame_size
+        if PAST:
+            source = tl.where(time < missing, from_past + time * frame_size, source)
+        a = tl.load(source + run + a_at)
         b = tl.load(weight + step * BLOCK_K + b_at)
         total = tl.dot(a, b, total)
         if MORE_N > 0:
             more = tl.dot(a, tl.load(weight + step * BLOCK_K + more_at), more)
 
-    row = places // width
-    column = places % width
-    kept = (row < out_height) & (column < out_width)
-    at = ((batch * out_frames + frame).to(tl.int64) * out_height + row) * out_width + column
+    at = (batch * frames + frame) * out_height * out_width + places
+    if DOUBLED:
+        row = (batch * frames + frame) * (2 * out_height) + places // out_width * 2 + phase // 2
+        at = row * (2 * out_width) + places % out_width * 2 + phase % 2
     _store(total, bias, residual, out, at, kept, columns, OUT, RESIDUAL)
     if MORE_N > 0:
         _store(more, bias, residual, out, at, kept, more_columns, OUT, RESIDUAL)
@@ -124,47 +137,63 @@ def tiles(channels: int, out_channels: int, kernel: tuple[int, int, int]) -> Til
 
 
 @torch.library.custom_op("lightx2v::conv3d", mutates_args=())
-def _launch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]) -> Tensor:
+def _launch(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]
+) -> Tensor:
     made = Tiles(*how)
     (b, c, t, h, w), (o, _, kt, kh, kw) = x.shape, weight.shape
-    rows = x.permute(0, 2, 3, 4, 1).contiguous()
-    shape = (b, t - kt + 1, h - kh + 1, w - kw + 1, o)
+    rows, before, beside = (None if a is None else rows_of(a) for a in (x, past, residual))
+    shape = (b, t, h - kh + 1, w - kw + 1, o)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    beside = out if residual is None else residual.permute(0, 2, 3, 4, 1).contiguous()
-    tiles_m = triton.cdiv((shape[2] - 1) * w + shape[3], made.places)
-    _conv3d[(tiles_m * shape[1], triton.cdiv(o, made.channels + made.more_channels), b)](
-        rows, weight.permute(0, 2, 3, 4, 1).contiguous(), bias, beside, out, t, shape[1], h, w,
-        C=c, OUT=o, KT=kt, KH=kh, KW=kw, RESIDUAL=residual is not None, BLOCK_M=made.places, BLOCK_N=made.channels,
-        MORE_N=made.more_channels, BLOCK_K=made.depth, STAGES=made.stages, num_warps=made.warps,
+    grid = (triton.cdiv(shape[2] * shape[3], made.places) * t, triton.cdiv(o, made.channels + made.more_channels), b)
+    _conv3d[grid](
+        rows, rows if before is None else before, rows_of(weight), bias, out if beside is None else beside, out,
+        t, h, w, C=c, OUT=o, KT=kt, KH=kh, KW=kw,
+        PAST=past is not None and kt > 1, RESIDUAL=residual is not None, DOUBLED=False,
+        BLOCK_M=made.places, BLOCK_N=made.channels, MORE_N=made.more_channels, BLOCK_K=made.depth, STAGES=made.stages,
+        num_warps=made.warps,
     )  # fmt: skip
     return out.permute(0, 4, 1, 2, 3)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """(B, C, t, H, W) -> (B, t, H, W, C) contiguous: a view of what is channels last."""
+    return x.permute(0, 2, 3, 4, 1).contiguous()
+
+
 @_launch.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]) -> Tensor:
-    (b, _, t, h, w), (o, _, kt, kh, kw) = x.shape, weight.shape
-    return x.new_empty(b, t - kt + 1, h - kh + 1, w - kw + 1, o).permute(0, 4, 1, 2, 3)
+def _(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]) -> Tensor:
+    (b, _, t, h, w), (o, _, _, kh, kw) = x.shape, weight.shape
+    return x.new_empty(b, t, h - kh + 1, w - kw + 1, o).permute(0, 4, 1, 2, 3)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+    ctx.save_for_backward(*inputs[:5])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved: list[Any] = [None if a is None else a.detach().requires_grad_() for a in ctx.saved_tensors]
     with torch.enable_grad():
         out = reference.conv3d(*saved)
-    found = iter(torch.autograd.grad(out, [a for a in saved if a is not None], grad))
+    given = [a for a in saved if a is not None]
+    found = iter(torch.autograd.grad(out, given, grad, allow_unused=True))
     return (*(None if a is None else next(found) for a in saved), None)
 
 
 _launch.register_autograd(_backward, setup_context=_setup)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, how: Tiles | None = None) -> Tensor:
+def conv3d(
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    how: Tiles | None = None,
+) -> Tensor:
     """See the contract in `__init__`. how: other tiles than those of `tiles`, for measuring."""
     how = how or tiles(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]))  # type: ignore[arg-type]
     if how is None:
-        return reference.cudnn(x, weight, bias, residual)
+        return reference.cudnn(x, past, weight, bias, residual)
     fields = [how.places, how.channels, how.more_channels, how.depth, how.stages, how.warps]
-    return _launch(x, weight, bias, residual, fields)
+    return _launch(x, past, weight, bias, residual, fields)

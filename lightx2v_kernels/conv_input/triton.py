@@ -1,4 +1,4 @@
-"""The input of a causal convolution as one Triton kernel: every value is read once and written once."""
+"""The input of a convolution over padded frames as one Triton kernel: every value is read once and written once."""
 
 from collections.abc import Callable
 

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lightx2v_kernels.opaque import opaque
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -183,7 +185,5 @@ def _fake(
     return values.new_empty(*values.shape[:-1], weight.shape[0], dtype=dtype)
 
 
-int8_linear = torch.library.custom_op("lightx2v::int8_linear", _linear, mutates_args=())
-fp8_linear = torch.library.custom_op("lightx2v::fp8_linear", _linear, mutates_args=())
-int8_linear.register_fake(_fake)
-fp8_linear.register_fake(_fake)
+int8_linear = opaque("int8_linear", _linear, _fake)
+fp8_linear = opaque("fp8_linear", _linear, _fake)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightx2v_kernels.ggml import TYPES, restore
+from lightx2v_kernels.opaque import opaque
 
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 FEW = 64  # tokens up to which the blocks are restored inside the product
@@ -163,8 +164,7 @@ def multiplied(x: Tensor, blocks: Tensor, encoding: str, shape: Sequence[int], b
     return out
 
 
-@torch.library.custom_op("lightx2v::gguf_linear", mutates_args=())
-def gguf_linear(x: Tensor, blocks: Tensor, encoding: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, blocks: Tensor, encoding: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
     """See the contract."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] <= FEW and encoding in KINDS:
@@ -174,6 +174,8 @@ def gguf_linear(x: Tensor, blocks: Tensor, encoding: str, shape: Sequence[int], 
     return y.view(*x.shape[:-1], shape[0])
 
 
-@gguf_linear.register_fake
 def _fake(x: Tensor, blocks: Tensor, encoding: str, shape: Sequence[int], bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
+
+
+gguf_linear = opaque("gguf_linear", _linear, _fake)

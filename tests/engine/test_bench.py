@@ -11,12 +11,14 @@ import torch
 from lightx2v.__main__ import main
 from lightx2v.bench import engine, race
 from lightx2v.bench.command import Plan, run_plans, table
+from lightx2v.bench.packed import quantise_q4_k
 from lightx2v.bench.profile import group_of, summary
 from lightx2v.bench.race import Contestant, Course, Entry, heats
 from lightx2v.bench.subjects import CONFIGS, subject
 from lightx2v.bench.timing import median_ms
 from lightx2v.bench.weights import build, twin, weight_bytes
 from lightx2v_kernels import references, select
+from lightx2v_kernels.ggml import restore
 
 CPU = torch.device("cpu")
 TOY = Plan("wan2.1-1.3b", toy=True, rounds=2)
@@ -198,3 +200,23 @@ def test_median_ms_is_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr("lightx2v.bench.timing.time.perf_counter", lambda: next(clock) * 0.25)
     assert median_ms(lambda: None, CPU) == 250
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("scheme", "least", "most"), [("fp8", 1e-3, 0.1), ("int8", 1e-3, 0.05), ("gguf-q4_k", 1e-2, 0.2)]
+)
+def test_packed_weights_are_near_and_their_own(scheme: str, least: float, most: float) -> None:
+    document = run_plans([replace(TOY, quant=(scheme,), rounds=1)], CPU, {}, None)
+    first, packed = document["results"][0]["rows"]
+    assert least < packed["error"] < most and packed["kernels"]["linear"] == "reference"
+    assert packed["weights_gib"] < first["weights_gib"]
+
+
+def test_q4_k_is_what_the_reader_reads() -> None:
+    weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
+    weight[0], weight[1, :256] = 0, 3.0
+    blocks = quantise_q4_k(weight)
+    read = restore(blocks, "Q4_K", (6, 512))
+    assert blocks.numel() == 12 * 144 and read[0].abs().max() == 0
+    assert (read - weight).abs().max() < 0.35 and (read - weight).norm() / weight.norm() < 0.1

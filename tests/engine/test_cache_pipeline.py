@@ -79,6 +79,6 @@ def test_the_command_line_calibrates_and_says_what_was_skipped(
     measured = json.loads((folder / FIGURES).read_text())["roles"]["alone"]["measured"]
     assert measured["prompts"] == 2 and (measured["width"], measured["scheduler"]) == (48, "unipc")
     assert main([*generate, "--teacache_thresh", "0.4"]) == 0
-    assert "  teacache: skips steps " in capsys.readouterr().out
+    assert "  cache: teacache: skips steps " in capsys.readouterr().out
     assert main([*calibrate[:-2], "4", "--quiet"]) == 1, "4 steps"
     assert "7 steps or more of each network" in capsys.readouterr().err

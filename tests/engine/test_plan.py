@@ -109,7 +109,13 @@ def test_the_line_says_what_passes() -> None:
         "15.9 of 16.0 GB; 28.4 GB in RAM, 28.4 of it pinned"
     )
     short = plan(ONE, replace(MACHINE, free_vram=16_000_000_000, free_ram=16_000_000_000, pin_limit=10_000_000_000))
-    assert "10.0 of it pinned; only 16.0 GB of RAM are free: the system may swap to disk" in short.line()
+    assert short.line().endswith(
+        "13.8 GB in RAM, 10.0 of it pinned; 23 blocks are read from the file as they are needed (16.1 GB)"
+    )
+    none = plan(ONE, replace(MACHINE, free_vram=16_000_000_000, free_ram=1_000_000_000))
+    assert "40 blocks are read" in none.line() and none.line().endswith(
+        "only 1.0 GB of RAM are free: the system may swap to disk"
+    )
     assert "(17.50 GB a pass)" in short.line()
 
 

@@ -11,7 +11,7 @@ from published import PUBLISHED
 from sparse import lay_out, lay_out_split, manifest, names, write
 
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.identify import FileInfo, identify, identify_network, recognise
+from lightx2v.identify import FileInfo, identify, recognise
 from lightx2v.layout import Layout
 from lightx2v_kernels import select
 
@@ -64,7 +64,7 @@ def test_recognised(name: str, models: Path, caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize("name", WAN + HUNYUAN)
 def test_every_weight_of_the_model_is_in_the_file(name: str, models: Path) -> None:
-    info = identify_network(lay_out(name, models))
+    info = identify(lay_out(name, models))
     with torch.device("meta"):
         network = info.spec.build(info.config, KERNELS)
     found = {key: tensor.shape for key, tensor in info.header.tensors.items()}
@@ -72,21 +72,14 @@ def test_every_weight_of_the_model_is_in_the_file(name: str, models: Path) -> No
 
 
 @pytest.mark.parametrize("name", HUNYUAN)
-def test_a_family_that_is_not_all_here_is_refused_in_words(name: str, models: Path) -> None:
-    path = lay_out(name, models)
-    found = recognise(path)
-    assert found.network is not None and found.model is None
-    assert found.network.spec.name == "hunyuan1.5" + ("_step_distilled" if "step" in name else "")
-    with pytest.raises(
-        CheckpointError, match=r"HunyuanVideo-1\.5.*; its network is here, its text encoders are not yet"
-    ):
-        identify(path)
+def test_hunyuan_is_told_by_what_it_reads(name: str, models: Path) -> None:
+    assert identify(lay_out(name, models)).spec.name == "hunyuan1.5" + ("_step_distilled" if "step" in name else "")
 
 
 def test_the_super_resolution_model_is_named(models: Path) -> None:
     path = lay_out("hunyuan15_dit_sr", models)
-    with pytest.raises(CheckpointError, match=r"the super-resolution model of HunyuanVideo-1\.5; not supported"):
-        identify_network(path)
+    with pytest.raises(CheckpointError, match=r"the super-resolution model of HunyuanVideo-1\.5; videos are not"):
+        identify(path)
 
 
 @pytest.mark.parametrize("name", BLOCK_SPLIT)

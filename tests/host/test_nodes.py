@@ -51,7 +51,8 @@ NODES = {
         ["LATENT"],
     ),
     "LightX2VLoadVAE": (["vae_name"], [], ["VAE"]),
-    "LightX2VDecode": (["latent", "vae"], ["mode", "tile_size", "overlap", "tile_frames"], ["IMAGE"]),
+    "LightX2VDecode": (["latent", "vae"], ["mode", "tile_size", "overlap", "tile_frames"], ["IMAGE", "LATENT"]),
+    "LightX2VReport": (["latent"], [], ["STRING"]),
 }
 
 
@@ -71,8 +72,8 @@ def test_ids_inputs_and_outputs_are_the_released_ones(described) -> None:
 
 def test_every_input_has_a_tooltip(described) -> None:
     for name, info in described.items():
-        for group in info["input"].values():
-            for input_name, (_, *options) in group.items():
+        for kind, group in info["input"].items():
+            for input_name, (_, *options) in group.items() if kind != "hidden" else ():
                 tooltip = options[0].get("tooltip", "") if options else ""
                 assert len(tooltip) > 15, f"{name}.{input_name} has no tooltip"
 

@@ -23,9 +23,10 @@ from lightx2v.vae.stream import decode, encode
 from lightx2v_kernels import registry
 from lightx2v_kernels.conv3d.reference import conv3d
 from lightx2v_kernels.conv_input.reference import conv_input
+from lightx2v_kernels.doubled_conv.reference import doubled_conv
 from tiny_vae import tiny_vae, tiny_vae15, tiny_vae22
 
-OPS = ("conv_input", "conv3d")
+OPS = fused.OPS
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, torch.float16)
 
@@ -71,11 +72,14 @@ def test_lines_of_any_length(width: int, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     x = rows(1, 24, 1, 2, width * 3, dtype=dtype)[..., ::3]
     gamma = 1 + 0.3 * torch.randn(24).to(PLACE, dtype)
-    check("conv_input", x, gamma, None, (2, 1, 1), False, 1)
-    check("conv_input", x, None, None, (1, 1, 1), True, 2)
-    padded = rows(1, 16, 3, 3, width + 2, dtype=dtype)
+    check("conv_input", x, gamma, (1, 1), False, 1)
+    check("conv_input", x, None, (1, 1), True, 2)
+    padded = rows(1, 16, 1, 3, width + 2, dtype=dtype)
     weight = rows(24, 16, 3, 3, 3, dtype=dtype) * 0.05
-    check("conv3d", padded, weight, torch.randn(24).to(PLACE, dtype), rows(1, 24, 1, 1, width, dtype=dtype))
+    past, residual = rows(1, 16, 2, 3, width + 2, dtype=dtype), rows(1, 24, 1, 1, width, dtype=dtype)
+    bias = torch.randn(24).to(PLACE, dtype)
+    check("conv3d", padded, past, weight, bias, residual)
+    check("doubled_conv", padded, weight[:, :, 0], bias)
 
 
 @pytest.mark.parametrize(
@@ -87,28 +91,30 @@ def test_widths_of_the_vaes(channels: int, out: int) -> None:
     dtype = DTYPES[0]
     weight = rows(out, channels, 1, 3, 3, dtype=dtype) * (9 * channels) ** -0.5
     x, bias = rows(2, channels, 2, 5, 8, dtype=dtype), torch.randn(out).to(PLACE, dtype)
-    check("conv3d", x, weight, bias, rows(2, out, 2, 3, 6, dtype=dtype))
-    check("conv3d", x.contiguous(), weight.contiguous(), bias, None)
+    check("conv3d", x, None, weight, bias, rows(2, out, 2, 3, 6, dtype=dtype))
+    check("conv3d", x.contiguous(), None, weight.contiguous(), bias, None)
 
 
 def test_gradients_and_shapes_of_the_opaque_ops() -> None:
     pytest.importorskip("triton")
     from lightx2v_kernels.conv3d import _triton as convolution
     from lightx2v_kernels.conv_input import _triton as preparation
+    from lightx2v_kernels.doubled_conv import _triton as doubling
 
     x, gamma = torch.randn(1, 16, 1, 2, 2).to(PLACE).requires_grad_(), torch.randn(16).to(PLACE).requires_grad_()
     weight, bias = torch.randn(16, 16, 1, 3, 3).to(PLACE).requires_grad_(), torch.randn(16).to(PLACE).requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(preparation._conv_input, (x, gamma, None, [2, 1, 1], False, 1), test_utils=tests)
-    torch.library.opcheck(convolution._launch, (x.new_ones(1, 16, 1, 4, 4), weight, bias, x, [16, 16, 0, 16, 2, 4]),
-                          test_utils=tests)  # fmt: skip
+    torch.library.opcheck(preparation._launch, (x, gamma, [1, 1], False, 1), test_utils=tests)
+    padded, tiles = x.new_ones(1, 16, 1, 4, 4), [16, 16, 0, 16, 2, 4]
+    torch.library.opcheck(convolution._launch, (padded, None, weight, bias, x, tiles), test_utils=tests)
+    torch.library.opcheck(doubling._launch, (x, weight[:, :, 0], bias), test_utils=tests)
     leaves = (x, gamma, weight, bias)
 
-    def run(prepare: Any, convolve: Any) -> tuple[Tensor, ...]:
-        y = convolve(prepare(x, gamma, None, (0, 1, 1), False, 1), weight, bias, x)
+    def run(prepare: Any, convolve: Any, double: Any) -> tuple[Tensor, ...]:
+        y = double(convolve(prepare(x, gamma, (1, 1), False, 1), None, weight, bias, x), weight[:, :, 0], bias)
         return torch.autograd.grad(y.square().sum(), leaves)
 
-    ours, theirs = run(found("conv_input").load(), found("conv3d").load()), run(conv_input, conv3d)
+    ours, theirs = run(*(found(op).load() for op in OPS)), run(conv_input, conv3d, doubled_conv)
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, theirs, strict=True))
 
 
@@ -117,11 +123,10 @@ def use(kernels: fused.FrameKernels, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "frame_kernels", lambda x, weight: kernels)
 
 
-@pytest.mark.parametrize("make", [tiny_vae, tiny_vae22, tiny_vae15])
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize(("make", "chunk"), [(tiny_vae, 1), (tiny_vae22, 3), (tiny_vae15, 2)])
 def test_the_fused_way_is_the_plain_way(make: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, on the references: whatever differs is not rounding."""
-    vae: VAE = make().double()
+    vae: VAE = (make((8, 8, 16, 32, 64)) if make is tiny_vae15 else make()).double()
     _, rows_, columns = vae.space.stride
     raw = torch.randn(2, vae.space.channels, 4, 2, 3, dtype=torch.float64)
     frames = torch.rand(2, 3, 13, 2 * rows_, 3 * columns, dtype=torch.float64) * 2 - 1
@@ -137,7 +142,7 @@ def test_the_fused_way_is_the_plain_way(make: Any, chunk: int, monkeypatch: pyte
         calls.append("conv_input")
         return conv_input(*args)
 
-    use(fused.FrameKernels(prepare, conv3d), monkeypatch)
+    use(fused.FrameKernels(prepare, conv3d, doubled_conv), monkeypatch)
     decoded, encoded = run()
     assert len(calls) > 100
     assert relative_error(decoded, plain[0]) < 1e-12 and relative_error(encoded, plain[1]) < 1e-7
@@ -146,10 +151,10 @@ def test_the_fused_way_is_the_plain_way(make: Any, chunk: int, monkeypatch: pyte
 def test_a_vae_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     vae = tiny_vae(16).to(PLACE, DTYPES[0])
-    raw = torch.randn(1, 16, 2, 1, 2)
+    raw = torch.randn(1, 16, 2, 1, 1)
     wide = decode(tiny_vae(16).double(), raw, clamp=False)
     plain = decode(tiny_vae(16).to(DTYPES[0]), raw, clamp=False)
-    use(fused.FrameKernels(found("conv_input").load(), found("conv3d").load()), monkeypatch)
+    use(fused.FrameKernels(*(found(op).load() for op in OPS)), monkeypatch)
     assert_close("decode", decode(vae, raw, clamp=False).cpu(), wide, plain)
 
 

@@ -6,9 +6,10 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
+from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureFailingModel, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
-from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
+from .vision import FixtureCellVae, FixtureClipVision, FixturePicture, FixtureTightVae
 
 
 class FixtureExtension(ComfyExtension):
@@ -18,6 +19,7 @@ class FixtureExtension(ComfyExtension):
             FixtureCrampedVae,
             FixtureFailingModel,
             FixtureHoldMemory,
+            FixtureHunyuanClip,
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
@@ -25,7 +27,7 @@ class FixtureExtension(ComfyExtension):
             FixtureRandomLatent,
             FixtureTightVae,
             FixtureUmt5Clip,
-            FixtureVae48,
+            FixtureCellVae,
             FixtureWanConditioning,
         ]
 
