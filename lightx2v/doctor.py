@@ -12,7 +12,8 @@ from lightx2v import __version__
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import recognise
-from lightx2v.latents import WAN21, WAN22
+from lightx2v.latents import HUNYUAN15, WAN21, WAN22
+from lightx2v.models.hunyuan_video_15 import encoders as hunyuan
 from lightx2v_kernels import registry
 
 NEEDED = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
@@ -20,7 +21,7 @@ OPTIONAL = (
     *("triton", "flash-attn", "flash-attn-4", "flash-attn-3", "fa3-fwd", "sageattention", "sageattn3"),
     *("sgl-kernel", "vllm", "torchao", "comfy-kitchen"),
 )
-HEAD_DIM = 128  # of every Wan
+HEAD_DIM = 128  # of every Wan and HunyuanVideo-1.5
 
 
 def machine() -> Iterator[str]:
@@ -69,11 +70,16 @@ def parts(path: Path) -> Iterator[str]:
         ("text encoder", folder.text_encoder),
         ("tokenizer", folder.tokenizer),
         ("image encoder", folder.image_encoder),
+        ("Qwen2.5-VL", lambda: folder.find("text encoder", hunyuan.LANGUAGE)),
+        ("byT5", lambda: folder.find("glyph encoder", hunyuan.GLYPHS)),
+        ("SigLIP", lambda: folder.find("image encoder", hunyuan.SIGLIP)),
         ("Wan2.1 VAE", lambda: folder.vae(WAN21)),
         ("Wan2.2 VAE", lambda: folder.vae(WAN22)),
+        ("Hunyuan1.5 VAE", lambda: folder.vae(HUNYUAN15)),
         ("LightVAE", lambda: folder.light_vae(WAN21)),
         ("Wan2.1 tiny", lambda: folder.tiny_vae(WAN21)),
         ("Wan2.2 tiny", lambda: folder.tiny_vae(WAN22)),
+        ("Hunyuan1.5 tiny", lambda: folder.tiny_vae(HUNYUAN15)),
     )
     for part, search in searches:
         yield f"  {part:<15} {_found(path, part, search)}"
