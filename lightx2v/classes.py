@@ -109,16 +109,21 @@ class Pick:
         return infos[0].spec.usual(self.tasks[0], distilled, asked) if infos else {}
 
     def _quantised(self) -> tuple[CheckpointInfo, ...]:
-        return quantised_transformers(self.folder, self.quantize, experts=self.kind.experts)
+        return quantised_transformers(self.folder, self.quantize, self._named, self._found, experts=self.kind.experts)
 
     def _plain(self) -> tuple[CheckpointInfo, ...]:
-        named = self.originals
-        if self.kind.experts:
-            return (
-                identify(named.get("high_noise_original_ckpt") or self.folder.expert("high")),
-                identify(named.get("low_noise_original_ckpt") or self.folder.expert("low")),
-            )
-        return (identify(named.get("dit_original_ckpt") or self._transformer()),)
+        arguments = ("high_noise_original_ckpt", "low_noise_original_ckpt")
+        return tuple(
+            self._named(argument) or self._found(argument)
+            for argument in (arguments if self.kind.experts else ("dit_original_ckpt",))
+        )
+
+    def _named(self, argument: str) -> CheckpointInfo | None:
+        return identify(self.originals[argument]) if argument in self.originals else None
+
+    def _found(self, argument: str) -> CheckpointInfo:
+        expert = {"high_noise_original_ckpt": "high", "low_noise_original_ckpt": "low"}.get(argument)
+        return identify(self.folder.expert(expert) if expert else self._transformer())
 
     def _transformer(self) -> Path:
         if self.kind.family == HUNYUAN:
