@@ -79,7 +79,7 @@ TABLE = (
     Row("qwen25vl_cpu_offload siglip_cpu_offload byt5_cpu_offload", DEAD, OFFLOADED),
     Row("t5_cpu_offload clip_cpu_offload", DEAD, OFFLOADED),
     Row("offload_ratio vae_offload_cache clean_cuda_cache num_disk_workers", DEAD, "memory is planned here"),
-    Row("lazy_load unload_modules", DEAD, "weights are read when they are first needed, and kept"),
+    Row("lazy_load unload_modules", DEAD, "weights that RAM cannot hold are read from the file as needed, by plan"),
     Row("t5_lazy_load empty_cache_min_free_gib empty_cache_min_reclaimable_gib", DEAD, "memory is planned here"),
     Row("rope_type rope_chunk rope_chunk_size rotary_chunk", DEAD, "kernels are chosen by themselves"),
     Row("rms_norm_type layer_norm_type modulate_type", DEAD, "kernels are chosen by themselves"),
