@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,24 @@ def yardsticks(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def timed(run: Callable[[], Any], device: torch.device, calls: int) -> list[float]:
-    from benchmarks.timing import _time
+    """Milliseconds of each call."""
+    if device.type != "cuda":
+        stamps = [time.perf_counter()]
+        for _ in range(calls):
+            run()
+            stamps.append(time.perf_counter())
+        return [1000 * (end - start) for start, end in pairwise(stamps)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in pairwise(marks)]
 
-    return _time(run, device, calls)
+
+def tokens_of(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def child(options: argparse.Namespace) -> None:
@@ -94,10 +110,9 @@ def child(options: argparse.Namespace) -> None:
 
     plan = json.loads(options.child)
     device = torch.device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    known = {
-        variant.name: variant for variant in [*variants.candidates(device), *variants.tuned(device), *variants.peers()]
-    }
+    dtype = tokens_of(device)
+    offered = [*variants.candidates(device), *variants.tuned(device), *variants.peers(device, dtype)]
+    known = {variant.name: variant for variant in offered}
     torch.manual_seed(0)
     inputs = tuple(
         torch.randn(1, plan["tokens"], options.heads, variants.HEAD_DIM, device=device).to(dtype) for _ in range(3)
@@ -225,7 +240,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     from benchmarks import attention_variants as variants
 
     device, until = torch.device(options.device), time.monotonic() + options.seconds
-    chosen = [*(variants.candidates(device) if options.tune else variants.tuned(device)), *variants.peers()]
+    ours = variants.candidates(device) if options.tune else variants.tuned(device)
+    chosen = [*ours, *variants.peers(device, tokens_of(device))]
     kinds = {variant.name: variant.kind for variant in chosen if variant.kind in options.kinds}
     names, found = list(kinds), []
     if device.type == "cuda" and options.tune:

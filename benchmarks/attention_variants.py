@@ -1,22 +1,19 @@
 """What `benchmarks.attention` times: the ways to cut our kernels, and the attention of others, for comparison."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightx2v_kernels import registry
 from lightx2v_kernels.attention import _triton, _triton_ops, _triton_quantize
 from lightx2v_kernels.attention._triton import Config
-from lightx2v_kernels.norm.reference import rms_norm
-from lightx2v_kernels.rope.reference import rope
 
 HEAD_DIM = 128
 INT8_ERROR = 0.02
+OURS = frozenset({"triton", "triton_int8", "reference"})  # reference: its scores would not fit
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,34 @@ def ours(kind: str, config: Config) -> Variant:
     return Variant(kind, f"{kind} {' '.join(marks)}", exact if kind == "exact" else int8)
 
 
-def peers() -> list[Variant]:
-    found = [Variant("peer", "SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION))]
-    found += [Variant("peer", "SDPA flash", _sdpa(SDPBackend.FLASH_ATTENTION))]
-    for module in ("flash_attn_interface", "fa3_fwd_interface"):
-        if flash := _imported(module, "flash_attn_func"):
-            found.append(Variant("peer", f"FlashAttention-3 ({module})", _calls(flash)))
-    if sage := _imported("sageattention", "sageattn"):
-        found.append(Variant("peer", "SageAttention", _calls(lambda q, k, v: sage(q, k, v, tensor_layout="NHD"))))
-    return found
+def on_hopper(kind: str, cut: Any) -> Variant:
+    """A cut (`_hopper.Cut`) of the kernel in Gluon."""
+    from lightx2v_kernels.attention import _hopper as kernel
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        return lambda: kernel.exact(q, k, v, cut)
+
+    def int8(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        tokens = _triton_quantize.quantize(q, k, cut.keys)
+        return lambda: kernel.from_int8(tokens, v, cut)
+
+    name = f"{kind} gluon {cut.groups} groups {cut.keys} keys s{cut.stages}{' early' if cut.early else ''}"
+    return Variant(kind, name, exact if kind == "exact" else int8)
+
+
+def peers(device: torch.device, dtype: torch.dtype) -> list[Variant]:
+    """The other backends of the registry that can run here."""
+    return [
+        Variant("peer", backend.name, _calls(backend.load))
+        for backend in registry.registry("attention").ranked()
+        if backend.name not in OURS and backend.why_not(device, dtype, HEAD_DIM) is None
+    ]
 
 
 def tuned(device: torch.device) -> list[Variant]:
     """What the backends take on this device."""
+    if kernel := _triton_ops.hopper(device):
+        return [on_hopper("exact", kernel.EXACT), on_hopper("int8", kernel.INT8)]
     return [
         ours("exact", _triton_ops.config(device, int8=False)),
         ours("int8", _triton_ops.config(device, int8=True)),
@@ -90,6 +102,11 @@ def candidates(device: torch.device) -> list[Variant]:
         Config(128, 64, 8, 3, tma=True, ahead=True),
     ]
     found = [ours("int8", c) for c in int8] + [ours("exact", c) for c in exact]
+    if kernel := _triton_ops.hopper(device):
+        cuts = [kernel.Cut(3, 64, 4, early) for early in (False, True)]
+        int8_cuts = [*cuts, *(kernel.Cut(2, 128, 4, early) for early in (False, True)), kernel.Cut(2, 64, 4, True)]
+        exact_cuts = [*cuts, *(kernel.Cut(2, 128, stages, True) for stages in (2, 3)), kernel.Cut(2, 64, 4, True)]
+        found = [on_hopper("int8", c) for c in int8_cuts] + [on_hopper("exact", c) for c in exact_cuts] + found
     return list({variant.name: variant for variant in [*tuned(device), *found]}.values())
 
 
@@ -100,18 +117,20 @@ def producers(heads: int, tokens: int, device: torch.device, dtype: torch.dtype)
     norms = torch.ones(2, heads * HEAD_DIM, device=device, dtype=dtype).unbind(0)
     angles = 10 * torch.rand(tokens, HEAD_DIM // 2, device=device)
     cos, sin = angles.cos(), angles.sin()
-    block = _triton_ops.config(device, int8=True).block_n
+    hopper = _triton_ops.hopper(device)
+    block = hopper.INT8.keys if hopper else _triton_ops.config(device, int8=True).block_n
+
+    norm_rope = registry.select("norm_rope", "auto", device, dtype, HEAD_DIM).load()
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:
-        return rope(rms_norm(x, weight, 1e-6).unflatten(-1, (heads, HEAD_DIM)), cos, sin)
+        return norm_rope(x, weight, cos, sin, 1e-6)
 
-    compiled = torch.compile(turned) if device.type == "cuda" else turned
     heads_q, heads_k = turned(q, norms[0]), turned(k, norms[1])
     return {
         "norm, rope, int8 fused": lambda: _triton_quantize.quantize_rotary(
             q, k, norms, (cos, sin), 1e-6, HEAD_DIM, block
         ),
-        "norm, rope (torch.compile)": lambda: (compiled(q, norms[0]), compiled(k, norms[1])),
+        "norm_rope of q and k": lambda: (turned(q, norms[0]), turned(k, norms[1])),
         "int8 alone": lambda: _triton_quantize.quantize(heads_q, heads_k, block),
         "int8 attention from projections": lambda: _triton_ops.rotary_attention_int8(
             q, k, v, norms[0], norms[1], cos, sin, 1e-6
@@ -120,32 +139,9 @@ def producers(heads: int, tokens: int, device: torch.device, dtype: torch.dtype)
     }
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]:
+def _calls(load: Callable[[], Callable[..., Any]]) -> Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]:
     def prepare(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-
-        return run
+        attention = load()
+        return lambda: attention(q, k, v)
 
     return prepare
-
-
-def _calls(attention: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]:
-    def prepare(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            out = attention(q, k, v)
-            return out[0] if isinstance(out, tuple) else out
-
-        return run
-
-    return prepare
-
-
-def _imported(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None

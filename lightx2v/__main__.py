@@ -36,6 +36,7 @@ def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) 
         dit_original_ckpt=args.dit_original_ckpt,
         low_noise_original_ckpt=args.low_noise_original_ckpt,
         high_noise_original_ckpt=args.high_noise_original_ckpt,
+        transformer_model_name=args.transformer_model_name,
         device=args.device,
     )
     if args.vae_path or args.tae_path:
@@ -241,9 +242,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model_path", required=True, help="folder with transformer, encoders and VAE")
-    classes = "wan2.1, wan2.2 (TI2V-5B), wan2.2_moe (A14B); for 4-step models wan2.1_distill, wan2.2_moe_distill"
+    classes = (
+        "wan2.1, wan2.2 (TI2V-5B), wan2.2_moe (A14B), hunyuan_video_1.5; for 4-step models wan2.1_distill, "
+        "wan2.2_moe_distill, hunyuan_video_1.5_distill"
+    )
     group.add_argument("--model_cls", default="wan2.1", help=classes)
     group.add_argument("--task", default="t2v", help="t2v, i2v or flf2v (first and last frame)")
+    group.add_argument("--transformer_model_name", help="of several of HunyuanVideo-1.5 in one folder: 480p_t2v ...")
     group.add_argument("--dit_original_ckpt", help="a transformer in place of the folder's, file or folder")
     group.add_argument("--high_noise_original_ckpt", help="of two experts the one for the first steps")
     group.add_argument("--low_noise_original_ckpt", help="of two experts the one for the other steps")
@@ -283,17 +288,21 @@ def _add_request(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--resize_mode", choices=("fixed_shape",), help="exactly --height and --width, cutting the image"
     )
-    group.add_argument("--num_frames", type=int, help="4n + 1; default 81")
-    group.add_argument("--fps", type=int, default=None, help="of the file; default: 16, TI2V-5B 24")
+    group.add_argument("--num_frames", type=int, help="4n + 1; default 81, HunyuanVideo-1.5 121")
+    group.add_argument(
+        "--fps", type=int, default=None, help="of the file; default: 16, TI2V-5B and HunyuanVideo-1.5 24"
+    )
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--infer_steps", type=int, help="default 50")
-    cfg = "default 5; 1 turns guidance off; two numbers: of the high- and of the low-noise expert"
+    cfg = "default 5, HunyuanVideo-1.5 6; 1 turns guidance off; two numbers: of the high- and of the low-noise expert"
     group.add_argument("--guidance_scale", type=float, nargs="+", metavar="SCALE", help=cfg)
-    group.add_argument("--sample_shift", type=float, help="default 5")
+    group.add_argument(
+        "--sample_shift", type=float, help="default 5; of HunyuanVideo-1.5 5, at 720p 9 from text and 7 from an image"
+    )
     group.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="default: the model class's own")
     levels = (
         "default 1000,750,500,250: of the distilled scheduler, in thousandths before the shift; replaces --infer_steps"

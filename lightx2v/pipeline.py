@@ -42,18 +42,17 @@ RESIZE_MODES = (None, "fixed_shape")
 
 
 class LightX2VPipeline:
-    """Prompt, and images, to video with a folder of Wan files.
+    """Prompt, and images, to video with a folder of Wan or HunyuanVideo-1.5 files.
 
         pipe = LightX2VPipeline(model_path="/path/to/Wan2.1-T2V-14B", model_cls="wan2.1", task="t2v")
         pipe.create_generator(infer_steps=50, height=480, width=832, num_frames=81)
         pipe.generate(seed=42, prompt="...", negative_prompt="", save_result_path="output.mp4")
 
-    model_path: folder with the transformer or two experts, models_t5_*.pth, the VAE and, for Wan2.1 image-to-video,
-        models_clip_*.pth (or .safetensors, or a diffusers folder).
-    model_cls: "wan2.1", "wan2.2" (TI2V-5B), "wan2.2_moe" (A14B), and "wan2.1_distill", "wan2.2_moe_distill" for models
-        of few steps. task: "t2v", "i2v" or "flf2v" (first and last frame).
+    model_path: folder with the transformer or two experts, encoders and VAE (docs/models.md).
+    model_cls: "wan2.1", "wan2.2" (TI2V-5B), "wan2.2_moe" (A14B), "hunyuan_video_1.5"; of few steps: "wan2.1_distill",
+        "wan2.2_moe_distill", "hunyuan_video_1.5_distill". task: "t2v", "i2v" or "flf2v" (first and last frame).
     dit_original_ckpt, high_noise_original_ckpt, low_noise_original_ckpt: files or folders to use instead of
-        model_path's.
+        model_path's. transformer_model_name: of several of HunyuanVideo-1.5, such as "480p_t2v".
     support_tasks: other tasks of model_cls that `generate` may be asked for with the same model.
     Weights are read at the first `generate` and kept. Raises CheckpointError at construction for a transformer of
     another model; one that is missing may still be named by `enable_quantize` or a config file.
@@ -81,8 +80,7 @@ class LightX2VPipeline:
             "high_noise_original_ckpt": high_noise_original_ckpt,
         }
         self._originals = {name: Path(path) for name, path in named.items() if path}
-        own = (self._originals, Quantize(), transformer_model_name)
-        self._pick = Pick(self._folder, model_cls, self._class, tasks, *own)
+        self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals, transformer_model_name)
         self._asked: set[str] = set()  # methods that the caller called: a config file does not undo them
         self._by_file: tuple[str, ...] = ()  # methods that the last config file called
         self._infos: tuple[CheckpointInfo, ...] = ()  # none while the transformer is missing
@@ -418,8 +416,10 @@ class LightX2VPipeline:
         self._pick, self._infos, self._missing, self._cache = pick, infos, missing, cache
         self._set_engine(engine)
 
-    def _read_file(self, path: str | Path, given: Mapping[str, object]) -> Mapping[str, Any]:
-        """Do what a config file asks for; returns the arguments of create_generator that it holds."""
+    def _read_file(self, path: str | Path | None, given: Mapping[str, object]) -> Mapping[str, Any]:
+        """Do what a config file asks for; returns the arguments of create_generator that it holds, or are usual."""
+        if path is None:
+            return self._pick.usual(self._infos, given)
         told = read_told(path, self._folder.path, self._infos, given)
         asked, originals = frozenset(self._asked), {**told.originals, **self._originals}
         if not told.calls.get("enable_quantize", {}).get("dit_quantized"):
@@ -431,7 +431,7 @@ class LightX2VPipeline:
                     getattr(self, name)(**arguments)
         finally:
             self._asked, self._by_file = set(asked), tuple(told.calls)
-        return told.generator
+        return {**self._pick.usual(self._infos, {**told.generator, **given}), **told.generator}
 
     def _sample(self, request: Request, encoded: Encoded, hooks: Callable[[], Hooks]) -> Tensor:
         cond, uncond, begin = encoded

@@ -64,17 +64,9 @@ class Tokens8:
 
 @triton.jit
 def load_tile(
-    source,
-    batch,
-    head,
-    row,
-    stride,
-    rows,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    TMA: tl.constexpr,
+    source, batch, head, row, stride, rows, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """Rows of one head, (BLOCK, DIM). A descriptor fills what lies behind the end with zeros, as MASKED does."""
     if TMA:
         tile = source.load([batch, row, head, 0]).reshape(BLOCK, DIM)
@@ -118,26 +110,10 @@ def largest(s, factor, INT8: tl.constexpr):
 
 @triton.jit
 def anchored(
-    q,
-    factor,
-    k,
-    v,
-    k_scale,
-    batch,
-    head,
-    stride_k,
-    stride_v,
-    keys,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIM: tl.constexpr,
-    INT8: tl.constexpr,
-    TMA: tl.constexpr,
-    TAIL: tl.constexpr,
-    AHEAD: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
-):
+    q, factor, k, v, k_scale, batch, head, stride_k, stride_v, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, INT8: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
     """Sums of weights and of weighted values, under the largest score of the first keys."""
     columns = tl.arange(0, BLOCK_N)[None, :]
     start = tl.zeros([], tl.int32)
@@ -197,29 +173,10 @@ def anchored(
 
 @triton.jit
 def running(
-    q,
-    factor,
-    k,
-    v,
-    k_scale,
-    batch,
-    head,
-    stride_k,
-    stride_v,
-    keys,
-    begin,
-    end,
-    top,
-    total,
-    acc,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIM: tl.constexpr,
-    INT8: tl.constexpr,
-    TMA: tl.constexpr,
-    MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q, factor, k, v, k_scale, batch, head, stride_k, stride_v, keys, begin, end, top, total, acc,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, INT8: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """The same sums under a running maximum, over the keys from `begin` to `end`."""
     columns = tl.arange(0, BLOCK_N)[None, :]
     for row in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
@@ -265,30 +222,10 @@ def under_maximum(
 
 @triton.jit
 def attend(
-    q,
-    k,
-    v,
-    out,
-    q_scale,
-    k_scale,
-    batch_strides,
-    head_strides,
-    token_strides,
-    heads,
-    queries,
-    keys,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DIM: tl.constexpr,
-    INT8: tl.constexpr,
-    TMA: tl.constexpr,
-    ANCHORED: tl.constexpr,
-    TAIL: tl.constexpr,
-    AHEAD: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
-):
+    q, k, v, out, q_scale, k_scale, batch_strides, head_strides, token_strides, heads, queries, keys, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, INT8: tl.constexpr, TMA: tl.constexpr,
+    ANCHORED: tl.constexpr, TAIL: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
     """One tile of queries of one head against all keys. Tiles of a head are neighbours, so its k and v stay in L2."""
     tiles = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -307,26 +244,9 @@ def attend(
     q_tile = load_tile(q, batch, head, row, token_strides[0], queries, BLOCK_M, DIM, TMA, True)
     if ANCHORED:
         acc, total = anchored(
-            q_tile,
-            factor,
-            k,
-            v,
-            k_scale,
-            batch,
-            head,
-            token_strides[1],
-            token_strides[2],
-            keys,
-            BLOCK_M,
-            BLOCK_N,
-            DIM,
-            INT8,
-            TMA,
-            TAIL,
-            AHEAD,
-            STAGES,
-            SPECIALIZE,
-        )
+            q_tile, factor, k, v, k_scale, batch, head, token_strides[1], token_strides[2], keys, BLOCK_M, BLOCK_N,
+            DIM, INT8, TMA, TAIL, AHEAD, STAGES, SPECIALIZE,
+        )  # fmt: skip
         sane = tl.abs(tl.sum(acc, 1) + total) < float("inf")
         again = tl.min(sane.to(tl.int32), 0) == 0
     else:
@@ -374,14 +294,21 @@ def attend_again(
 
 
 def mend(
-    flags: Tensor, marked: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scales: Scales | None = None
+    flags: Tensor,
+    marked: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    scales: Scales | None = None,
+    block: int = 64,
 ) -> None:
     """Compute again, into out (B, L, H, D), the tiles of an anchored softmax that left float32's range.
 
-    flags: (B, H, ceil(L / marked)) int32, set where a tile of `marked` queries did. q, k, v: (B, L | S, H, D).
-    scales: of int8 q and k, those of k for 64 keys each.
+    flags: (B, H, ceil(L / marked)) int32, set where a tile of `marked` queries did. q, k, v: (B, L | S, H, D). scales:
+    of int8 q and k, those of k for `block` keys each.
     """
-    (_, queries, heads, dim), keys, block = q.shape, k.shape[1], 64
+    (_, queries, heads, dim), keys = q.shape, k.shape[1]
     strides = [x.stride() for x in (q, k, v, out)]
     q_scale, k_scale = scales or (flags, flags)
     attend_again[(min(flags.numel(), PROGRAMS),)](

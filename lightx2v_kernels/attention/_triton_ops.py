@@ -70,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _from_int8(quantize: Callable[[int], Tokens8], v: Tensor) -> Tensor:
     """quantize: gives q and k in 8 bits, k with a scale for so many keys."""
     if own := hopper(v.device):
-        return own.from_int8(quantize(own.KEYS.value), v)
+        return own.from_int8(quantize(own.INT8.keys), v)
     chosen = config(v.device, int8=True)
     return _triton.from_int8(quantize(chosen.block_n), v, chosen)
 

@@ -16,22 +16,23 @@ from torch import Tensor
 from lightx2v_kernels.attention._triton import Tokens8
 
 SAMPLES = 128
-HEADS_EACH = 4
+HEADS_EACH = 8
+TOKENS = 4  # of a program that reads them twice
 # 1.5 * 2^23: adding it to fp32 below 2^22 and taking it off again rounds to whole numbers, ties to even.
 ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def rounded(x, amax):
-    """x in int8 and its scale. An infinite or NaN value makes the scale so; all zeros have the scale 1."""
-    scale = tl.where(amax == 0, 1.0, amax / 127)
-    return (x / scale + ROUND - ROUND).to(tl.int8), scale
+def magnitude(x, AXIS: tl.constexpr):
+    """The largest |x| along AXIS, by the bits of fp32: as whole numbers they have the same order, and NaN above all."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def finite_or_nan(x):
-    """0, or NaN where x is infinite or NaN: maxima lose a NaN, sums do not."""
-    return x * 0
+def rounded(x, amax):
+    """x in int8 and its scale. An infinite or NaN value makes the scale so; where x is all but 0, 0 times 1."""
+    scale = tl.where(amax < 1e-30, 1.0, amax / 127)
+    return (x * (1 / scale) + ROUND - ROUND).to(tl.int8), scale
 
 
 @triton.jit
@@ -51,12 +52,10 @@ def store_rounded(
     lines = block * BLOCK + tl.arange(0, BLOCK)
     scales += plane.to(tl.int64) * scales_each
     if PER_TOKEN:
-        amax = tl.max(tl.abs(x), 1) + tl.sum(finite_or_nan(x), 1)
-        whole, scale = rounded(x, amax[:, None])
+        whole, scale = rounded(x, magnitude(x, 1)[:, None])
         tl.store(scales + lines[:, None], scale, mask=lines[:, None] < rows)
     else:
-        amax = tl.max(tl.max(tl.abs(x), 1) + tl.sum(finite_or_nan(x), 1), 0) + tl.sum(tl.sum(finite_or_nan(x), 1), 0)
-        whole, scale = rounded(x, amax)
+        whole, scale = rounded(x, magnitude(magnitude(x, 1), 0))
         tl.store(scales + block, scale)
     pointers = values + (plane.to(tl.int64) * rows + lines[:, None]) * DIM + tl.arange(0, DIM)[None, :]
     tl.store(pointers, whole, mask=lines[:, None] < rows)
@@ -187,6 +186,42 @@ def quantize_turned(
         store_rounded(tile, values, scales, plane, block, tokens, scales_each, BLOCK, DIM, PER_TOKEN)
 
 
+@triton.jit
+def quantize_queries(
+    x, weight, cos, sin, values, scales, batch_stride, token_stride, heads, tokens, eps,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """x (B, L, H * D) -> values (B, H, L, D), scales (B, H, L), GROUP heads at a time.
+
+    The norm is over all channels, so those of BLOCK tokens are read twice, the second time from the cache.
+    """
+    batch = tl.program_id(1)
+    lines = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = lines < tokens
+    rows = x + batch.to(tl.int64) * batch_stride + lines.to(tl.int64)[:, None] * token_stride
+    squares = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, heads, GROUP):
+        channels = first * DIM + tl.arange(0, GROUP * DIM)
+        here = inside[:, None] & (channels < heads * DIM)[None, :]
+        part = tl.load(rows + channels[None, :], mask=here, other=0.0).to(tl.float32)
+        squares += tl.sum(part * part, 1)
+    scale = 1 / tl.sqrt(squares / (heads * DIM) + eps)
+    c, s = turns(cos, lines, tokens, 1, DIM)[:, None, :], turns(sin, lines, tokens, 1, DIM)[:, None, :]
+    for first in range(0, heads, GROUP):
+        channels = first * DIM + tl.arange(0, GROUP * DIM)
+        here = inside[:, None] & (channels < heads * DIM)[None, :]
+        gain = tl.load(weight + channels, mask=channels < heads * DIM, other=0.0).to(tl.float32)
+        part = tl.load(rows + channels[None, :], mask=here, other=0.0).to(tl.float32) * scale[:, None] * gain[None, :]
+        even, odd = tl.split(part.reshape(BLOCK, GROUP, DIM // 2, 2))
+        turned = tl.join(even * c - odd * s, even * s + odd * c).reshape(BLOCK, GROUP, DIM)
+        whole, step = rounded(turned, magnitude(turned, 2)[:, :, None])
+        head = first + tl.arange(0, GROUP)
+        places = ((batch * heads + head).to(tl.int64)[None, :] * tokens + lines[:, None])[:, :, None]
+        kept = (inside[:, None] & (head < heads)[None, :])[:, :, None]
+        tl.store(scales + places, step, mask=kept)
+        tl.store(values + places * DIM + tl.arange(0, DIM)[None, None, :], whole, mask=kept)
+
+
 def quantize(q: Tensor, k: Tensor, block: int) -> Tokens8:
     """q (B, L, H, D), k (B, S, H, D) -> both in int8; `block` keys share a scale."""
     centre = k[:, :: _step(k.shape[1])].mean(1, dtype=torch.float32).contiguous()
@@ -238,7 +273,14 @@ def _turned(
     each = blocks + 1 if smooth else tokens
     values = torch.empty(batch, heads, tokens, dim, dtype=torch.int8, device=x.device)
     scales = torch.empty(batch, heads, each, dtype=torch.float32, device=x.device)
+    cos, sin = (table.contiguous() for table in turn)
     per_head = weight.shape[0] == dim and heads > 1
+    if not smooth and not per_head:
+        quantize_queries[(triton.cdiv(tokens, TOKENS), batch)](
+            x, weight, cos, sin, values, scales, x.stride(0), x.stride(1), heads, tokens, eps,
+            BLOCK=TOKENS, GROUP=HEADS_EACH, DIM=dim, num_warps=4,
+        )  # fmt: skip
+        return values, scales
     inverse = centre = scales  # where a kernel does not read it, any address will do
     if not per_head:
         inverse = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
@@ -246,7 +288,6 @@ def _turned(
         inverse_rms[(tokens, batch)](
             x, inverse, x.stride(0), x.stride(1), tokens, eps, CHANNELS=channels, BLOCK=width, num_warps=4
         )
-    cos, sin = (table.contiguous() for table in turn)
     if smooth:
         centre = torch.empty(batch, heads, dim, dtype=torch.float32, device=x.device)
         step = _step(tokens)
@@ -258,6 +299,6 @@ def _turned(
     quantize_turned[(triton.cdiv(heads, HEADS_EACH), blocks, batch)](
         x, weight, inverse, cos, sin, centre, values, scales, x.stride(0), x.stride(1), heads, tokens, each, eps,
         BLOCK=block, DIM=dim, PER_HEAD=per_head, PER_TOKEN=not smooth, SMOOTH=smooth, EACH=HEADS_EACH,
-        num_warps=4 if block <= 64 else 8,
+        num_warps=8,
     )  # fmt: skip
     return values, scales

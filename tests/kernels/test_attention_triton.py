@@ -191,3 +191,21 @@ def test_backends_are_offered_and_the_lossy_one_says_so() -> None:
     assert offered["triton"].max_error is None and offered["triton_int8"].max_error == 0.02
     reason = offered["triton"].why_not(torch.device("cpu"), torch.bfloat16, 128)
     assert "needs a cuda device, got cpu" in reason
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["exact", "int8"])
+def test_flagged_tiles_and_no_others_are_mended(rounded: bool, kernel: ModuleType, rounding: ModuleType) -> None:
+    q, k, v = normal(150, 70, WIDE)
+    flags = torch.zeros(2, 2, 3, dtype=torch.int32, device=DEVICE)  # tiles of 64 queries
+    flags[0, 1, 2] = flags[1, 0, 0] = 1
+    out = torch.full_like(q, 7.0)
+    tokens = rounding.quantize(q, k, 32)
+    if rounded:
+        heads = tokens.q.transpose(1, 2), tokens.k.transpose(1, 2)
+        kernel.mend(flags, 64, *heads, v, out, (tokens.q_scale, tokens.k_scale), tokens.block)
+    else:
+        kernel.mend(flags, 64, q, k, v, out)
+    mended = flags.bool().repeat_interleave(64, -1)[..., :150].transpose(1, 2)
+    assert (out[~mended] == 7).all()
+    error = MAX_ERROR if rounded else 1e-5 if WIDE == torch.float32 else 0.01
+    assert_exact_enough(out[mended], truth(q, k, v)[mended], error)

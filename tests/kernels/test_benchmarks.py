@@ -1,12 +1,15 @@
 """The benchmarks measure what they say, and report no speed for a wrong result."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import kernels, tiles
+from benchmarks import attention, kernels, tiles
 from benchmarks.cases import of_size, tokenwise
 from benchmarks.size import Size
 from benchmarks.timing import report
@@ -101,3 +104,32 @@ def test_a_refused_choice_is_one_line() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match=r"--device cuda: PyTorch .* sees no GPU"):
             kernels.main(["--device", "cuda"])
+
+
+def test_an_attention_kernel_that_hangs_or_dies_is_named_and_the_others_keep_their_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The children of benchmarks.attention, played by a script: `slow` never answers, `dead` ends the process."""
+    script = (
+        "import json, sys, time\n"
+        "for name in json.loads(sys.argv[1]):\n"
+        "    print('@' + json.dumps({'name': name, 'state': 'starts'}), flush=True)\n"
+        "    if name == 'slow': time.sleep(60)\n"
+        "    if name == 'dead': sys.exit(3)\n"
+        "    print('@' + json.dumps({'name': name, 'state': 'timed', 'ms': [2.0, 4.0]}), flush=True)\n"
+    )
+    real = subprocess.Popen
+
+    def play(line: list[str], **options: object) -> subprocess.Popen:
+        names = json.loads(line[-1])["names"]
+        return real([sys.executable, "-c", script, json.dumps(names)], **options)
+
+    monkeypatch.setattr(attention.subprocess, "Popen", play)
+    monkeypatch.setattr(attention, "STEP_SECONDS", 1)
+    rows: dict[str, dict] = {}
+    plan = {"do": "time", "tokens": 8, "names": ["a", "slow", "dead", "b"], "rounds": 1}
+    attention.listen(attention.parse(["--device", "cpu"]), plan, rows, time.monotonic() + 30)
+    assert rows["slow"]["why"].startswith("hung or died") and "exit status 3" in rows["dead"]["why"]
+    found = {row["name"]: row for row in attention.figures(rows, {"a": "exact", "b": "peer"}, 1000, 1)}
+    assert found["a"]["ms"] == found["b"]["ms"] == 3.0 and found["slow"]["ms"] is None
+    assert found["a"]["tflops"] == round(4 * 1000**2 * 128 / 3e9, 1)
