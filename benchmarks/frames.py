@@ -17,25 +17,31 @@ from lightx2v_kernels.closeness import why_too_far
 Row = dict[str, Any]
 Run = Callable[[], Tensor]
 
+DOUBLED = (1, 3, 3)  # the kernel of the layers that double their frames first
+
 # Channels in and out, kernel, divisor of the frame's sides, frames in one chunk of a latent frame, and how many layers
-# of the decoder are like that. The last ones are of LightVAE and of the HunyuanVideo-1.5 VAE.
+# of the decoder are like that. The last ones are of the encoder, of LightVAE and of the HunyuanVideo-1.5 VAE.
 LAYERS = (
     (96, 96, (3, 3, 3), 1, 4, 6),
     (96, 3, (3, 3, 3), 1, 4, 1),
-    (192, 96, (1, 3, 3), 1, 4, 1),
+    (192, 96, DOUBLED, 1, 4, 1),
     (192, 192, (3, 3, 3), 2, 4, 6),
-    (384, 192, (1, 3, 3), 2, 4, 1),
+    (384, 192, DOUBLED, 2, 4, 1),
     (384, 384, (3, 3, 3), 4, 2, 5),
     (192, 384, (3, 3, 3), 4, 2, 1),
-    (384, 192, (1, 3, 3), 4, 2, 1),
+    (384, 192, DOUBLED, 4, 2, 1),
     (384, 384, (3, 3, 3), 8, 1, 10),
     (16, 384, (3, 3, 3), 8, 1, 1),
+    (384, 768, (3, 1, 1), 4, 2, 1),
     (384, 768, (3, 1, 1), 8, 1, 1),
+    (3, 96, (3, 3, 3), 1, 4, 0),
     (24, 24, (3, 3, 3), 1, 4, 0),
     (48, 48, (3, 3, 3), 1, 4, 0),
     (128, 128, (3, 3, 3), 1, 4, 0),
     (256, 256, (3, 3, 3), 2, 4, 0),
 )
+
+SIDE = 40  # pixels of the part of a frame that results are checked on
 
 
 def measure(size: tuple[int, int, int], device: torch.device, left: Callable[[], float], *, tiles: bool) -> list[Row]:
@@ -47,18 +53,21 @@ def measure(size: tuple[int, int, int], device: torch.device, left: Callable[[],
             break
         layer = Layer(channels, out, kernel, count, size[0] // divisor, size[1] // divisor)
         head: Row = {"layer": layer.label, "size": f"{count}x{layer.height}x{layer.width}", "layers": uses}
-        preparations = _capable("conv_input", device, dtype)
-        given = layer.to_prepare(device, dtype)
-        moved = 2 * given[0].numel() * given[0].element_size()
-        for name, function, _ in preparations:
-            row = _timed(partial(function, *given), device, moved, "GB/s")
-            rows.append({**head, "op": "conv_input", "backend": name, **row})
-        args = (preparations[0][1](*given), *layer.to_convolve(device, dtype))
-        backends = _capable("conv3d", device, dtype)
-        for name, function, op in [*backends, *(_variants(layer, backends) if tiles else [])]:
+        if kernel == DOUBLED:
+            args, backends, op = layer.to_double(device, dtype), _capable("doubled_conv", device, dtype), "doubled_conv"
+        else:
+            given, preparations = layer.to_prepare(device, dtype), _capable("conv_input", device, dtype)
+            moved = 2 * given[0].numel() * given[0].element_size()
+            for name, function, _ in preparations:
+                row = _timed(partial(function, *given), device, moved, "GB/s")
+                rows.append({**head, "op": "conv_input", "backend": name, **row})
+            args = (preparations[0][1](*given), *layer.to_convolve(device, dtype))
+            backends, op = _capable("conv3d", device, dtype), "conv3d"
+            backends += _variants(layer, backends) if tiles else []
+        for name, function, contract in backends:
             run = partial(function, *args)
-            row = _gated(run, op, args) or _timed(run, device, layer.flops, "TFLOP/s")
-            rows.append({**head, "op": "conv3d", "backend": name, **row})
+            row = _gated(run, contract, args) or _timed(run, device, layer.flops, "TFLOP/s")
+            rows.append({**head, "op": op, "backend": name, **row})
     return rows
 
 
@@ -92,7 +101,16 @@ class Layer:
         sides = (self.kernel[1] // 2, self.kernel[2] // 2)
         return x, torch.ones(self.channels, device=device, dtype=dtype), sides, False, 1
 
-    def to_convolve(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    def to_double(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Arguments of doubled_conv."""
+        _, weight, bias, _ = self.to_convolve(device, dtype)
+        return (
+            _frames(self.channels, self.frames, self.height // 2, self.width // 2, device, dtype),
+            weight[:, :, 0],
+            bias,
+        )
+
+    def to_convolve(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of conv3d after the first: past, weight, bias, residual."""
         lead, high, wide = (side - 1 for side in self.kernel)
         past = _frames(self.channels, lead, self.height + high, self.width + wide, device, dtype) if lead else None
@@ -124,7 +142,7 @@ def _variants(layer: Layer, backends: list[Any]) -> list[Any]:
         (128, 256, 0, 64, 3, 8), (64, 256, 0, 64, 3, 4), (256, 16, 0, 32, 4, 8),
     ):  # fmt: skip
         padded_out = -(-out // (first + more)) * (first + more)
-        if run % depth == 0 and padded_out <= 1.4 * max(out, 16):
+        if -(-run // depth) * depth <= 1.4 * run and padded_out <= 1.4 * max(out, 16):
             how = Tiles(places, first, more, depth, stages, warps)
             name = f"triton {places}x{first}+{more}x{depth} s{stages} w{warps}"
             found.append((name, partial(conv3d, how=how), op))
@@ -138,21 +156,21 @@ def _frames(c: int, t: int, h: int, w: int, device: torch.device, dtype: torch.d
 def _gated(run: Run, op: registry.Op, args: tuple[Any, ...]) -> Row | None:
     """A row without a time where the result is wrong or none comes; None where it is right.
 
-    Held to the convolution of a corner, which float32 need not wait long for.
+    Held to what the upper left of the frames gives, which float32 need not wait long for.
     """
-    x, past, weight, bias, residual = args
-    rows, columns = min(residual.shape[3], 40), min(residual.shape[4], 40)
-    corner = (..., slice(rows + weight.shape[3] - 1), slice(columns + weight.shape[4] - 1))
-    x, past = x[corner], None if past is None else past[corner]
-    residual = residual[..., :rows, :columns]
-    wider = Tensor.double if x.dtype == torch.float32 else Tensor.float
+    corner = [a[..., :SIDE, :SIDE] if isinstance(a, Tensor) and a.ndim == 5 else a for a in args]
+    if op.name == "conv3d":
+        high, wide = (min(SIDE, side) - k + 1 for side, k in zip(args[0].shape[3:], args[2].shape[3:], strict=True))
+        corner[4] = args[4][..., :high, :wide]
+    wider = Tensor.double if args[0].dtype == torch.float32 else Tensor.float
     try:
-        out = run()[..., :rows, :columns]
+        out = run()
     except Exception as error:  # a compiler may fail with anything; the others are still to be measured
         return {"ms": None, "rate": None, "note": f"{type(error).__name__}: {error}"[:80]}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        truth = op.reference(*(None if a is None else wider(a) for a in (x, past, weight, bias, residual)))
-    wrong = why_too_far(out, truth, op.reference(x, past, weight, bias, residual))
+        truth = op.reference(*(None if a is None else wider(a) for a in corner))
+    inner = (..., slice(truth.shape[3] - 1), slice(truth.shape[4] - 1))  # doubled, a row and a column see beyond
+    wrong = why_too_far(out[inner], truth[inner], op.reference(*corner)[inner])
     return {"ms": None, "rate": None, "note": f"wrong: {wrong}"} if wrong else None
 
 

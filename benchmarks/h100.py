@@ -19,15 +19,15 @@ from lightx2v.bench.engine import ALL, LOSSY
 # seconds: what each takes on an H100 at most, with the time to build weights and to compile.
 PARTS = {
     # Every attention backend on bf16 weights, and the others as they are by default and with FlashAttention-3.
-    "14b": Plan("wan2.1-14b", attention=(ALL,), peers=("diffusers", "diffusers-fa3", "comfyui"), seconds=210),
-    "14b-fp8": Plan("wan2.1-14b", attention=(ALL,), quant=("fp8",), peers=("comfyui-fp8",), seconds=180),
+    "14b": Plan("wan2.1-14b", attention=(ALL,), peers=("diffusers", "diffusers-fa3", "comfyui"), seconds=240),
+    "14b-fp8": Plan("wan2.1-14b", attention=(ALL,), quant=("fp8",), peers=("comfyui-fp8",), seconds=190),
     "5b": Plan(
         "wan2.2-ti2v-5b",
         size="720p",
         attention=("auto", LOSSY),
         quant=("none", "fp8"),
         peers=("diffusers", "diffusers-fa3", "comfyui"),
-        seconds=100,
+        seconds=110,
     ),
     "14b-compiled": Plan(
         "wan2.1-14b",

@@ -56,7 +56,7 @@ def tilings(packed: torch.dtype, tokens: int, small: bool) -> Iterator[Any]:
     if small:
         yield from (tiling(32, 32, 32, warps=4, stages=2, tma=tma) for tma in (False, True))
         return
-    yield _triton.tiling_for(tokens, packed == torch.int8)
+    yield _triton.WIDE if tokens > 1024 else _triton.NARROW
     if tokens <= 1024:
         for m, n, k, stages in ((64, 128, 128, 4), (128, 128, 128, 3), (64, 64, 128, 5), (64, 256, 128, 3)):
             yield tiling(m, n, k, warps=4, stages=stages)
@@ -122,8 +122,8 @@ def _tiled(layer: str, op: str, packed: torch.dtype, args: tuple[Any, ...], judg
 
 
 def gguf_candidates(layer: str, x: Tensor, rows: int, bias: Tensor) -> Iterator[Candidate]:
-    """Restoring alone, restoring before the product, and inside it for few tokens."""
-    from lightx2v_kernels.linear._triton_gguf import gguf_linear, multiplied, restored
+    """Restoring alone, and with the product."""
+    from lightx2v_kernels.linear._triton_gguf import gguf_linear, restored
 
     size = x.shape[1]
     for encoding in ("Q8_0", "Q4_K", "Q6_K", "Q5_0", "Q4_0", "Q5_K"):
@@ -146,13 +146,6 @@ def gguf_candidates(layer: str, x: Tensor, rows: int, bias: Tensor) -> Iterator[
         yield Candidate(
             layer, f"{encoding} linear", partial(gguf_linear, x, blocks, encoding, shape, bias), work, judge
         )
-        for few in (1, 16, 64, 256):
-            if len(x) > few:
-                inside = partial(multiplied, x[:few], blocks, encoding, shape, bias)
-                yield Candidate(layer, f"{encoding} inside, {few} tokens", inside, 2.0 * few * size * rows, judge)
-                plain = partial(F.linear, x[:few], truth.to(x.dtype), bias)
-                if encoding == "Q8_0":
-                    yield Candidate(layer, f"F.linear, {few} tokens", plain, 2.0 * few * size * rows, judge)
 
 
 def measure(candidate: Candidate, device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Step times of a results file as an SVG, against what the chip's matrix units could do at best:
+"""Step times of results files as an SVG, against what the chip's matrix units could do at best:
 
     python -m benchmarks.plot benchmarks/results/h100-forward.json --model wan2.1-14b docs/images/forward-14b.svg
 
-A bar is the median of one forward pass, its fine line the least and the most. The same file gives the same picture.
+A bar is the median of one forward pass, its fine line the least and the most. The same files give the same picture.
 """
 
 import argparse
@@ -43,13 +43,13 @@ class Bar:
     most: float
 
 
-def matching(document: Mapping[str, Any], model: str, size: str, weights: str) -> list[dict[str, Any]]:
-    """The results of one network at one size; raises ValueError where the file has none, with what it has."""
-    results = document["results"]
+def matching(results: Iterable[dict[str, Any]], model: str, size: str, weights: str) -> list[dict[str, Any]]:
+    """Those of one network at one size; raises ValueError where there is none, with what there is."""
+    results = list(results)
     found = [r for r in results if (r["model"], r["size"], r["weights"]) == (model, size, weights) and r["rows"]]
     if not found:
         known = sorted({f"{r['model']} {r['size']} {r['weights']}" for r in results if r["rows"]})
-        raise ValueError(f"no results of {model} {size} {weights}; the file has {', '.join(known) or 'none'}")
+        raise ValueError(f"no results of {model} {size} {weights}; there is {', '.join(known) or 'none'}")
     return found
 
 
@@ -119,19 +119,25 @@ def _title(result: Mapping[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="a file that benchmarks.h100 or `lightx2v bench --json` wrote")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="files that benchmarks.h100 or `lightx2v bench --json` wrote, of one GPU"
+    )
     parser.add_argument("svg", type=Path, help="the picture")
     parser.add_argument("--model", default="wan2.1-14b")
     parser.add_argument("--size", default="480p")
     parser.add_argument("--weights", default="hot")
     args = parser.parse_args(arguments)
-    document = json.loads(args.results.read_text(encoding="utf-8"))
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+    gpus = {document.get("gpu") or document["processor"] for document in documents}
+    if len(gpus) > 1:
+        parser.error(f"results of {', '.join(sorted(gpus))} cannot be compared: give files of one of them")
     try:
-        found = matching(document, args.model, args.size, args.weights)
+        results = (result for document in documents for result in document["results"])
+        found = matching(results, args.model, args.size, args.weights)
     except ValueError as error:
-        parser.error(f"{args.results}: {error}")
+        parser.error(str(error))
     unfinished = args.svg.with_name(args.svg.name + ".part")
-    unfinished.write_text(draw(found, document.get("gpu") or document["processor"]), encoding="utf-8")
+    unfinished.write_text(draw(found, gpus.pop()), encoding="utf-8")
     unfinished.replace(args.svg)
     return 0
 

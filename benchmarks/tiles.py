@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import Case, tokenwise
-from benchmarks.size import CUDA_TOKENWISE_SIZES, Size
+from benchmarks.size import CUDA_TOKENWISE_SIZES, HEAD_DIM, Size
 from benchmarks.timing import machine, median_ms, report
+from benchmarks.tokenwise import TOKENWISE
 from lightx2v_kernels import registry, tiles
 from lightx2v_kernels.tiles import Tile
 
@@ -28,11 +29,10 @@ SHAPES = ((1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8), (4, 
 VALUES = (8, 128)
 # Values a thread holds in fp32 until their maximum is known -> registers that let one more program share an SM.
 LIMITS = {32: 80, 64: 128}
-RULES = {"gated_residual": "residual", "norm_rope": "norm_rope", "quantize": "quantize", "gelu_quantize": "quantize"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    ops = sorted(op for op in registry.registries() if "triton" in registry.names(op) and op != "attention")
+    ops = [op for op in TOKENWISE if "triton" in registry.names(op)]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__.splitlines()[0])
     parser.add_argument("--op", choices=ops, action="append", help="one op only, may be repeated (default: all)")
     parser.add_argument("--size", choices=SIZES, default="wan-14b-480p", help="of the tokens (default: %(default)s)")
@@ -46,49 +46,39 @@ def width(op: str, size: Size) -> int:
     """Values that one program holds for each row: what a tile must be cut for."""
     if op == "gated_residual":
         return 1024
+    if op == "norm_rope":
+        return tiles.power_of_two(size.num_heads) * HEAD_DIM
     return tiles.power_of_two(size.ffn_size if op == "gelu_quantize" else size.hidden_size)
 
 
 def candidates(op: str, size: Size) -> list[Tile]:
-    """The tiles worth a try at this width, and the one that the rule gives."""
-    found = [rule(op)(*arguments(op, size))]
+    """The one that the rule gives, and others worth a try at this width."""
+    block = width(op, size)
+    found = [tiles.residual(size.hidden_size) if op == "gated_residual" else tiles.whole_rows(block)]
     for rows, warps in SHAPES:
-        values = rows * width(op, size) / (32 * warps)
+        values = rows * block / (32 * warps)
         if VALUES[0] <= values <= VALUES[1]:
             found.append(Tile(rows, warps))
-            if op not in RULES and op.endswith("quantize") and values in LIMITS:
+            if op.endswith("quantize") and values in LIMITS:
                 found.append(Tile(rows, warps, LIMITS[int(values)]))
     return list(dict.fromkeys(found))
 
 
-def rule(op: str) -> Any:
-    return getattr(tiles, RULES.get(op, "norm"))
-
-
-def arguments(op: str, size: Size) -> tuple[Any, ...]:
-    if op == "norm_rope":
-        return size.num_heads, size.hidden_size // size.num_heads
-    if op in RULES:
-        return (size.ffn_size if op == "gelu_quantize" else size.hidden_size,)
-    return size.hidden_size, op.endswith("quantize")
-
-
 @contextmanager
-def forced(op: str, tile: Tile) -> Iterator[None]:
-    """Every kernel of that op's rule runs with this tile."""
-    name = RULES.get(op, "norm")
-    before = getattr(tiles, name)
-    setattr(tiles, name, lambda *_: tile)
+def forced(tile: Tile) -> Iterator[None]:
+    """Every kernel runs with this tile."""
+    rules = tiles.whole_rows, tiles.residual
+    tiles.whole_rows = tiles.residual = lambda _: tile  # type: ignore[assignment]
     try:
         yield
     finally:
-        setattr(tiles, name, before)
+        tiles.whole_rows, tiles.residual = rules
 
 
 def measure(case: Case, tile: Tile, args: tuple[Any, ...]) -> dict[str, Any]:
     backend = next(b for b in registry.registry(case.op).backends if b.name == "triton")
     row: dict[str, Any] = {"op": case.op, "case": case.label, "tile": vars(tile), "ms": None, "rate": None}
-    with forced(case.op, tile):
+    with forced(tile):
         try:
             wrong = case.gate(backend, args)
             if not wrong:

@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import frames, vae_peers
 from benchmarks.text import measure as measure_text
 from benchmarks.timing import machine, median_ms, report
-from lightx2v.vae import hunyuan15, layers
+from lightx2v.vae import hunyuan15, layers, tae
 from lightx2v.vae.hunyuan15 import HunyuanVAE
 from lightx2v.vae.loading import VAE
 from lightx2v.vae.stream import arrange, decode, encode
@@ -98,7 +98,9 @@ def build(model: Model, device: torch.device, dtype: torch.dtype) -> VAE:
 @contextmanager
 def plain() -> Iterator[None]:
     """PyTorch's own layers in place of the fused kernels."""
-    with patch.object(layers, "frame_kernels", _none), patch.object(hunyuan15, "frame_kernels", _none):
+    with ExitStack() as patches:
+        for module in (layers, hunyuan15, tae):
+            patches.enter_context(patch.object(module, "frame_kernels", _none))
         yield
 
 
@@ -131,10 +133,8 @@ def gate(model: Model, vae: VAE, device: torch.device) -> str | None:
     def both(network: VAE) -> list[Tensor]:
         return [decode(network, raw, chunk=2, clamp=False), encode(network, clip.to(next(network.parameters())))]
 
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        truth = both(build(model, device, torch.float32))
-    with plain():
-        baseline = both(vae)
+    with plain(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        truth, baseline = both(build(model, device, torch.float32)), both(vae)
     for what, *values in zip(("decode", "encode"), both(vae), truth, baseline, strict=True):
         if reason := why_too_far(*values):
             return f"{what}: {reason}"

@@ -18,7 +18,7 @@ R = TypeVar("R")
 class ReadsFiles(Protocol):
     """What `filled` needs of an object."""
 
-    def _read_file(self, path: str | Path, given: Mapping[str, object]) -> Mapping[str, Any]: ...
+    def _read_file(self, path: str | Path | None, given: Mapping[str, object]) -> Mapping[str, Any]: ...
 
 
 S = TypeVar("S", bound=ReadsFiles)
@@ -85,9 +85,9 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
 
 
 def filled(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """A decorator: with config_json, what the object's `_read_file` finds there takes the place of defaults.
+    """A decorator: what the object's `_read_file` finds in config_json, or by itself, takes the place of defaults.
 
-    Arguments that are given win over the file, be they the same as a default or not.
+    Arguments that are given win over it, be they the same as a default or not.
     """
     signature = inspect.signature(method)
 
@@ -95,10 +95,8 @@ def filled(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S,
     def call(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         path = given.pop("config_json", None)
-        if path is not None:
-            del given["self"]
-            kwargs, args = {**self._read_file(path, given), **given}, ()  # type: ignore[assignment]
-        method(self, *args, **kwargs)
+        del given["self"]
+        method(self, **{**self._read_file(path, given), **given})  # type: ignore[call-arg]
 
     return call
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightx2v.arguments import require
 from lightx2v.checkpoint import CheckpointError
@@ -78,8 +79,8 @@ class Pick:
     kind: ModelClass
     tasks: tuple[str, ...]
     originals: Mapping[str, Path] = field(default_factory=dict)
-    quantize: Quantize = field(default_factory=Quantize)
     transformer_name: str | None = None  # of several of HunyuanVideo-1.5 in one folder
+    quantize: Quantize = field(default_factory=Quantize)
 
     def find(self) -> tuple[tuple[CheckpointInfo, ...], CheckpointError | None]:
         """One transformer or two experts, from headers; or none, and the error that says which file is missing.
@@ -102,17 +103,27 @@ class Pick:
         check_class(infos, self.model_cls, self.tasks)
         return infos, None
 
+    def usual(self, infos: Sequence[CheckpointInfo], asked: Mapping[str, object]) -> Mapping[str, Any]:
+        """What create_generator takes where nothing is said, beside what it is asked; nothing without a model."""
+        distilled = self.kind.distilled or any(info.distilled for info in infos)
+        return infos[0].spec.usual(self.tasks[0], distilled, asked) if infos else {}
+
     def _quantised(self) -> tuple[CheckpointInfo, ...]:
-        return quantised_transformers(self.folder, self.quantize, experts=self.kind.experts)
+        return quantised_transformers(self.folder, self.quantize, self._named, self._found, experts=self.kind.experts)
 
     def _plain(self) -> tuple[CheckpointInfo, ...]:
-        named = self.originals
-        if self.kind.experts:
-            return (
-                identify(named.get("high_noise_original_ckpt") or self.folder.expert("high")),
-                identify(named.get("low_noise_original_ckpt") or self.folder.expert("low")),
-            )
-        return (identify(named.get("dit_original_ckpt") or self._transformer()),)
+        arguments = ("high_noise_original_ckpt", "low_noise_original_ckpt")
+        return tuple(
+            self._named(argument) or self._found(argument)
+            for argument in (arguments if self.kind.experts else ("dit_original_ckpt",))
+        )
+
+    def _named(self, argument: str) -> CheckpointInfo | None:
+        return identify(self.originals[argument]) if argument in self.originals else None
+
+    def _found(self, argument: str) -> CheckpointInfo:
+        expert = {"high_noise_original_ckpt": "high", "low_noise_original_ckpt": "low"}.get(argument)
+        return identify(self.folder.expert(expert) if expert else self._transformer())
 
     def _transformer(self) -> Path:
         if self.kind.family == HUNYUAN:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.lora import share
 from lightx2v.lora.branch import is_linear
 from lightx2v.quant.linear import kind_of
-from lightx2v.quant.packing import filling, keep_packed, pack
+from lightx2v.quant.packing import choose_products, filling, keep_packed, pack
 from lightx2v_kernels import Kernels, select
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,13 @@ def choose_kernels(info: CheckpointInfo, engine: Engine, device: torch.device) -
     return select(attention=engine.attention, device=device, dtype=dtype, head_dim=info.spec.head_dim)
 
 
+def require_kernels(infos: Sequence[CheckpointInfo], engine: Engine, device: torch.device) -> None:
+    """Raise UnsupportedBackendError, with every reason, where what the engine names cannot run these models there."""
+    for info in infos:
+        choose_kernels(info, engine, device)
+        choose_products(info, engine, device, compute_dtype(engine, info.dtype, device))
+
+
 def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
     """The network for `device`, on the meta device and in the dtypes that it will have; `fill` gives it its weights.
 
@@ -51,11 +58,12 @@ def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device
     """
     spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)
     kernels = choose_kernels(info, engine, device)  # outside the meta device: choosing runs self-tests
+    products = choose_products(info, engine, device, dtype)
     with torch.device("meta"):
         transformer = spec.build(info.config, kernels)
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if spec.keep_float32(name) else dtype)
-    pack(transformer, info, engine, kernels, device)
+    pack(transformer, info, engine, products, kernels)
     places(transformer, filling(transformer, info.header, device))
     return transformer.eval().requires_grad_(False)
 

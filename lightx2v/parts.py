@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Engine
-from lightx2v.decoding import VAEChoice
+from lightx2v.decoding import VAEChoice, fitting
 from lightx2v.diffuse import Model
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
@@ -25,7 +25,7 @@ from lightx2v.models import ImageEncoder, TextEncoder
 from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.home import Home
 from lightx2v.offload.parts import streamable
-from lightx2v.offload.placing import Asked, Placing, held_bytes, planned
+from lightx2v.offload.placing import Asked, Placing, file_bytes, held_bytes, planned
 from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
 from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
 from lightx2v.offload.stream import BlockStream
@@ -124,8 +124,7 @@ class Parts:
 
     def _read_vae(self, info: VAEInfo) -> VAE:
         if info not in self._loaded_vaes:
-            dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-            self._loaded_vaes[info] = load_vae(info, dtype=dtype, device=self.device)
+            self._loaded_vaes[info] = load_vae(info, dtype=self._vae_dtype, device=self.device)
         return self._loaded_vaes[info].to(self.device)
 
     def rest_vaes(self) -> None:
@@ -155,10 +154,9 @@ class Parts:
         """The ways in which a network may compute on the device, best first."""
         if not planned(self._engine, self.device):
             return [self._whole]
-        beside = TEXT_ENCODER_ACTIVATION_BYTES  # more than what other encoders compute with
-        whole = self._room_for(held_bytes(network) + beside)
-        streams = streamable(network) and self._room_for(streamed_bytes((measure(network),), 0, 1) + beside)
-        return ([self._whole] if whole else []) + ([self._streamed] if streams else [])
+        whole, least = _visiting(network)
+        ways = [self._whole] if self._room_for(whole) else []
+        return [*ways, self._streamed] if least < whole and self._room_for(least) else ways
 
     def _whole(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
         try:
@@ -266,11 +264,24 @@ class Parts:
             raise ValueError(f"offload={engine.offload!r} is planned from the size of the video, which was not given")
         there = [vae for vae in self._loaded_vaes.values() if _on(vae, self.device)]
         asked = replace(asked, free=self.free_bytes(), vae=sum(held_bytes(vae) for vae in there))
+        text, image = (None if each is None else _visiting(each.model) for each in (self._text, self._image))
+        asked = replace(asked, text_encoder=text, image_encoder=image)
         plan = self._placing.plan(engine, self._infos, self._transformers, asked)
+        plan = replace(plan, tile=self._tile(plan, asked))
         log.info(plan.line())
         if plan.vae == "visits":
             self.rest_vaes()
         return plan
+
+    def _tile(self, plan: Plan, asked: Asked) -> int:
+        """In which tiles the VAE will have to decode what is sampled."""
+        info = self._vaes.tiny or self._full()
+        tiling = fitting(info, asked.shape, self._vae_dtype, plan.beside_weights - file_bytes(info.path))
+        return tiling.size if tiling is not None else 0
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
     def _bringer(self, homes: Sequence[Home], here: list[Home], index: int) -> Callable[[], nn.Module]:
         def bring() -> nn.Module:
@@ -309,6 +320,13 @@ class Parts:
             self._applied = tuple(
                 change_loras(module, applied, stack, device=self.device) for module, applied, stack in changing
             )
+
+
+def _visiting(network: nn.Module) -> tuple[int, int]:
+    """Bytes that an encoder takes on a device, as a whole and block by block, with what it computes with."""
+    beside = TEXT_ENCODER_ACTIVATION_BYTES  # more than what other encoders compute with
+    whole = held_bytes(network)
+    return whole + beside, (streamed_bytes((measure(network),), 0, 1) if streamable(network) else whole) + beside
 
 
 def _on(network: nn.Module, device: torch.device) -> bool:

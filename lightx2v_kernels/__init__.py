@@ -5,7 +5,7 @@
 
 An op is a folder: `__init__.py` is its contract, `reference.py` its definition in plain PyTorch (and what runs on a
 CPU), any other file one faster backend with what it needs. `registry.py` chooses, once, when a model is built;
-`closeness.py` is how a backend proves itself.
+`timings.py` measures for it; `closeness.py` is how a backend proves itself.
 
 How a Triton or CUDA backend is written, so that torch.compile and CUDA graphs see one opaque op and training still
 works:

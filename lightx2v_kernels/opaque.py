@@ -38,6 +38,7 @@ def opaque(
     fake: the same arguments -> empty results. reference: differentiated on the saved inputs; None: no gradient.
     Plain eager calls go to `launch` itself: the dispatcher's way through Python takes as long as a small kernel.
     """
+    launch = _there(launch)
     op = torch.library.custom_op(f"lightx2v::{name}", launch, mutates_args=())
     op.register_fake(fake)
     if reference is not None:
@@ -48,6 +49,20 @@ def opaque(
         return launch(*args) if _runs_now(args) else op(*args)
 
     return call
+
+
+def _there(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launched on the GPU of the first argument: Triton itself takes the current one."""
+
+    @functools.wraps(launch)
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return run
 
 
 def _runs_now(args: tuple[Any, ...]) -> bool:

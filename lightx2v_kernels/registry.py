@@ -12,7 +12,7 @@ import functools
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +20,15 @@ import torch
 from torch import Tensor
 
 from lightx2v_kernels import timings
-from lightx2v_kernels.closeness import cosine, relative_error, why_too_far
-from lightx2v_kernels.machine import importable, installed, listed, short, sm_reasons, version_reason
-from lightx2v_kernels.quantized import tensors, widths
+from lightx2v_kernels.backend import Backend, Op, self_test, why_otherwise, why_wrong
+from lightx2v_kernels.closeness import cosine
+from lightx2v_kernels.machine import installed, listed, short
 from lightx2v_kernels.timings import Timings, Workload
+
+__all__ = [
+    *("AUTO", "EXACT", "Backend", "Op", "Registry", "UnsupportedBackendError", "choices", "names", "registries"),
+    *("registry", "select", "self_test", "why_otherwise", "why_wrong"),
+]
 
 AUTO = "auto"  # the fastest
 EXACT = "exact"  # the fastest of those that are not lossy
@@ -41,100 +46,19 @@ class UnsupportedBackendError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Op:
-    """The contract of one op.
-
-    reference: plain PyTorch with fp32 inside: the definition of the op, and its CPU path.
-    examples: (device, dtype, head_dim) -> argument tuples, small, for the self-test; strided inputs among them.
-    plain: the op as one would write it in PyTorch at the inputs' own dtype; its error is the yardstick of the
-        self-test; None: the reference itself.
-    truth: what the result stands for where that is not what the reference computes in fp64: tokens before they were
-        put into 8 bits; None: the reference itself.
-    upstream: names LightX2V knows for this op, so that one of its configs gets an answer instead of "unknown".
-    """
-
-    name: str
-    reference: Callable[..., Any]
-    examples: Callable[[torch.device, torch.dtype, int], tuple[tuple[Any, ...], ...]]
-    plain: Callable[..., Any] | None = None
-    truth: Callable[..., Any] | None = None
-    upstream: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of one op, and what it needs. None means no limit.
-
-    load: imports what the backend needs and returns the callable; called only once the backend is about to be taken.
-    rank: where nothing is measured, `auto` tries the lowest first.
-    package: top-level module that must be importable, or several of which one must be; probed, never imported here.
-    fix: what installs it.
-    distribution, majors: what installers call the package, and which of its major versions will do.
-    devices: torch device types. min_sm, max_sm: CUDA compute capability, both inclusive, as (major, minor).
-    max_error: set for a backend that is lossy by design: the relative error to fp32 that it keeps to. Such a backend
-        runs when named; `auto` takes it where it is measured to be close enough and worth its error.
-    rotary: imports and returns the backend's own `Kernels.rotary_attention`, where it has one.
-    variants: other backends of this op, which compute the same: where speed is measured, naming this one takes the
-        fastest of it and them.
-    """
-
-    op: str
-    name: str
-    load: Callable[[], Callable[..., Any]]
-    rank: int
-    package: str | tuple[str, ...] | None = None
-    fix: str | None = None
-    distribution: str | None = None
-    majors: frozenset[int] | None = None
-    devices: frozenset[str] | None = None
-    min_sm: tuple[int, int] | None = None
-    max_sm: tuple[int, int] | None = None
-    dtypes: frozenset[torch.dtype] | None = None
-    head_dims: frozenset[int] | None = None
-    max_error: float | None = None
-    rotary: Callable[[], Callable[..., Any]] | None = None
-    variants: tuple[str, ...] = ()
-
-    @property
-    def _packages(self) -> tuple[str, ...]:
-        return (self.package,) if isinstance(self.package, str) else self.package or ()
-
-    @property
-    def absent(self) -> bool:
-        """Whether its package is not installed."""
-        return bool(self._packages) and not any(map(importable, self._packages))
-
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Every reason why this backend cannot run there, in words, with what would change it; None if it can."""
-        reasons = []
-        fix = self.fix or f"pip install {self.distribution or self.package}"
-        if self.absent:
-            reasons.append(f"package '{' or '.join(self._packages)}' is not installed ({fix})")
-        elif self.distribution and self.majors and (reason := version_reason(self.distribution, self.majors)):
-            reasons.append(f"{reason} ({fix})")
-        if self.devices and device.type not in self.devices:
-            reasons.append(f"needs a {' or '.join(sorted(self.devices))} device, got {device.type}")
-        if self.min_sm or self.max_sm:
-            reasons.extend(sm_reasons(device, self.min_sm, self.max_sm))
-        if self.dtypes and dtype not in self.dtypes:
-            reasons.append(f"needs dtype {listed(sorted(map(short, self.dtypes)))}, got {short(dtype)}")
-        if self.head_dims and head_dim not in self.head_dims:
-            reasons.append(f"needs head_dim {listed(map(str, sorted(self.head_dims)))}, got {head_dim}")
-        return "; ".join(reasons) or None
-
-
-@dataclass(frozen=True)
 class Registry:
     """The backends of one op. A value: `register` returns a new one.
 
     workloads: name -> what speed is measured on; without one the ranks decide.
     elsewhere: names that other projects have for this op -> what to do here, in words.
+    rotary: the contract of `Backend.rotary`.
     """
 
     op: Op
     backends: tuple[Backend, ...] = ()
     workloads: Mapping[str, Workload] = field(default_factory=dict, hash=False)
     elsewhere: Mapping[str, str] = field(default_factory=dict, hash=False)
+    rotary: Op | None = None
 
     def __post_init__(self) -> None:
         seen = {AUTO, EXACT}
@@ -178,7 +102,7 @@ class Registry:
         backend = known[name]
         if backend.variants and device.type == "cuda" and workload in self.workloads:
             return self._best(name, device, dtype, head_dim, workload)
-        if reason := backend.why_not(device, dtype, head_dim) or self_test(self.op, backend, device, dtype, head_dim):
+        if reason := backend.why_not(device, dtype, head_dim) or self.fault(backend, device, dtype, head_dim):
             others = [n for n, why in self.refusals(device, dtype, head_dim).items() if why is None and n != name]
             raise UnsupportedBackendError(
                 f"{self.op.name} backend '{name}' cannot run on {_place(device, dtype, head_dim)}: {reason}; "
@@ -193,6 +117,14 @@ class Registry:
             except torch.OutOfMemoryError as error:  # full now: not a fact about this machine, so not kept
                 logger.info("%s: speed is not measured, the ranks decide: %s", self.op.name, error)
         return _first(self, name, device, dtype, head_dim)
+
+    def fault(self, backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why the backend fails its self-test, or that of its own rotary attention, in words; None if it passes."""
+        reason = self_test(self.op, backend, device, dtype, head_dim)
+        if reason is None and backend.rotary and self.rotary:
+            own = replace(backend, op=self.rotary.name, load=backend.rotary, rotary=None)
+            reason = self_test(self.rotary, own, device, dtype, head_dim)
+        return reason
 
     def candidates(self, name: str) -> list[Backend]:
         """What a choice is made from, best rank first."""
@@ -236,9 +168,13 @@ def registries() -> Mapping[str, Registry]:
             )
         for op in ops.values():
             mine = tuple(backend for backend in offered if backend.op == op.name)
-            workloads = getattr(contract, "WORKLOADS", {}).get(op.name, {})
-            found[op.name] = Registry(op, mine, workloads, getattr(contract, "ELSEWHERE", {}).get(op.name, {}))
+            more = (getattr(contract, name, {}).get(op.name, usual) for name, usual in _MORE)
+            found[op.name] = Registry(op, mine, *more)
     return found
+
+
+# What a contract may state beside its ops, by the op's name.
+_MORE: tuple[tuple[str, Any], ...] = (("WORKLOADS", {}), ("ELSEWHERE", {}), ("ROTARY", None))
 
 
 def registry(op: str) -> Registry:
@@ -265,30 +201,8 @@ def select(
     return registry(op).select(name, device, dtype, head_dim, workload)
 
 
-# Caches of pure facts about this machine, keyed by everything they depend on. Package versions cannot change under a
-# running process, so they are no part of the key; what `timings` keeps between processes, where they could, has them.
-@functools.cache
-def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run the backend on the op's examples on that very device: None if it computes the op, else why not, in words."""
-    with torch.no_grad():
-        for args in op.examples(device, dtype, head_dim):
-            try:
-                made = backend.load()(*args)
-                # .cpu() waits for the device: an asynchronous fault is this kernel's, not that of whoever runs next.
-                out = tuple(t.cpu() for t in tensors(made))
-            except torch.OutOfMemoryError:  # says that memory is full now, nothing about the kernel: not to be cached
-                raise
-            except Exception as error:  # a vendor's build may fail with anything, and the next on the list may work
-                return f"its self-test raised {type(error).__name__}: {error}"
-            # On the CPU, so that the truth does not share the faults of the device under test.
-            truth = (op.truth or op.reference)(*(a.cpu().double() if isinstance(a, Tensor) else a for a in args))
-            usual = (op.plain or op.reference)(*args)
-            plain = tuple(t.cpu() for t in tensors(usual))
-            if reason := why_otherwise(made, usual) or why_wrong(backend, out, tensors(truth), plain):
-                return f"its self-test failed: {reason}"
-    return None
-
-
+# Two more caches of facts about this machine, as `self_test`; what `timings` keeps between processes, where versions
+# change, has them in its key.
 @functools.cache
 def _first(registry: Registry, name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """The best-ranked of the candidates that is exact, capable and passes its self-test."""
@@ -296,7 +210,7 @@ def _first(registry: Registry, name: str, device: torch.device, dtype: torch.dty
     for backend in registry.candidates(name):
         if backend.max_error is not None:
             passed_over[backend.name] = "lossy, and its speed is not measured here; runs when named"
-        elif why := backend.why_not(device, dtype, head_dim) or self_test(op, backend, device, dtype, head_dim):
+        elif why := backend.why_not(device, dtype, head_dim) or registry.fault(backend, device, dtype, head_dim):
             passed_over[backend.name] = why
         else:
             aside = _aside(registry, passed_over)
@@ -326,8 +240,10 @@ def _fastest(
     )
     found = timings.read(facts)
     taken = found and _pick(found, able)
-    if not (found and taken) or self_test(registry.op, taken, device, dtype, head_dim):
+    if not (found and taken) or registry.fault(taken, device, dtype, head_dim):
         found = _time(registry, able, device, dtype, head_dim, workload)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # it took a GB, once; what is planned next counts free memory
         taken = _pick(found, able)
         if found.ms:
             timings.write(facts, found)
@@ -348,23 +264,29 @@ def _time(
 ) -> Timings:
     """Time those of the backends that pass their self-test, and that are right at this size too."""
     op, load, backends = registry.op, registry.workloads[workload], {backend.name: backend for backend in able}
-    verdicts = {each.name: self_test(op, each, device, dtype, head_dim) for each in able}
+    verdicts = {each.name: registry.fault(each, device, dtype, head_dim) for each in able}
     failed = {name: why for name, why in verdicts.items() if why}
     with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
         arguments = load.arguments(device, dtype, head_dim)
-        few = (load.rows(arguments[0]), *arguments[1:])
-        truth, plain = op.reference(*(each.double() for each in few)), (op.plain or op.reference)(*few)
+        first, *others = load.inner(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
+        truth = op.reference(load.rows(first), *others)
+        first, *others = load.inner(*arguments)
+        plain = (op.plain or op.reference)(load.rows(first), *others)
 
-        def why_wrong(name: str, out: Tensor) -> str | None:
-            part = load.rows(out)
-            if reason := why_otherwise(part, plain) or _why_wrong(backends[name], part, truth, plain):
+        def why_far(name: str, out: Tensor) -> str | None:
+            part, backend = load.rows(out), backends[name]
+            if reason := why_otherwise(part, plain) or why_wrong(backend, (part,), (truth,), (plain,)):
                 return f"at {tuple(out.shape)}: {reason}"
-            if backends[name].max_error is not None and (found := cosine(part, truth)) < CLOSE_ENOUGH:
+            if backend.max_error is not None and (found := cosine(part, truth)) < CLOSE_ENOUGH:
                 return f"lossy, cosine {found:.5f} to fp32 is below {CLOSE_ENOUGH}; runs when named"
             return None
 
-        functions = {name: backend.load() for name, backend in backends.items() if name not in failed}
-        timed = timings.measure(functions, arguments, why_wrong)
+        functions = {
+            name: load.function(backend, device, dtype, head_dim)
+            for name, backend in backends.items()
+            if name not in failed
+        }
+        timed = timings.measure(functions, arguments, why_far)
     return Timings(timed.ms, {**failed, **timed.passed_over})
 
 
@@ -384,34 +306,6 @@ def _aside(registry: Registry, passed_over: Mapping[str, str]) -> str:
     told = "; ".join(f"{name}: {why}" for name, why in passed_over.items() if name not in absent)
     parts = [f"passed over: {told}"] * bool(told) + [f"not installed: {', '.join(absent)}"] * bool(absent)
     return f" ({'; '.join(parts)})" if parts else ""
-
-
-def why_otherwise(result: Any, expected: Any) -> str | None:
-    """Why a result is not made as the reference's is (number of tensors, their dtypes), in words; None if it is."""
-    if (found := widths(result)) == (wanted := widths(expected)):
-        return None
-    return f"dtype {' and '.join(map(str, found))}, expected {' and '.join(map(str, wanted))}"
-
-
-def why_wrong(
-    backend: Backend, out: tuple[Tensor, ...], truth: tuple[Tensor, ...], plain: tuple[Tensor, ...]
-) -> str | None:
-    """Why these results are too far from the truth (fp32 or fp64), by the closeness rule or the error that the backend
-    declares, in words; None if they are not. plain: the yardstick's results. See `quantized.tensors`."""
-    for parts in zip(out, truth, plain, strict=True):
-        if reason := _why_wrong(backend, *parts):
-            return reason
-    return None
-
-
-def _why_wrong(backend: Backend, out: Tensor, truth: Tensor, plain: Tensor) -> str | None:
-    if backend.max_error is None:
-        return why_too_far(out, truth, plain)
-    if out.shape != truth.shape or out.dtype != plain.dtype:
-        return f"{out.dtype} {tuple(out.shape)}, expected {plain.dtype} {tuple(truth.shape)}"
-    if not (found := relative_error(out, truth)) <= backend.max_error:
-        return f"relative error {found:.2e} is above the {backend.max_error:.2e} that it declares"
-    return None
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -20,35 +20,16 @@ def count(length: int, block: int) -> int:
 
 
 @cache
-def norm(width: int, quantised: bool) -> Tile:
-    """Of the norms: whole rows in registers, at most 64 values a thread.
+def whole_rows(width: int) -> Tile:
+    """Of kernels that keep rows in registers from their statistics to their result: 64 values a thread, or 4 warps.
 
-    Single long rows need few registers, so that many programs share an SM. Where the maximum of a row is needed too,
-    every value is kept in fp32: then two rows share one reading of the tables, and 128 registers leave room for two
-    programs.
+    Rows of 1024 to 8192 take 4 warps of 8 values a load: 1024 at a time, of which the usual widths (1536, 3072, 5120)
+    are multiples or halves, so that the padding to a power of two costs nothing. What is the same for all tokens is
+    read again for each, out of the first cache.
     """
     block = power_of_two(width)
-    if quantised:
-        rows = max(2, 8192 // block)
-        return Tile(rows, _warps(rows * block, 2048), 128)
     rows = max(1, 4096 // block)
-    return Tile(rows, _warps(rows * block, 2048))
-
-
-@cache
-def quantize(width: int) -> Tile:
-    """Of the rounding of whole rows: 32 values a thread."""
-    block = power_of_two(width)
-    rows = max(1, 4096 // block)
-    return Tile(rows, _warps(rows * block, 1024))
-
-
-@cache
-def norm_rope(heads: int, head_dim: int) -> Tile:
-    """Of the norm and rotary embedding of whole tokens: 64 values a thread."""
-    block = power_of_two(heads) * power_of_two(head_dim)
-    rows = max(1, 8192 // block)
-    return Tile(rows, _warps(rows * block, 2048))
+    return Tile(rows, min(16, max(4, rows * block // 2048)))
 
 
 @cache
@@ -60,7 +41,3 @@ def residual(width: int) -> Tile:
 def power_of_two(size: int) -> int:
     """The smallest power of two that holds `size`."""
     return 1 << max(0, size - 1).bit_length()
-
-
-def _warps(values: int, per_warp: int) -> int:
-    return min(16, max(4, values // per_warp))

@@ -22,21 +22,25 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-ROUNDS = 5  # of which the median counts
+ROUNDS, ENOUGH_MS = 5, 1000  # of which the median counts; on a slow GPU no further one begins after that long
 CALLS = 3  # a round, one behind the other: what Python takes to launch the next one then costs no time of its own
 WARM_UP_MS = 30  # of work before the first timed call: an idle GPU's clock is low
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: arguments of about the size that a model has.
+    """What is timed: a call as a model makes it, of about the size that a model has.
 
-    arguments: (device, dtype, head_dim) -> the op's arguments.
-    rows: picks a few rows of the first argument, and the same ones of the result, small enough to compute in float64.
+    arguments: (device, dtype, head_dim) -> the call's arguments.
+    rows: picks a few rows of the op's first argument, and the same ones of the result, small enough for float64.
+    inner: the call's arguments -> the op's, where the call does more than the op.
+    function: (backend, device, dtype, head_dim) -> what is called.
     """
 
-    arguments: Callable[[torch.device, torch.dtype, int], tuple[Tensor, ...]]
+    arguments: Callable[[torch.device, torch.dtype, int], tuple[Any, ...]]
     rows: Callable[[Tensor], Tensor]
+    inner: Callable[..., tuple[Tensor, ...]] = lambda *arguments: arguments
+    function: Callable[..., Callable[..., Tensor]] = lambda backend, *place: backend.load()
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Timings:
 
 def measure(
     candidates: Mapping[str, Callable[..., Tensor]],
-    arguments: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
     why_wrong: Callable[[str, Tensor], str | None],
     milliseconds: Callable[[Callable[[], object]], float] | None = None,
 ) -> Timings:
@@ -80,6 +84,9 @@ def measure(
     for _ in range(ROUNDS):
         for name, call in calls.items():
             ms[name].append(took(call))
+            spent += ms[name][-1]
+        if spent > ENOUGH_MS:
+            break
     return Timings({name: round(statistics.median(times), 4) for name, times in ms.items()}, passed_over)
 
 

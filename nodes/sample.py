@@ -58,14 +58,21 @@ class LightX2VSampler(io.ComfyNode):
                 control_after_generate=True,
                 tooltip="Start of the noise. The same seed gives the same noise as in KSampler.",
             ),
-            io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Wan: 20 to 50. A 4-step distilled model: 4."),
+            io.Int.Input(
+                "steps",
+                default=50,
+                min=1,
+                max=1000,
+                tooltip="Wan: 20 to 50. HunyuanVideo-1.5: 50. A 4-step distilled model: 4.",
+            ),
             io.Float.Input(
                 "cfg",
                 default=5.0,
                 min=1.0,
                 max=30.0,
                 step=0.1,
-                tooltip="How strongly to follow the prompt. Wan2.1 T2V: 5 for 14B, 6 for 1.3B. 1: no guidance.",
+                tooltip="How strongly to follow the prompt. Wan2.1 T2V: 5 for 14B, 6 for 1.3B. HunyuanVideo-1.5: 6. "
+                "1: no guidance.",
             ),
             io.Float.Input(
                 "shift",
@@ -73,14 +80,15 @@ class LightX2VSampler(io.ComfyNode):
                 min=0.1,
                 max=100.0,
                 step=0.1,
-                tooltip="Above 1 spends more steps on coarse structure. Wan2.1 T2V: 5 for 14B, 8 to 12 for 1.3B.",
+                tooltip="Above 1 spends more steps on coarse structure. Wan2.1 T2V: 5 for 14B, 8 to 12 for 1.3B. "
+                "HunyuanVideo-1.5: 5, at 720p 9 (T2V) or 7 (I2V).",
             ),
             io.Combo.Input(
                 "scheduler",
                 options=list(SCHEDULERS),
                 default="unipc",
-                tooltip="unipc: Wan's own, order 2. euler: as KSampler's euler with the simple scheduler. "
-                "distilled: the levels of denoising_step_list, for 4-step models.",
+                tooltip="unipc: Wan's own, order 2. euler: HunyuanVideo-1.5's, as KSampler's with the simple "
+                "scheduler. distilled: the levels of denoising_step_list, for 4-step models.",
             ),
         ]
 

@@ -14,9 +14,13 @@ from lightx2v.bench.timing import gpu_state
 # that quantises what it has normed or activated counts as elementwise, as it is bound by the same memory traffic.
 GROUPS: tuple[tuple[str, str], ...] = (
     ("elementwise", r"(modulate|layer_norm|gelu|norm_rope).*quant"),
-    ("attention", r"flash|fmha|sdpa|attention|attn|softmax|sage"),
-    ("quantise", r"quant|float8_copy|fp8_e4m3_copy"),
-    ("gemm", r"gemm|nvjet|cublas|cutlass|xmma|wgmma|scaled_linear|scaled_mm|gguf_linear|splitk|dot_kernel|addmm|_mm\b"),
+    ("attention", r"flash|fmha|sdpa|attention|attn|softmax|sage|^attend"),
+    ("quantise", r"quant|float8_copy|fp8_e4m3_copy|^average_turned|^inverse_rms"),
+    (
+        "gemm",
+        r"^_by_(address|copy_engine)|^_multiply|^_restore|gemm|nvjet|cublas|cutlass|xmma|wgmma|scaled_linear|"
+        r"scaled_mm|gguf_linear|splitk|dot_kernel|addmm|_mm\b",
+    ),
     ("convolution", r"conv|winograd|cudnn"),
     (
         "elementwise",

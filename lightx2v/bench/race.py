@@ -89,7 +89,7 @@ def race(entries: Sequence[Entry], course: Course, flops: float, drop: Callable[
                 continue
             reference = out if reference is None else reference
             row = begun[1]
-            row["error"] = round(relative_error(out, reference), 6)
+            row["error"] = float(f"{relative_error(out, reference):.4g}")
             course.say(f"{entry.name}: first call {row['first_s']} s, relative error {row['error']:.2e}")
             ready.append(begun)
             del begun
@@ -142,7 +142,9 @@ def _timed(ready: Sequence[tuple[Contestant, Row]], course: Course, flops: float
     for number in range(course.rounds):
         if course.over and number:
             break
-        for (made, row), taken in zip(ready, calls, strict=True):
+        # Another one begins each round: what a call costs depends on how much power the one before it took.
+        for place in range(len(ready)):
+            (made, row), taken = ready[(place + number) % len(ready)], calls[(place + number) % len(ready)]
             if "failed" not in row:
                 try:
                     taken += time_calls(made.call, course.device, 1)

@@ -87,6 +87,9 @@ class ModelSpec:
     image_states: str = "penultimate_hidden_states"  # which of ComfyUI's CLIP_VISION_OUTPUT they are
     keeps_frames: bool = False  # a given frame is kept clean among the latents, at timestep 0 (Wan2.2 TI2V)
     fps: int = 16  # frames a second that it was trained on
+    # (task, whether no guidance is needed, other arguments) -> what create_generator takes where nothing is said
+    usual: Callable[[str, bool, Mapping[str, Any]], Mapping[str, Any]] = lambda task, distilled, asked: {}
+    size_for_image: Callable[[int, tuple[int, int]], tuple[int, int]] | None = None  # None: `shapes.size_for_image`
     boundary: float | None = None  # sigma from which on down the low-noise expert takes over, where there are two
     time_signal: TimeSignal | None = None  # what TeaCache reads of the timestep; None: no feature caches
     figures: Mapping[str, Figures] = field(default_factory=dict)  # published; key: what tells checkpoints of one layout

@@ -73,7 +73,8 @@ class Asked:
     """What a request finds, and brings with it that takes memory.
 
     shape: of its latents, (B, C, T, H, W). free: bytes of the device beside what is there; None: not known.
-    vae: bytes of it on the device. failed: the plan that memory ran out with, where this is the second try.
+    vae: bytes of it on the device. text_encoder, image_encoder: as in `Needs`.
+    failed: the plan that memory ran out with, where this is the second try.
     pin_limit: bytes of host memory that may be pinned; None: as much as the system lets a process pin.
     """
 
@@ -82,6 +83,8 @@ class Asked:
     loras: Sequence[Lora] = ()
     free: int | None = None
     vae: int = 0
+    text_encoder: tuple[int, int] | None = None
+    image_encoder: tuple[int, int] | None = None
     failed: Plan | None = None
     pin_limit: int | None = None
 
@@ -104,7 +107,7 @@ class Placing:
         dtype = compute_dtype(engine, info.dtype, self.device)
         activations = transformer_activation_bytes(info, asked.shape, dtype)
         activations += kept_bytes(info, asked.shape, dtype) if asked.cached else 0
-        activations += 0 if networks else sum(_file_bytes(lora.path) for lora in asked.loras)
+        activations += 0 if networks else sum(file_bytes(lora.path) for lora in asked.loras)
         here = sum(held_bytes(network) for network in networks if _on(network, self.device))
         if self._link is None:
             self._link = link_rate(self.device)
@@ -118,7 +121,8 @@ class Placing:
             pin_limit=self._pin_limit(total, asked),
             link=self._link,
         )
-        needs = Needs(tuple(measure(network) for network in shown), activations, vae=asked.vae)
+        sizes = tuple(measure(network) for network in shown)
+        needs = Needs(sizes, activations, asked.text_encoder, asked.image_encoder, asked.vae)
         least = engine.offload == "block" and not engine.vram_budget_gb
         try:
             if asked.failed is not None:
@@ -205,7 +209,8 @@ def held_bytes(network: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not tensor.is_meta)
 
 
-def _file_bytes(path: Path) -> int:
+def file_bytes(path: Path) -> int:
+    """Of a file, or of all files of a folder."""
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -58,14 +58,14 @@ class Needs:
     """What one request has to have room for, in bytes.
 
     transformers: one, or the high- and the low-noise expert. activations: of one pass, with what caches keep.
-    text_encoder, image_encoder: weights, and what they compute with. vae: weights. 0 where there is none, or where
-    nothing is known.
+    text_encoder, image_encoder: with what they compute with, as a whole and block by block. vae: weights. None and 0
+    where there is none, or where nothing is known.
     """
 
     transformers: tuple[Sizes, ...]
     activations: int
-    text_encoder: int = 0
-    image_encoder: int = 0
+    text_encoder: tuple[int, int] | None = None
+    image_encoder: tuple[int, int] | None = None
     vae: int = 0
 
 
@@ -89,9 +89,11 @@ class Plan:
 
     resident, streamed: blocks of the larger transformer that stay on the device and that pass through it.
     prefetch: blocks that are copied ahead. together: both experts are on the device at once; else by turns.
-    text_encoder, image_encoder: "visits" the device for its turn, or computes on the "cpu"; "" where there is none.
-    vae: "stays" on the device, or "visits" it.
-    peak: bytes on the device at most, `RESERVE` included; budget: those that it had to keep within.
+    text_encoder, image_encoder: "visits" the device for its turn, "streams" through it block by block, or computes on
+    the "cpu"; "" where there is none. vae: "stays" on the device, or "visits" it. tile: side of the tiles in which it
+    decodes, pixels; 0: whole frames.
+    weights: bytes of the transformers on the device. peak: bytes on the device at most, `RESERVE` included; budget:
+    those that it had to keep within.
     passing: bytes that are copied in each pass. seconds: that this takes; None where the link was not measured.
     filed: blocks of the larger transformer that stay in their file, because RAM is too small. reading: bytes of them.
     """
@@ -112,6 +114,13 @@ class Plan:
     seconds: float | None = None
     filed: int = 0
     reading: int = 0
+    weights: int = 0
+    tile: int = 0
+
+    @property
+    def beside_weights(self) -> int:
+        """Bytes of the budget that are left for other stages."""
+        return self.budget - RESERVE - (0 if self.ram else self.weights)
 
     def suits(self, filed: int) -> bool:
         """Whether networks serve that have so many blocks in their file: about as many, so that RAM which comes and
@@ -139,7 +148,9 @@ class Plan:
         words = [said, f"{self.peak / GB:.1f} of {self.budget / GB:.1f} GB"]
         for name, place in (("text encoder", self.text_encoder), ("image encoder", self.image_encoder)):
             words += [f"{name} on the CPU"] if place == "cpu" else []
+            words += [f"{name} block by block"] if place == "streams" else []
         words += ["VAE in RAM meanwhile"] if self.vae == "visits" else []
+        words += [f"it decodes in tiles of {self.tile} pixels"] if self.tile else []
         words += [f"{self.ram / GB:.1f} GB in RAM, {self.pinned / GB:.1f} of it pinned"] if self.ram else []
         if self.filed:
             words.append(f"{self.filed} blocks are read from the file as they are needed ({self.reading / GB:.1f} GB)")
@@ -197,6 +208,7 @@ def plan(
         seconds=passing / machine.link if machine.link else None,
         filed=filed,
         reading=reading,
+        weights=weights,
     )
 
 
@@ -206,8 +218,7 @@ def tighter(needs: Needs, machine: Machine, failed: Plan) -> Plan:
 
     Raises DoesNotFitError where `failed` had no more than one block at a time there.
     """
-    weights = failed.peak - needs.activations - RESERVE - (needs.vae if failed.vae == "stays" else 0)
-    free = min(machine.free_vram, failed.peak - max(weights // 2, int(GB)))
+    free = min(machine.free_vram, failed.peak - max(failed.weights // 2, int(GB)))
     try:
         return plan(needs, replace(machine, free_vram=free), vae_offload=True)
     except DoesNotFitError:
@@ -281,10 +292,11 @@ def has_room(nbytes: int, free: int, budget_gb: float = 0) -> bool:
     return nbytes + RESERVE <= (min(free, int(budget_gb * GB)) if budget_gb else free)
 
 
-def _visitor(nbytes: int, budget: int) -> str:
-    if not nbytes:
+def _visitor(needed: tuple[int, int] | None, budget: int) -> str:
+    if needed is None:
         return ""
-    return "visits" if has_room(nbytes, budget) else "cpu"
+    whole, least = needed
+    return "visits" if has_room(whole, budget) else "streams" if has_room(least, budget) else "cpu"
 
 
 def _too_small(weights: int, activations: int, budget: int) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightx2v.checkpoint import CheckpointError, Header, Packed, TensorInfo
+from lightx2v.checkpoint import CheckpointError, Header, Packed, TensorInfo, read_tensors
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
 from lightx2v.lora.branch import BranchedLinear
@@ -29,6 +29,7 @@ GGUF = "gguf_linear"
 SCALE = "weight_scale"
 MULTIPLE = 16  # of rows and columns, which every 8-bit kernel wants
 REFERENCE = "reference"
+CHUNK = 1 << 24  # values quantised at once: their float32 copies take 64 MB each
 
 
 @dataclass(frozen=True)
@@ -66,44 +67,64 @@ class _Place:
             return None
 
 
-def pack(transformer: nn.Module, info: CheckpointInfo, engine: Engine, kernels: Kernels, device: torch.device) -> None:
-    """Put packed layers in place of linear ones, in a meta-device network that has its dtypes.
+def choose_products(
+    info: CheckpointInfo, engine: Engine, device: torch.device, dtype: torch.dtype
+) -> Mapping[str, registry.Backend]:
+    """Op -> what computes it, for every op that linear layers with packed weights of this checkpoint need.
 
+    dtype: of the tokens. An op is missing where "auto" found nothing: such weights are restored.
     Raises UnsupportedBackendError where the format or the kernel that was named cannot run on the device.
     """
-    if engine.quant == "none":
-        return
-    chosen: dict[str, registry.Backend | None] = {}
+    place = _Place(device, dtype, info.spec.head_dim, engine.linear)
+    found: dict[str, registry.Backend] = {}
+    for op in sorted({op for name in info.header.tensors if (op := _op(name, info, engine))}):
+        backend = place.backend_or_none(op) if engine.quant == "auto" else place.backend(op)
+        if backend is not None:
+            found[op] = backend
+    return found
+
+
+def pack(
+    transformer: nn.Module,
+    info: CheckpointInfo,
+    engine: Engine,
+    products: Mapping[str, registry.Backend],
+    kernels: Kernels,
+) -> None:
+    """Put packed layers in place of linear ones, in a meta-device network that has its dtypes."""
     for name, linear in list(transformer.named_modules()):
-        if not isinstance(linear, nn.Linear) or f"{name}.weight" not in info.header.tensors:
+        backend = products.get(_op(f"{name}.weight", info, engine))
+        if backend is None or not isinstance(linear, nn.Linear):
             continue
         stored = info.header.tensors[f"{name}.weight"]
-        reads, encoding = _reads(name, linear, stored, info, engine), _encoding(name, stored, info, engine)
-        if reads is None and not encoding:
-            continue
-        op = OPS[reads] if reads is not None else GGUF
-        if op not in chosen:
-            place = _Place(device, linear.weight.dtype, info.spec.head_dim, engine.linear)
-            chosen[op] = place.backend_or_none(op) if engine.quant == "auto" else place.backend(op)
-        if (backend := chosen[op]) is None:
-            continue
-        if reads is not None:
-            packed: nn.Module = ScaledLinear(linear, reads, backend.load(), kernels.quantize)
+        if backend.op == GGUF:
+            packed: nn.Module = GgufLinear(linear, stored.encoding, stored.nbytes, backend.load())
         else:
-            packed = GgufLinear(linear, encoding, stored.nbytes, backend.load())
+            reads = next(dtype for dtype, op in OPS.items() if op == backend.op)
+            packed = ScaledLinear(linear, reads, backend.load(), kernels.quantize)
         transformer.set_submodule(name, packed)
-    for op, found in chosen.items():
-        if found is not None:
-            log.info("%s: %s", op, found.name)
 
 
-def _reads(
-    name: str, linear: nn.Linear, stored: TensorInfo, info: CheckpointInfo, engine: Engine
-) -> torch.dtype | None:
-    """The 8-bit dtype that a layer is to multiply in; None: it is not to."""
-    if not info.spec.quantises(name) or linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
-        return None
-    return FORMATS[engine.quant] if engine.quant in FORMATS else stored_format(stored)
+def _op(weight: str, info: CheckpointInfo, engine: Engine) -> str:
+    """The op that computes the layer of that weight if it is packed; "" where it is not to be."""
+    name, _, leaf = weight.rpartition(".")
+    stored = info.header.tensors.get(weight)
+    if leaf != "weight" or stored is None or len(stored.shape) != 2 or engine.quant == "none":
+        return ""
+    if engine.quant in FORMATS:
+        return OPS[FORMATS[engine.quant]] if multiplies(weight, stored, info) else ""
+    if stored.encoding:
+        in_block = re.search(r"blocks\.\d+\.", name) and not info.spec.keep_float32(weight)
+        return GGUF if in_block else ""
+    found = stored_format(stored)
+    return OPS[found] if found is not None and multiplies(weight, stored, info) else ""
+
+
+def multiplies(weight: str, stored: TensorInfo, info: CheckpointInfo) -> bool:
+    """Whether this weight is of a layer that may multiply in 8 bits."""
+    name, _, leaf = weight.rpartition(".")
+    whole = len(stored.shape) == 2 and not any(size % MULTIPLE for size in stored.shape)
+    return leaf == "weight" and whole and info.spec.quantises(name)
 
 
 def stored_format(stored: TensorInfo) -> torch.dtype | None:
@@ -112,14 +133,6 @@ def stored_format(stored: TensorInfo) -> torch.dtype | None:
         return None
     found = stored.packed.parts["weight"].dtype
     return found if found in OPS else None
-
-
-def _encoding(name: str, stored: TensorInfo, info: CheckpointInfo, engine: Engine) -> str:
-    """GGML's type of a weight that stays in its blocks; "" for others."""
-    stays = (
-        engine.quant == "auto" and re.search(r"blocks\.\d+\.", name) and not info.spec.keep_float32(f"{name}.weight")
-    )
-    return stored.encoding if stays else ""
 
 
 def filling(transformer: nn.Module, header: Header, device: torch.device) -> Header:
@@ -137,7 +150,7 @@ def filling(transformer: nn.Module, header: Header, device: torch.device) -> Hea
             scale = f"{layer_name}.{SCALE}"
             stays = stored_format(info) == layer.reads
             tensors[name], tensors[scale] = (
-                _as_stored(info) if stays else Quantising(name, info, device).infos(layer.reads)
+                _as_stored(info) if stays else Quantising(header, name, device).infos(layer.reads)
             )
     return replace(header, tensors=tensors)
 
@@ -156,18 +169,18 @@ def _as_stored(info: TensorInfo) -> tuple[TensorInfo, TensorInfo]:
 
 
 class Quantising:
-    """One weight on its way into 8 bits: read once, given as two tensors, the weight first.
+    """One weight on its way into 8 bits: given as two tensors, and read once where the scales follow the values.
 
-    info: (N, K), plain or packed in any way. device: where to compute.
+    header: has the weight (N, K), plain or packed in any way. device: where to compute.
     """
 
-    def __init__(self, name: str, info: TensorInfo, device: torch.device) -> None:
-        self._name, self._info, self._device = name, info, device
+    def __init__(self, header: Header, name: str, device: torch.device) -> None:
+        self._header, self._name, self._device = header, name, device
         self._scale: Tensor | None = None
 
     def infos(self, dtype: torch.dtype) -> tuple[TensorInfo, TensorInfo]:
-        """What gives the values (N, K) in dtype, and what gives their scales (N,) float32 after that."""
-        info = self._info
+        """What gives the values (N, K) in dtype, and what gives their scales (N,) float32."""
+        info = self._header.tensors[self._name]
 
         def values(found: Mapping[str, Tensor]) -> Tensor:
             parts = {role: part.to(self._device) for role, part in found.items()}
@@ -176,7 +189,9 @@ class Quantising:
             return values
 
         def scale(found: Mapping[str, Tensor]) -> Tensor:
-            assert self._scale is not None, "the weight is read before its scale"
+            if self._scale is None:  # the values stay in the file
+                ((_, weight),) = read_tensors(self._header, [self._name], self._device)
+                return quantise_weight(weight.to(self._device), dtype, f"{info.file}: '{self._name}'")[1]
             scale, self._scale = self._scale, None
             return scale
 
@@ -191,10 +206,11 @@ def quantise_weight(weight: Tensor, dtype: torch.dtype, where: str) -> tuple[Ten
     A row's largest value becomes 127 or 448, the others are rounded to the nearest. Raises CheckpointError, naming
     `where`, for weights that are not finite.
     """
-    packed = quantize(weight, dtype)
-    if not bool(torch.isfinite(packed.scale).all()):
+    parts = [quantize(rows, dtype) for rows in weight.split(max(1, CHUNK // weight.shape[1]))]
+    values, scale = torch.cat([part.values for part in parts]), torch.cat([part.scale for part in parts]).flatten()
+    if not bool(torch.isfinite(scale).all()):
         raise CheckpointError(f"{where} holds values that are not finite; download the file again")
-    return packed.values, packed.scale.flatten()
+    return values, scale
 
 
 def keep_packed(source: nn.Module, target: nn.Module) -> None:

@@ -26,7 +26,7 @@ class FrameKernels:
 
     conv_input: Callable[[Tensor, Tensor | None, tuple[int, int], bool, int], Tensor]
     conv3d: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor]
-    doubled_conv: Callable[[Tensor, Tensor, Tensor], Tensor]
+    doubled_conv: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def frame_kernels(x: Tensor, weight: Tensor) -> FrameKernels | None:
@@ -65,6 +65,17 @@ def convolve_causally(
     if replicate and past is None:
         past = torch.cat([padded[:, :, :1]] * lead, 2)
     return kernels.conv3d(padded, past, conv.weight, _bias(conv), residual), _last(padded, past, lead)
+
+
+def convolve_beside_past(
+    kernels: FrameKernels, conv: nn.Conv2d, x: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """conv, 3x3, over every frame of x (B, C, t, H, W) joined with the one before it as 2C channels; and the past for
+    the next chunk. past: what the chunk before has given, None (zeros) at a clip's start."""
+    padded = kernels.conv_input(x, None, (1, 1), False, 1)
+    now, before = conv.weight.chunk(2, 1)
+    weight = torch.stack([before, now], 2).contiguous(memory_format=torch.channels_last_3d)
+    return kernels.conv3d(padded, past, weight, _bias(conv), None), _last(padded, past, 1)
 
 
 def _last(frames: Tensor, past: Tensor | None, count: int) -> Tensor:

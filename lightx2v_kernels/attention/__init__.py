@@ -5,11 +5,15 @@ projection) and are never written to; the last dimension is contiguous. Source: 
 eq. 1.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightx2v_kernels.attention.reference import attention, attention_plain
-from lightx2v_kernels.registry import Op
+from lightx2v_kernels.norm_rope.reference import norm_rope
+from lightx2v_kernels.registry import Backend, Op, select
 from lightx2v_kernels.timings import Workload
 
 
@@ -27,22 +31,78 @@ def examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[t
 OPS = (Op("attention", attention, examples, plain=attention_plain),)
 
 
-def _workload(keys: int | None) -> Workload:
-    """16384 tokens in 8 heads: 1.1 TFLOP of self-attention, 2 ms of an H100. Half of a 480p clip of 81 frames, so that
-    what a kernel spends once a token (quantising, say) weighs about as much as it will."""
-
-    def arguments(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator(device).manual_seed(0)
-        lengths = (16384, keys or 16384, keys or 16384)
-        return tuple(
-            torch.randn(1, length, 8, head_dim, generator=generator, device=device, dtype=dtype) for length in lengths
-        )
-
-    return Workload(arguments, rows=lambda x: x[:, ::256])
+def turned(
+    q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `Kernels.rotary_attention` -> those of attention."""
+    return norm_rope(q, norm_q, cos, sin, eps), norm_rope(k, norm_k, cos, sin, eps), v
 
 
-# "cross" is attention to umT5's 512 tokens.
-WORKLOADS = {"attention": {"self": _workload(None), "cross": _workload(512)}}
+def rotary_arguments(device: torch.device, dtype: torch.dtype, tokens: int, heads: int, dim: int) -> tuple[Any, ...]:
+    """q, k (1, L, H·D), v (1, L, H, D), both norms over all channels, cos, sin, eps."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    q, k, v = (random(1, tokens, heads * dim).to(dtype) for _ in range(3))
+    norms = (1 + 0.2 * random(2, heads * dim)).to(dtype).unbind(0)
+    angles = 10 * random(tokens, dim // 2)
+    return (q, k, v.unflatten(2, (heads, dim)), *norms, angles.cos(), angles.sin(), 1e-6)
+
+
+def rotary_examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[tuple[Any, ...], ...]:
+    """Norms over all channels, then over each head; a length no tile divides; queries that make the softmax peaky."""
+    q, k, v, norm_q, norm_k, *others = rotary_arguments(device, dtype, 77, 2, head_dim)
+    own = norm_q[:head_dim], norm_k[:head_dim]
+    return (q, k, v, 1.5 * norm_q, norm_k, *others), (q, k, v, *own, *others)
+
+
+# Held against by what a backend has of its own for `Kernels.rotary_attention`.
+ROTARY = {
+    "attention": Op(
+        "rotary_attention",
+        lambda *args: attention(*turned(*args)),
+        rotary_examples,
+        plain=lambda *args: attention_plain(*turned(*args)),
+    )
+}
+
+
+def _rotary(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor]:
+    """Self-attention as a model calls it, of its projections."""
+    if backend.rotary:
+        return backend.rotary()
+    attend, turn = backend.load(), select("norm_rope", "auto", device, dtype, head_dim).load()
+
+    def composed(q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, *rest: Any) -> Tensor:
+        return attend(turn(q, norm_q, *rest), turn(k, norm_k, *rest), v)
+
+    return composed
+
+
+def _to_text(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(0)
+    return tuple(
+        torch.randn(1, length, HEADS, head_dim, generator=generator, device=device, dtype=dtype)
+        for length in (TOKENS, 512, 512)
+    )
+
+
+# 1.1 TFLOP of self-attention, 2 ms of an H100. Half of a 480p clip of 81 frames, so that what a kernel spends once a
+# token (quantising, say) weighs about as much as it will. "cross" is attention to umT5's 512 tokens.
+TOKENS, HEADS = 16384, 8
+WORKLOADS = {
+    "attention": {
+        "self": Workload(
+            lambda device, dtype, head_dim: rotary_arguments(device, dtype, TOKENS, HEADS, head_dim),
+            rows=lambda x: x[:, ::256],
+            inner=turned,
+            function=_rotary,
+        ),
+        "cross": Workload(_to_text, rows=lambda x: x[:, ::256]),
+    }
+}
 
 _SPARSE = "a sparse attention, which leaves out keys; here every key is computed; the nearest is '{}'"
 _HARDWARE = "for hardware that this version does not run on; the nearest is '{}'"

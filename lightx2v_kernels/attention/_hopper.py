@@ -188,7 +188,7 @@ def compute(
     rows = first + GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     factor = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, SCORES)) * scale
     if INT8:
-        factor = factor * gl.load(q_scale + rows, mask=rows < queries, other=0.0)
+        factor = factor * gl.load(q_scale + rows, mask=rows < queries, other=1.0)  # 0 would make NaN of a masked score
     mbarrier.wait(q_full, 0)
     q = q_tile.index(GROUP)
 

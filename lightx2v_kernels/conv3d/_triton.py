@@ -5,15 +5,22 @@ that starts at the first of them. The matrix A of the product has such runs side
 place; nothing of it is stored.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightx2v_kernels.conv3d import reference
+from lightx2v_kernels.conv_input._triton import direct
+
+LEAST = 8  # channels, or a multiple of them: a pixel is then read 16 bytes at a time
+
+SIZES = ((128, 128, 64), (128, 128, 0), (256, 64, 32), (128, 128, 32))  # places and channels, for more than 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def _conv3d(
     held = tl.minimum(places, out_height * out_width - 1)
     first = tl.program_id(1) // (4 if DOUBLED else 1) * (BLOCK_N + MORE_N)
     RUN: tl.constexpr = KW * C
-    STEPS: tl.constexpr = RUN // BLOCK_K
+    STEPS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
 
     inner = tl.arange(0, BLOCK_K)
     frame_size = height * width * C
@@ -89,15 +96,25 @@ def _conv3d(
     for step in tl.range(start, KT * KH * STEPS, num_stages=STAGES):
         tap = step // STEPS
         time = tap // KH
-        run = (tap % KH) * (width * C) + (step % STEPS) * BLOCK_K
+        inside = (step % STEPS) * BLOCK_K
         source = from_x + (time - (KT - 1)) * frame_size
         if PAST:
             source = tl.where(time < missing, from_past + time * frame_size, source)
-        a = tl.load(source + run + a_at)
-        b = tl.load(weight + step * BLOCK_K + b_at)
+        source += (tap % KH) * (width * C) + inside
+        taken = weight + tap * RUN + inside
+        if RUN % BLOCK_K:  # the last step of a run ends beyond it
+            a = tl.load(source + a_at, mask=(inside + inner < RUN)[None, :], other=0.0)
+            b = tl.load(taken + b_at, mask=(inside + inner < RUN)[:, None], other=0.0)
+        else:
+            a = tl.load(source + a_at)
+            b = tl.load(taken + b_at)
         total = tl.dot(a, b, total)
         if MORE_N > 0:
-            more = tl.dot(a, tl.load(weight + step * BLOCK_K + more_at), more)
+            if RUN % BLOCK_K:
+                b = tl.load(taken + more_at, mask=(inside + inner < RUN)[:, None], other=0.0)
+            else:
+                b = tl.load(taken + more_at)
+            more = tl.dot(a, b, more)
 
     at = (batch * frames + frame) * out_height * out_width + places
     if DOUBLED:
@@ -118,25 +135,32 @@ def _store(total, bias, residual, out, at, kept, columns, OUT: tl.constexpr, RES
     tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)
 
 
-def tiles(channels: int, out_channels: int, kernel: tuple[int, int, int]) -> Tiles | None:
-    """The tiles for a layer; None where another backend is faster or a run of numbers is no multiple of 16."""
+def tiles(channels: int, out_channels: int, kernel: tuple[int, int, int], memory: int) -> Tiles:
+    """The tiles for a layer. memory: bytes that the threads of one program may share."""
+    size = (128, max(16, triton.next_power_of_2(out_channels)), 0)
+    if out_channels > 64:
+        size = min(SIZES, key=lambda size: -out_channels % sum(size[1:]))
     run = kernel[2] * channels
-    depth = next((size for size in (64, 32, 16) if run % size == 0), 0)
-    if not depth or channels % 8:
-        return None
-    stages = 4 if depth == 64 else 5
-    if out_channels <= 16:
-        return Tiles(128, 16, 0, depth, stages, 4)
-    if out_channels <= 32:
-        return Tiles(128, 32, 0, depth, stages, 4)
-    if out_channels <= 64:
-        return Tiles(128, 64, 0, depth, stages, 4)
-    if out_channels % 192 and out_channels % 96 == 0:
-        return Tiles(256, 64, 32, depth, stages, 8)
-    return Tiles(128, 128, 64, depth, stages, 8) if out_channels % 192 == 0 else Tiles(128, 128, 0, depth, stages, 8)
+
+    def held(depth: int) -> int:
+        """Steps that fit."""
+        return min(4 if depth == 64 else 5, memory // (2 * sum(size) * depth))
+
+    # A step costs its depth, filled or not, and about as much again as a depth of 8.
+    depths = [depth for depth in (32, 64, 16) if held(depth) >= 3]
+    depth = min(depths, key=lambda depth: -(-run // depth) * (depth + 8))
+    return Tiles(*size, depth, held(depth), 4 if out_channels <= 64 else 8)
 
 
-@torch.library.custom_op("lightx2v::conv3d", mutates_args=())
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the threads of one program may share: 227 KiB on an H100, 99 KiB on consumer GPUs."""
+    if device.type != "cuda":
+        return 232448
+    size: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return size
+
+
 def _launch(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]
 ) -> Tensor:
@@ -161,7 +185,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).contiguous()
 
 
-@_launch.register_fake
+_opaque = torch.library.custom_op("lightx2v::conv3d", _launch, mutates_args=())
+
+
+@_opaque.register_fake
 def _(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]) -> Tensor:
     (b, _, t, h, w), (o, _, _, kh, kw) = x.shape, weight.shape
     return x.new_empty(b, t, h - kh + 1, w - kw + 1, o).permute(0, 4, 1, 2, 3)
@@ -180,7 +207,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(None if a is None else next(found) for a in saved), None)
 
 
-_launch.register_autograd(_backward, setup_context=_setup)
+_opaque.register_autograd(_backward, setup_context=_setup)
 
 
 def conv3d(
@@ -192,8 +219,12 @@ def conv3d(
     how: Tiles | None = None,
 ) -> Tensor:
     """See the contract in `__init__`. how: other tiles than those of `tiles`, for measuring."""
-    how = how or tiles(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]))  # type: ignore[arg-type]
-    if how is None:
-        return reference.cudnn(x, past, weight, bias, residual)
+    if short := -weight.shape[1] % LEAST:
+        more = (0, 0, 0, 0, 0, 0, 0, short)
+        x, weight = F.pad(x, more), F.pad(weight, more)
+        past = None if past is None else F.pad(past, more)
+    o, c, kt, kh, kw = weight.shape
+    how = how or tiles(c, o, (kt, kh, kw), shared_memory(x.device))
     fields = [how.places, how.channels, how.more_channels, how.depth, how.stages, how.warps]
-    return _launch(x, past, weight, bias, residual, fields)
+    out: Tensor = direct(_launch, _opaque)(x, past, weight, bias, residual, fields)
+    return out

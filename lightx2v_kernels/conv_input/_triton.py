@@ -1,5 +1,6 @@
 """One program makes a run of pixels of one line of one padded frame."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,7 +65,6 @@ def _line(
     tl.store(to + columns[:, None] * C + channels[None, :], value, mask=inside)
 
 
-@torch.library.custom_op("lightx2v::conv_input", mutates_args=())
 def _launch(x: Tensor, gamma: Tensor | None, padding: list[int], replicate: bool, scale: int) -> Tensor:
     rows = x.permute(0, 2, 3, 4, 1)
     rows = rows if rows.stride(4) == 1 else rows.contiguous()
@@ -82,7 +82,10 @@ def _launch(x: Tensor, gamma: Tensor | None, padding: list[int], replicate: bool
     return out.permute(0, 4, 1, 2, 3)
 
 
-@_launch.register_fake
+_opaque = torch.library.custom_op("lightx2v::conv_input", _launch, mutates_args=())
+
+
+@_opaque.register_fake
 def _(x: Tensor, gamma: Tensor | None, padding: list[int], replicate: bool, scale: int) -> Tensor:
     (b, c, t, h, w), (pad_h, pad_w) = x.shape, padding
     return x.new_empty(b, t, scale * h + 2 * pad_h, scale * w + 2 * pad_w, c).permute(0, 4, 1, 2, 3)
@@ -101,9 +104,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(None if a is None else next(found) for a in saved), None, None, None)
 
 
-_launch.register_autograd(_backward, setup_context=_setup)
+_opaque.register_autograd(_backward, setup_context=_setup)
+
+
+def direct(launch: Callable[..., Tensor], opaque: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The launch itself, unless something has to see one opaque op: what differentiates, compiles or traces.
+
+    The way through PyTorch's dispatcher takes the host about as long as the launch.
+    """
+    return opaque if torch.is_grad_enabled() or torch.compiler.is_compiling() else launch
 
 
 def conv_input(x: Tensor, gamma: Tensor | None, padding: tuple[int, int], replicate: bool, scale: int) -> Tensor:
     """See the contract in `__init__`."""
-    return _launch(x, gamma, list(padding), replicate, scale)
+    out: Tensor = direct(_launch, _opaque)(x, gamma, list(padding), replicate, scale)
+    return out

@@ -8,12 +8,12 @@ from lightx2v_kernels.precision import FLOATS, widen
 from lightx2v_kernels.registry import Backend
 
 
-def doubled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def doubled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See the contract in `__init__`; one rounding, at the end."""
-    return plain(widen(x), widen(weight), widen(bias)).to(x.dtype)
+    return plain(widen(x), widen(weight), None if bias is None else widen(bias)).to(x.dtype)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same at the type of x."""
     rows = x.permute(0, 2, 3, 4, 1)
     frames = rows.flatten(0, 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

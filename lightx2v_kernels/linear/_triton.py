@@ -159,24 +159,55 @@ WIDE = Tiling()  # many tokens: as large a tile as fits the registers
 NARROW = Tiling(block_m=64, block_n=128, block_k=128, warps=4, stages=4)  # text: more programs than tiles of the wide
 FEW = Tiling(block_m=16, block_n=64, block_k=128, warps=4, stages=4)  # one token a sample
 PROMOTED = Tiling(block_m=128, block_n=128, warps=8, stages=4, promote=128)  # two sets of sums have to fit
+# On Hopper, at 32760 tokens of Wan 14B (H100, benchmarks/linear.py): int8 1174, 1125 and 1218 TFLOP/s for 5120->5120,
+# 5120->13824 and 13824->5120, by address 1079 to 1150; fp8 1331, 1296 and, a tile a program, 1482.
+HOPPER_INT8 = Tiling(tma=True, persistent=True)
+HOPPER_FP8 = Tiling(stages=4, tma=True, persistent=True)
+HOPPER_FP8_LONG = Tiling(stages=4, tma=True)  # more values in a row than rows
+HOPPER = (9, 0)
 
 
-def tiling_for(tokens: int, integer: bool) -> Tiling:
-    """How a product of so many tokens is cut."""
+def tiling_for(tokens: int, rows: int, size: int, *, integer: bool, exact: bool, hopper: bool) -> Tiling:
+    """How a product of (tokens, size) and (rows, size) is cut. exact: fp8 sums are promoted to fp32 on the way."""
     if tokens <= 16:
         return FEW
+    if exact and not integer:
+        return PROMOTED
     if tokens <= 1024:
         return NARROW
-    return WIDE if integer else PROMOTED
+    if integer:
+        return HOPPER_INT8 if hopper else WIDE
+    return WIDE if not hopper else HOPPER_FP8_LONG if size > rows else HOPPER_FP8
 
 
 def _linear(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    flat = values.reshape(-1, values.shape[-1]).contiguous()
-    tiling = tiling_for(flat.shape[0], values.dtype == torch.int8)
+    return _cut(values, scale, weight, weight_scale, bias, dtype, exact=False)
+
+
+def _exact(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return _cut(values, scale, weight, weight_scale, bias, dtype, exact=True)
+
+
+def _cut(
+    values: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    exact: bool,
+) -> Tensor:
+    flat, (rows, size) = values.reshape(-1, values.shape[-1]).contiguous(), weight.shape
+    hopper = values.is_cuda and torch.cuda.get_device_capability(values.device) == HOPPER
+    integer = values.dtype == torch.int8
+    tiling = tiling_for(len(flat), rows, size, integer=integer, exact=exact, hopper=hopper)
     y = product(flat, scale.reshape(-1).contiguous(), weight.contiguous(), weight_scale, bias, dtype, tiling)
-    return y.view(*values.shape[:-1], weight.shape[0])
+    return y.view(*values.shape[:-1], rows)
 
 
 def _fake(
@@ -187,3 +218,4 @@ def _fake(
 
 int8_linear = opaque("int8_linear", _linear, _fake)
 fp8_linear = opaque("fp8_linear", _linear, _fake)
+fp8_linear_exact = opaque("fp8_linear_exact", _exact, _fake)

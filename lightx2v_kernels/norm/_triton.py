@@ -14,7 +14,7 @@ from torch import Tensor
 from lightx2v_kernels import tiles
 from lightx2v_kernels.norm import reference
 from lightx2v_kernels.opaque import empty_like, opaque
-from lightx2v_kernels.quantize._triton import NONE, empty_quantized, kind, quantize_rows, writable
+from lightx2v_kernels.quantize._triton import NONE, empty_quantized, kind, quantize_rows, store_bits, writable
 from lightx2v_kernels.quantized import LARGEST, Quantized
 
 SHARED, SPREAD, PER_TOKEN = range(3)  # how a table is read: see load_table
@@ -112,7 +112,7 @@ def _normalise(
         tl.store(out + written, value.to(out.dtype.element_ty), mask=mask)
     else:
         bits, scales = quantize_rows(value, LIMIT, KIND)
-        tl.store(out + written, bits, mask=mask)
+        store_bits(out + (sample * length + row)[:, None] * WIDTH, column, bits, mask)
         tl.store(out_scale + sample * length + row, scales, mask=row_mask)
 
 
@@ -149,7 +149,7 @@ def normalise(x: Tensor, norm: Norm, out: tuple[Tensor, Tensor | None], residual
     gate, gate_strides = _table(None if residual is None else residual.gate)
     values, scales = out
     how = NONE if scales is None else kind(values.dtype, values.device)
-    tile = tiles.norm(width, how != NONE)
+    tile = tiles.whole_rows(width)
     _normalise[(batch * tiles.count(length, tile.rows),)](
         x,
         y,

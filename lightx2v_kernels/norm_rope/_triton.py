@@ -63,7 +63,7 @@ def _launch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> 
     out = _empty(x, weight, cos)
     batch, length, heads, head_dim = out.shape
     x = x if x.stride(2) == 1 else x.contiguous()
-    tile = tiles.norm_rope(heads, head_dim)
+    tile = tiles.whole_rows(tiles.power_of_two(heads) * tiles.power_of_two(head_dim))
     if x.numel():
         _norm_rope[(batch * tiles.count(length, tile.rows),)](
             x,

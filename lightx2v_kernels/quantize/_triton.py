@@ -33,12 +33,35 @@ def encode(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def gelu(x):
+    """The tanh form: tanh(z) = 2 / (1 + e^(-2 z)) - 1, so that gelu(x) = x / (1 + 2^w), where
+    w = -2 log2(e) z = -2 log2(e) sqrt(2 / pi) (x + 0.044715 x^3).
+
+    The quotient as a squared inverse root: one instruction where a division is eight.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * (-2.302208198144325 - 0.10294323957999349 * (x * x))))
+    return x * (root * root)
+
+
+@triton.jit
 def quantize_rows(x, LIMIT: tl.constexpr, KIND: tl.constexpr):
     """x (R, K) fp32 -> its 8 bits (R, K), scale (R,)."""
     # As integers, magnitudes have the same order and NaN is above inf: the maximum of floats would leave a NaN out.
     amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
     inverse = tl.where(amax >= _SMALLEST, tl.div_rn(LIMIT, tl.where(amax >= _SMALLEST, amax, 1.0)), 0.0)
     return encode(x * inverse[:, None], KIND), tl.div_rn(amax, LIMIT)
+
+
+@triton.jit
+def store_bits(row_start, column, bits, mask):
+    """bits (R, K) to rows that start at the pointers row_start (R, 1).
+
+    By 8 a thread. One store could take 16, and the compiler would then lay out every tensor of the kernel so, which
+    leaves a sixth of the threads without work where a row has 5 * 1024 values: it is not to see that one run of 8
+    follows on the other.
+    """
+    column = column // 8 * 8 + column % 8
+    tl.store(row_start + column[None, :], bits, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -61,10 +84,9 @@ def _quantize(
     value = tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
     value = value.to(tl.float32)
     if GELU:
-        # tanh(z) = 2 * sigmoid(2 z) - 1, so that gelu(x) = x * sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3).
-        value = value * tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+        value = gelu(value)
     bits, scales = quantize_rows(value, LIMIT, KIND)
-    tl.store(out + row[:, None] * WIDTH + column[None, :], bits, mask=mask)
+    store_bits(out + row[:, None] * WIDTH, column, bits, mask)
     tl.store(scale + row, scales, mask=row < rows)
 
 
@@ -95,7 +117,7 @@ def _launch(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
     values, scale = empty_quantized(x, dtype)
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    tile = tiles.quantize(flat.shape[1])
+    tile = tiles.whole_rows(flat.shape[1])
     how = kind(dtype, x.device)
     if flat.shape[0]:
         _quantize[(tiles.count(flat.shape[0], tile.rows),)](

@@ -153,6 +153,11 @@ def test_nothing_is_begun_after_the_time() -> None:
         ("_modulate_quantize_kernel", "elementwise"),
         ("_quantize_rows", "quantise"),
         ("_norm_rope", "elementwise"),
+        ("attend", "attention"),
+        ("_by_copy_engine", "gemm"),
+        ("_multiply", "gemm"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::BinaryFunctor<MulFunctor>>", "elementwise"),
+        ("quantize_turned", "quantise"),
         ("Memset (Device)", "other"),
     ],
 )

@@ -18,6 +18,7 @@ from lightx2v.frames import whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.latents import HUNYUAN15
 from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
+from lightx2v.models.hunyuan_video_15.sizes import size_for_image
 from lightx2v.shapes import VideoShape
 from tiny_hunyuan_folder import FITTING, pipeline, video, write, write_folder
 
@@ -159,3 +160,49 @@ def test_input_channels() -> None:
     asked = arguments(Conditioning(torch.zeros(2, 4, 8), glyphs=torch.ones(2, 3, 5)), 250.0, reads_step_end=True)
     assert asked["step_end"].tolist() == [250.0, 250.0] and asked["context"].glyphs.shape == (2, 3, 5)
     assert arguments(Conditioning(torch.zeros(1, 4, 8)), 250.0)["step_end"] is None
+
+
+def test_what_is_usual_where_nothing_is_said(folder, tmp_path) -> None:
+    def request(name: str = "480p_t2v", task: str = "t2v", **given: object):
+        target = tmp_path / name
+        if not target.exists():
+            copied(folder, target)
+            (target / "transformer/480p_t2v").rename(target / "transformer" / name)
+        pipe = LightX2VPipeline(target, "hunyuan_video_1.5", task)
+        pipe.create_generator(**given)
+        asked = pipe._request
+        return asked.num_frames, asked.fps, asked.sampling.cfg_scale, asked.sampling.shift, asked.sampling.scheduler
+
+    assert request() == (121, 24, 6.0, 5.0, "euler")
+    assert request(height=720, width=1280) == (121, 24, 6.0, 9.0, "euler")
+    assert request("720p_i2v", "i2v", height=720, width=1280)[3] == 7.0
+    assert request("480p_t2v_distilled")[2:4] == (1.0, 5.0)
+    assert request(guidance_scale=4, num_frames=81, sample_shift=3, fps=16) == (81, 16, 4.0, 3.0, "euler")
+
+
+@pytest.mark.parametrize("image", [(480, 640), (1080, 1920), (1000, 1000), (1600, 900), (300, 2000), (3000, 200)])
+@pytest.mark.parametrize("side", [640, 960])
+def test_sizes_are_diffusers_buckets(image: tuple[int, int], side: int) -> None:
+    from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
+    expected = HunyuanVideo15ImageProcessor().calculate_default_height_width(*image, side)
+    assert size_for_image(side**2, image) == tuple(expected)
+
+
+def test_caches(folder) -> None:
+    pipe = pipeline(folder, infer_steps=10, num_frames=1, guidance_scale=1)
+    every = video(pipe)
+    with pytest.raises(ValueError, match="is published as 480p_i2v, and the name does not say which this is"):
+        pipe.enable_cache("Mag")
+    files = pipe.calibrate(["a red cat"], progress=False)
+    try:
+        for method, given in (("Tea", {"teacache_thresh": 5.0}), ("Mag", {"magcache_thresh": 5.0})):
+            pipe.enable_cache(method, **given)
+            found = video(pipe)
+            assert sum(report.saved for report in pipe.cache_reports) > 0
+            assert 0 < relative_error(found, every) < 1
+            pipe.enable_cache(method, **dict.fromkeys(given, 0.0))
+            assert torch.equal(video(pipe), every), "a threshold of 0 is off"
+    finally:
+        for file in files:
+            file.unlink()

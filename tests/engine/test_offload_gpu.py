@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightx2v import LightX2VPipeline
 from lightx2v.blocks import run_blocks
+from lightx2v.checkpoint import read_header
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.offload import Home, Plan
+from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.lane import Lane, link_rate, pin
-from lightx2v.offload.plan import measure, streamed_bytes
+from lightx2v.offload.plan import GB, Machine, Needs, measure, plan, streamed_bytes, tighter
+from lightx2v.offload.shortage import Advice, once_more
 from lightx2v.offload.slab import PAGE, host_memory
 from lightx2v.offload.stream import BlockStream
 from lightx2v_kernels import select
+from tiny_cache import T2V
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,9 +42,12 @@ def empty_device() -> None:
 
 
 def wan(seed: int = 0, config: WanConfig = CONFIG) -> WanTransformer:
+    """In main memory; made on the device, which is faster."""
     torch.manual_seed(seed)
     kernels = select(device=CUDA, dtype=torch.bfloat16, head_dim=128)
-    return WanTransformer(config, kernels).eval().requires_grad_(False).to(torch.bfloat16)
+    with CUDA:
+        network = WanTransformer(config, kernels)
+    return network.eval().requires_grad_(False).to(torch.bfloat16).to("cpu")
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -169,9 +178,8 @@ def test_copies_run_while_blocks_compute() -> None:
 
 def overlap(profile: torch.profiler.profile) -> float:
     """Microseconds in which a copy to the device and a kernel ran at once."""
-    spans = [
-        (e.time_range.start, e.time_range.end, "HtoD" in e.name) for e in profile.events() if "Memset" not in e.name
-    ]
+    ran = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and "Memset" not in e.name]
+    spans = [(e.time_range.start, e.time_range.end, "HtoD" in e.name) for e in ran]
     copies = [(start, end) for start, end, copy in spans if copy]
     kernels = [(start, end) for start, end, copy in spans if not copy]
     return sum(max(0, min(e, b) - max(s, a)) for s, e in copies for a, b in kernels)
@@ -190,11 +198,94 @@ def test_the_same_demo_video_however_it_is_placed() -> None:
     whole = video()
     assert pipe.memory_plan is not None and pipe.memory_plan.whole
     for granularity in ("block", "model", "auto"):
-        pipe.enable_offload(offload_granularity=granularity, vae_offload=True)
+        pipe.enable_offload(True, granularity, vae_offload=True)
         assert torch.equal(video(), whole), granularity
     pipe.enable_offload(True)
     assert torch.equal(video(), whole)
     assert pipe.memory_plan.streamed and pipe.memory_plan.pinned and pipe.memory_plan.seconds
+    pipe.enable_offload(True, ram_budget_gb=1e-6)
+    assert torch.equal(video(), whole)
+    assert pipe.memory_plan.filed == pipe.memory_plan.streamed
+    assert "peak" in pipe.report.text() and pipe.report.stages[1].peak
+
+
+@torch.inference_mode()
+def test_blocks_that_their_network_calls_itself() -> None:
+    latents, timestep, context = inputs()
+    truth = wan().to(CUDA)(latents, timestep, context)
+    network = wan()
+    stream = BlockStream({"": network}, CUDA, pin_limit=0)
+    for stays in (0, 3):
+        with stream.open(stays, 1), stream.hooked():
+            assert torch.equal(network(latents, timestep, context), truth)
+
+
+def test_a_home_is_left_and_found_again() -> None:
+    truth = passes(resident(wan().to(CUDA)), 2)
+    network = wan()
+    home = Home(network)
+    base = torch.cuda.memory_allocated()
+    for _ in range(2):
+        home.copy_to(CUDA)
+        assert all(torch.equal(a, b) for a, b in zip(passes(resident(network), 2), truth, strict=True))
+        home.leave()
+        assert torch.cuda.memory_allocated() <= base + 1e6
+    assert not any(parameter.is_cuda for parameter in network.parameters())
+
+
+def test_memory_that_really_runs_out() -> None:
+    """Under a cap that the whole network exceeds: the second try streams, and gives the same."""
+    network = wan().to(CUDA)
+    torch.cuda.reset_peak_memory_stats()
+    truth = passes(resident(network), 2)
+    sizes = measure(network)
+    activations = torch.cuda.max_memory_allocated() - sizes.total
+    network.to("cpu")
+    gc.collect()
+    torch.cuda.empty_cache()
+    stream_bytes = streamed_bytes((sizes,), 0, 1)
+    cap = torch.cuda.memory_reserved() + stream_bytes + 2 * activations + 200_000_000
+    assert cap < sizes.total
+    needs = Needs((sizes,), activations)
+    plans = [plan(needs, Machine(100 * int(GB), 100 * int(GB), 0))]
+
+    def work(failed: Plan | None) -> list[Tensor]:
+        if failed is None:
+            return passes(resident(network.to(CUDA)), 2)
+        plans.append(tighter(needs, Machine(cap, 100 * int(GB), 0), failed))
+        stream = BlockStream({"": network}, CUDA)
+        with stream.open(0, 1):
+            return passes(streamed(stream), 2)
+
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+    try:
+        advice = Advice(T2V, LATENTS)
+        found = once_more(work, lambda: plans[-1], lambda: network.to("cpu"), advice)  # type: ignore[arg-type,return-value]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(plans) == 2 and all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
+    """What is read ahead while blocks compute, in bf16 straight from the file."""
+    network = wan()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()}, tmp_path / "wan.safetensors"
+    )
+    truth = passes(resident(network.to(CUDA)))
+    header = read_header(tmp_path / "wan.safetensors")
+    left = left_in_file(network, 12)
+    for name in left:
+        owner, _, leaf = name.rpartition(".")
+        module = network.get_submodule(owner)
+        module._parameters[leaf] = torch.nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
+    stream = BlockStream({"": network}, CUDA, headers={"": header})
+    assert stream.host_bytes < measure(network).total / 2
+    for stays, ahead in ((0, 1), (0, 2), (5, 1), (12, 0)):
+        with stream.open(stays, ahead):
+            assert all(torch.equal(a, b) for a, b in zip(passes(streamed(stream)), truth, strict=True)), (stays, ahead)
+    stream.release()
 
 
 def test_a_buffer_is_not_filled_while_it_is_read() -> None:

@@ -39,6 +39,7 @@ def test_a_budget_lets_some_blocks_stay(folder: Path) -> None:
         assert torch.equal(video(pipe), expected)
         made = plan_of(pipe)
         assert made.peak <= budget and made.resident == stays and made.vae == "visits"
+        assert made.tile == (128 if stays else 0) and made.text_encoder == "cpu"
     pipe.enable_offload(False)
     assert torch.equal(video(pipe), expected) and pipe.memory_plan is None
 

@@ -20,7 +20,7 @@ from demo.shipped import HIGH_NOISE, I2V, NIGHT, T2V
 from lightx2v.blocks import run_blocks
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import Engine
-from lightx2v.identify import CheckpointInfo, identify, identify_network
+from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import load_transformer, with_attention
 from lightx2v.lora import Lora, apply_loras, remove_loras
 from lightx2v.models.hunyuan_video_15.transformer import Conditioning
@@ -126,7 +126,7 @@ def test_a_kernel_that_cannot_run_is_refused_with_every_reason() -> None:
         UnsupportedBackendError, match=r"fp8_linear backend 'sgl' cannot run on cpu.*'sgl_kernel'.*CPU|cpu"
     ):
         load_transformer(identify(T2V), Engine(quant="fp8", linear="sgl"), CPU)
-    with pytest.raises(UnsupportedBackendError, match="unknown int8_linear backend 'cutlass'; known: auto, sgl"):
+    with pytest.raises(UnsupportedBackendError, match="unknown int8_linear backend 'cutlass'; known: auto, exact, sgl"):
         load_transformer(identify(T2V), Engine(quant="int8", linear="cutlass"), CPU)
     with pytest.raises(ValueError, match="quant='fp4' is not one of auto, none, fp8, int8"):
         Engine(quant="fp4")
@@ -205,7 +205,7 @@ def test_another_attention_shares_packed_weights_and_loras() -> None:
     same = with_attention(network, info, engine, CPU)
     assert torch.equal(velocity(same, info), velocity(network, info))
     other = with_attention(network, info, replace(engine, attention="reference"), CPU)
-    assert other.blocks[0].self_attn._attention is not network.blocks[0].self_attn._attention
+    assert other.blocks[0]._kernels.names["attention"] == "reference" != network.blocks[0]._kernels.names["attention"]
     states = network.state_dict()
     for name, tensor in other.state_dict().items():
         assert tensor.data_ptr() == states[name].data_ptr(), name
@@ -255,7 +255,7 @@ def _gguf(path: Path, kind: GGMLQuantizationType) -> Path:
 def test_hunyuan_multiplies_in_8_bits(scheme: str, most: float, tmp_path: Path) -> None:
     tiny = tiny_hunyuan.make_tiny()
     save_file({name: tensor.contiguous() for name, tensor in tiny.state_dict().items()}, tmp_path / "m.safetensors")
-    info = identify_network(tmp_path / "m.safetensors")
+    info = identify(tmp_path / "m.safetensors")
     network = load_transformer(info, Engine(dtype="fp32", quant=scheme), CPU)
     layers = packed(network)
     assert len(layers) == 12 * info.config.num_layers

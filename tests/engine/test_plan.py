@@ -120,10 +120,18 @@ def test_the_line_says_what_passes() -> None:
 
 
 def test_encoders_and_vae() -> None:
-    needs = replace(ONE, text_encoder=11_400_000_000, image_encoder=2_400_000_000, vae=500_000_000)
+    needs = replace(
+        ONE, text_encoder=(11_400_000_000, 9_000_000_000), image_encoder=(2_400_000_000, 0), vae=500_000_000
+    )
     made = plan(needs, with_vram(8_000_000_000))
     assert (made.text_encoder, made.image_encoder) == ("cpu", "visits") and "text encoder on the CPU" in made.line()
     assert plan(needs, MACHINE).text_encoder == "visits"
+    twelve = plan(needs, with_vram(11_500_000_000))
+    assert twelve.text_encoder == "streams" and "text encoder block by block" in twelve.line()
+    assert "it decodes in tiles of 320 pixels" in replace(made, tile=320).line() and "tiles" not in made.line()
+    large = with_vram(100_000_000_000)
+    room = made.beside_weights, plan(needs, large).beside_weights
+    assert room == (made.budget - RESERVE, large.free_vram - RESERVE - WAN_14B.total)
     assert plan(ONE, MACHINE).text_encoder == "" and plan(ONE, MACHINE).vae == "stays"
     whole = with_vram(WAN_14B.total + ONE.activations + RESERVE + needs.vae)
     assert plan(needs, whole).vae == "stays" and plan(needs, whole, vae_offload=True).vae == "visits"

@@ -152,8 +152,9 @@ def test_pictures_both_ways(host, files) -> None:
     }
     for source in ("our_video", "native_video"):
         links = {"positive": [source, 0], "negative": [source, 1]}
-        graph |= {f"native_on_{source}": native_sampler(**links), f"ours_on_{source}": our_sampler(**links)}
-    graph["no_picture"] = our_sampler()
+        graph[f"native_on_{source}"] = native_sampler(steps=3, **links)
+        graph[f"ours_on_{source}"] = our_sampler(steps=3, **links)
+    graph["no_picture"] = our_sampler(steps=3)
     drawn = [f"{side}_on_{source}" for side in ("native", "ours") for source in ("our_video", "native_video")]
     both = ("our_video", "native_video")
     kept = {f"keep_{name}_{index}": node("FixtureKeep", value=[name, index]) for name in both for index in range(3)}

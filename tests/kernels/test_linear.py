@@ -65,10 +65,29 @@ def test_triton(packed: torch.dtype, length: int) -> None:
     """208 values are no whole number of any tile's steps, 80 rows of no tile's width."""
     from lightx2v_kernels.linear import _triton
 
-    run = _triton.int8_linear if packed == torch.int8 else _triton.fp8_linear
+    runs = [_triton.int8_linear] if packed == torch.int8 else [_triton.fp8_linear, _triton.fp8_linear_exact]
     dtype, biased = (torch.float16, False) if length == 33 else (torch.bfloat16, True)
     args = arguments(packed, length, 80, 208, dtype, GPU, biased)
-    assert_close(f"{packed}", run(*args), truth(args), once_rounded(args))
+    for run in runs:
+        assert_close(f"{packed}", run(*args), truth(args), once_rounded(args))
+
+
+def test_hopper_is_given_its_own_tilings() -> None:
+    """The copy engine and one program a multiprocessor for many tokens, whatever is asked on other GPUs."""
+    from lightx2v_kernels.linear._triton import FEW, NARROW, PROMOTED, tiling_for
+
+    for tokens, integer, size, wanted in (
+        (32760, True, 5120, (True, True)),
+        (32760, False, 5120, (True, True)),
+        (32760, False, 13824, (True, False)),
+    ):
+        found = tiling_for(tokens, 5120, size, integer=integer, exact=False, hopper=True)
+        assert (found.tma, found.persistent) == wanted and not found.promote
+        assert not tiling_for(tokens, 5120, size, integer=integer, exact=False, hopper=False).tma
+    assert tiling_for(32760, 64, 64, integer=False, exact=True, hopper=True) is PROMOTED
+    for hopper in (True, False):
+        assert tiling_for(512, 64, 64, integer=True, exact=True, hopper=hopper) is NARROW
+        assert tiling_for(1, 64, 64, integer=False, exact=False, hopper=hopper) is FEW
 
 
 @pytest.mark.parametrize("packed", OPS, ids=["int8", "fp8"])
@@ -107,19 +126,14 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
 
 @pytest.mark.parametrize("args", gguf_examples(GPU, torch.float16, 128), ids=lambda args: f"{args[2]}-{args[3][0]}")
 def test_gguf_triton(args: tuple[Any, ...]) -> None:
-    """What PyTorch restores, to the rounding of a fused multiply-add, and the product of both ways to multiply."""
+    """What PyTorch restores, to the rounding of a fused multiply-add, and the product."""
     from lightx2v_kernels.linear import _triton_gguf as ours
 
     x, blocks, encoding, shape, bias = args
     weight = restore(blocks, encoding, shape)
     assert_close(encoding, ours.restored(blocks, encoding, shape, torch.float32), weight, weight)
     wide = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    flat = x.reshape(-1, x.shape[-1])
-    found = [ours.gguf_linear(*args)]
-    if encoding in ours.KINDS:
-        found.append(ours.multiplied(flat, blocks, encoding, shape, bias).view(wide.shape))
-    for out in found:
-        assert_close(encoding, out, wide, torch.nn.functional.linear(x, weight.half(), bias))
+    assert_close(encoding, ours.gguf_linear(*args), wide, torch.nn.functional.linear(x, weight.half(), bias))
 
 
 def test_gguf_types_have_examples_and_kernels() -> None:

@@ -269,7 +269,7 @@ def test_packages_are_probed_and_never_imported(tmp_path: object, monkeypatch: p
 def test_import_does_nothing_but_define() -> None:
     """No backend file, no optional package and no device is touched until something is selected."""
     code = (
-        f"ALONE = {['closeness', 'machine', 'quantized', 'registry', 'timings']}\n"
+        f"ALONE = {['backend', 'closeness', 'machine', 'quantized', 'registry', 'timings']}\n"
         "import sys, torch, lightx2v_kernels as k\n"
         "loaded = [m for m in sys.modules if m.startswith('lightx2v_kernels.')]\n"
         "assert set(loaded) == {f'lightx2v_kernels.{name}' for name in ALONE}, loaded\n"

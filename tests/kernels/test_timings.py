@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightx2v_kernels import registry, timings
+from lightx2v_kernels.attention import rotary_arguments
 from lightx2v_kernels.registry import Backend, Registry
 from lightx2v_kernels.timings import Timings, Workload
 
@@ -135,6 +136,30 @@ def test_naming_one_of_several_variants_takes_the_fastest_of_them(clock: Clock) 
     }
 
 
+def test_self_attention_is_timed_as_a_model_calls_it(clock: Clock) -> None:
+    """From projections: one with a rotary attention of its own by that, the others after the norm and the turn."""
+    attention = registry.registry("attention")
+    load = attention.workloads["self"]
+    few = replace(load, arguments=lambda device, dtype, dim: rotary_arguments(device, dtype, 512, 2, dim))
+
+    def rotary(right: bool) -> Callable[..., Any]:
+        def attend(*args: Any) -> Tensor:
+            clock.last = "own_1"
+            return attention.rotary.reference(*args) if right else attention.rotary.reference(args[1], *args[1:])
+
+        return lambda: attend
+
+    plain, own = clock.backend("plain_2"), clock.backend("own_3", rotary=rotary(True))
+    found = replace(attention, backends=(plain, own), workloads={"self": few})
+    assert taken(found) == "own_3", "its own takes 1 ms"
+    wrong = replace(own, rotary=rotary(False))
+    assert taken(replace(found, backends=(plain, wrong))) == "plain_2"
+    with pytest.raises(
+        registry.UnsupportedBackendError, match=r"'own_3' cannot run .* self-test failed: relative error"
+    ):
+        replace(found, backends=(plain, wrong), workloads={}).select("own_3", *HERE)
+
+
 def test_where_nothing_is_timed_the_last_resort_is_taken(clock: Clock) -> None:
     assert taken(of(clock.backend("last_1", rank=1000), clock.backend("a_1", package="no_such_package"))) == "last_1"
 
@@ -219,6 +244,12 @@ def test_turns_are_fair_to_all_and_the_median_counts() -> None:
     assert found == Timings({"a": 1, "b": 2})
 
 
+def test_a_slow_gpu_is_not_asked_five_times() -> None:
+    asked: list[float] = []
+    timings.measure({"a": lambda x: x}, (torch.ones(1),), lambda name, out: None, lambda call: asked.append(1) or 400.0)
+    assert len(asked) == 3  # one to warm up, then until a second is over
+
+
 @pytest.mark.parametrize(
     ("platform", "variables", "expected"),
     [
@@ -244,7 +275,7 @@ def test_the_directory_is_the_users_own(
 
 def test_what_is_timed_is_as_long_as_it_says() -> None:
     found = registry.registry("attention").workloads
-    keys = {name: load.arguments(CPU, torch.float16, 8)[1].shape for name, load in found.items()}
+    keys = {name: load.inner(*load.arguments(CPU, torch.bfloat16, 8))[1].shape for name, load in found.items()}
     assert keys == {"self": (1, 16384, 8, 8), "cross": (1, 512, 8, 8)}
     assert found["self"].rows(torch.empty(1, 16384, 8, 8)).shape == (1, 64, 8, 8)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.tokenwise import TOKENWISE
 from closeness import assert_close
 from lightx2v_kernels import registry
 from lightx2v_kernels.quantized import LARGEST, Quantized, tensors
@@ -14,7 +15,7 @@ from lightx2v_kernels.quantized import LARGEST, Quantized, tensors
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPS = [op for op in registry.registries() if "triton" in registry.names(op) and op != "attention"]
+OPS = [op for op in TOKENWISE if "triton" in registry.names(op)]
 QUANTISING = [op for op in OPS if op.endswith("quantize")]
 EPS = 1e-6
 
@@ -236,3 +237,11 @@ def test_addresses_beyond_two_to_the_31(op: str) -> None:
         if isinstance(part, Quantized):
             part = Quantized(part.values[:, -1:], part.scale[:, -1:]).dense(torch.float32)
         assert torch.equal(part[:, -1:], right)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch sees fewer than two CUDA devices")
+@pytest.mark.parametrize("op", OPS)
+def test_another_gpu_than_the_current_one(op: str) -> None:
+    args = [a.to("cuda:1") if isinstance(a, Tensor) else a for a in arguments(op, 33, 256, torch.bfloat16)]
+    check(op, tuple(args))

@@ -79,3 +79,8 @@ def test_a_plot_shows_what_was_timed_once(tmp_path: Path) -> None:
     assert plot.main([str(results), str(svg)]) == 0 and svg.read_text() == drawn
     with pytest.raises(SystemExit):
         plot.main([str(results), str(svg), "--size", "720p"])
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**_results(), "gpu": "another"}))
+    assert plot.main([str(results), str(results), str(svg)]) == 0 and svg.read_text() == drawn
+    with pytest.raises(SystemExit):
+        plot.main([str(results), str(other), str(svg)])

@@ -8,9 +8,11 @@ from torch import nn
 from lightx2v.checkpoint import Header
 from lightx2v.latents import HUNYUAN15
 from lightx2v.models import ImageInput, ModelSpec
+from lightx2v.models.hunyuan_video_15.caching import PUBLISHED, time_signal
 from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
 from lightx2v.models.hunyuan_video_15.config import HEAD_DIM, HunyuanConfig
 from lightx2v.models.hunyuan_video_15.encoders import ENCODERS
+from lightx2v.models.hunyuan_video_15.sizes import size_for_image, usual
 from lightx2v.models.hunyuan_video_15.transformer import HunyuanTransformer
 from lightx2v_kernels import Kernels
 
@@ -105,6 +107,10 @@ def _spec(name: str, title: str, step_distilled: bool) -> ModelSpec:
         reads_clip=True,
         image_states="last_hidden_state",
         fps=24,
+        usual=usual,
+        size_for_image=size_for_image,
+        time_signal=time_signal,
+        figures={} if step_distilled else PUBLISHED,
     )
 
 
