@@ -59,11 +59,13 @@ def test_other_folders_draw_the_same(layout: str, made, tmp_path) -> None:
     assert relative_error(video(pipeline(write_folder(tmp_path, layout))), made) < 1e-5
 
 
-def test_pictures(folder, made, picture, tmp_path) -> None:
+def test_pictures(folder, made, picture, tmp_path, caplog) -> None:
     pipe = LightX2VPipeline(folder, "hunyuan_video_1.5", "t2v", support_tasks=["i2v"])
     pipe.create_generator(height=32, width=48, num_frames=5, infer_steps=2, resize_mode="fixed_shape")
     assert torch.equal(video(pipe), made)
+    assert "its name says" not in caplog.text
     started = video(pipe, task="i2v", image_path=picture)
+    assert "480p_t2v: its name says t2v, and an image is given" in caplog.text
     assert (started - made).abs().max() > 0.01
     Image.effect_noise((60, 40), 20).convert("RGB").save(tmp_path / "other.png")
     assert (video(pipe, task="i2v", image_path=tmp_path / "other.png") - started).abs().max() > 0.01
@@ -206,3 +208,29 @@ def test_caches(folder) -> None:
     finally:
         for file in files:
             file.unlink()
+
+
+def test_loras_go_on_and_come_off(folder, made, tmp_path) -> None:
+    """ComfyUI's names, q, k and v in one; merged and beside the weights."""
+    generator = torch.Generator().manual_seed(7)
+    size, pairs = FITTING.hidden_size, {}
+    for layer, rows in (("img_attn.qkv", 3 * size), ("txt_mlp.0", FITTING.ffn_size)):
+        name = f"diffusion_model.double_blocks.0.{layer}"
+        pairs[f"{name}.lora_down.weight"] = torch.randn(4, size, generator=generator) / 4
+        pairs[f"{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+    write(pairs, tmp_path / "lora.safetensors")
+    pipe = pipeline(folder)
+    pipe.enable_lora([{"path": tmp_path / "lora.safetensors", "strength": 1.0}])
+    merged = video(pipe)
+    assert (merged - made).abs().max() > 0.01
+    pipe.enable_lora([{"path": tmp_path / "lora.safetensors"}], lora_dynamic_apply=True)
+    assert relative_error(video(pipe), merged) < 1e-4
+    pipe.switch_lora("")
+    assert torch.equal(video(pipe), made)
+
+
+def test_without_siglip_there_are_no_pictures(folder, picture, tmp_path) -> None:
+    blind = copied(folder, tmp_path / "blind")
+    shutil.rmtree(blind / "vision_encoder")
+    with pytest.raises(CheckpointError, match="no image encoder here; looked for vision_encoder/siglip/image_encoder"):
+        video(pipeline(blind, task="i2v"), image_path=picture)
