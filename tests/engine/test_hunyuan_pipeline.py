@@ -14,9 +14,12 @@ import tiny_encoders15
 from closeness import relative_error
 from lightx2v import LightX2VPipeline
 from lightx2v.checkpoint import CheckpointError
+from lightx2v.config import Sampling
+from lightx2v.diffuse import Model, Start, diffuse
 from lightx2v.frames import whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.latents import HUNYUAN15
+from lightx2v.models import specs
 from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
 from lightx2v.models.hunyuan_video_15.sizes import size_for_image
 from lightx2v.shapes import VideoShape
@@ -189,6 +192,32 @@ def test_sizes_are_diffusers_buckets(image: tuple[int, int], side: int) -> None:
 
     expected = HunyuanVideo15ImageProcessor().calculate_default_height_width(*image, side)
     assert size_for_image(side**2, image) == tuple(expected)
+
+
+class Told(torch.nn.Module):
+    """In place of a transformer: notes what it is asked, and sees no change to make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[float, float, torch.Tensor | None]] = []
+
+    def forward(self, latents, timestep, context, run, *, image, step_end):
+        self.asked.append((float(timestep), float(step_end), context.glyphs))
+        return torch.zeros_like(latents)
+
+
+def test_each_step_of_a_distilled_model_is_told_its_end_and_each_pass_its_glyphs() -> None:
+    (spec,) = (spec for spec in specs() if spec.name == "hunyuan1.5_step_distilled")
+    network, glyphs = Told(), torch.ones(1, 2, 3)
+    sampling = Sampling(scheduler="distilled", shift=5.0, cfg_scale=2.0)
+    cond, uncond = (Conditioning(torch.zeros(1, 4, 8), torch.zeros(1, 33, 1, 2, 2), None, glyphs * n) for n in (1, 2))
+    model = Model(spec, torch.device("cpu"), lambda: network)
+    diffuse(model, Start(torch.zeros(1, 32, 1, 2, 2)), sampling, cond, uncond)
+    levels = [1000.0, 937.5, 2500 / 3, 625.0, 0.0]
+    for index, (timestep, end, seen) in enumerate(network.asked):
+        assert (timestep, end) == pytest.approx((levels[index // 2], levels[index // 2 + 1]))
+        assert torch.equal(seen, glyphs * (1 + index % 2))
+    assert len(network.asked) == 8
 
 
 def test_caches(folder) -> None:
