@@ -11,7 +11,7 @@ from lightx2v.vae.loading import VAEInfo
 from lightx2v.vae.tae import KINDS, TAEConfig
 from lightx2v.vae.wan22 import Wan22VAEConfig
 
-# One umT5-xxl block widened to float32 (0.77 GB) and its products for 512 tokens.
+# One umT5-xxl block widened to float32 (0.77 GB) and its products for 512 tokens, or one of Qwen2.5-VL 7B (0.93 GB).
 TEXT_ENCODER_ACTIVATION_BYTES = 1_500_000_000
 
 
