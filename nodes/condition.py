@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from lightx2v.config import one_of
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
+from lightx2v.offload.shortage import Shortage, caught
 from lightx2v.shapes import VideoShape, snap, to_latent
 
 from . import host
@@ -41,7 +42,11 @@ class LightX2VTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, encoder: LoadedTextEncoder, text: str) -> io.NodeOutput:
         device = host.on_gpu(encoder.handle, TEXT_ENCODER_ACTIVATION_BYTES)
-        context = encoder.encoder.encode(text, on_block=host.progress())
+        context = caught(lambda: encoder.encoder.encode(text, on_block=host.progress()))
+        if isinstance(context, Shortage):
+            host.log.warning("Too little GPU memory for the text encoder: it runs on the CPU")
+            host.make_room()
+            context, device = encoder.encoder.encode(text, on_block=host.progress()), encoder.handle.offload_device
         host.log.debug("encoded %d rows on %s", context.shape[1], device)
         return io.NodeOutput([[context.to(mm.intermediate_device()), {"pooled_output": None}]])
 

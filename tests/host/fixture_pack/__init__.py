@@ -6,7 +6,7 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
-from .memory import FixtureFailingModel, FixtureHoldMemory, FixtureLoadedModels
+from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
 from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
 
@@ -16,7 +16,9 @@ class FixtureExtension(ComfyExtension):
         return [
             FixtureClipVision,
             FixtureCrampedVae,
+            FixtureFailingEncoder,
             FixtureFailingModel,
+            FixtureFreeRam,
             FixtureHoldMemory,
             FixtureKeep,
             FixtureLoadedModels,
