@@ -2,35 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.cases_linear import PACKED, flops, gguf, scaled
+from benchmarks.size import CPU_SIZES, CUDA_SIZES, CUDA_TOKENWISE_SIZES, HEAD_DIM, Size
+from benchmarks.tokenwise import TOKENWISE, bytes_moved, variants
 from lightx2v_kernels import registry
-from lightx2v_kernels.closeness import relative_error, why_too_far
+from lightx2v_kernels.quantized import tensors
 
-HEAD_DIM = 128
 TEXT_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Size:
-    """Tokens of one forward pass, and the width of the model that runs it."""
-
-    name: str
-    batch: int
-    tokens: int
-    hidden_size: int
-
-    @property
-    def num_heads(self) -> int:
-        return self.hidden_size // HEAD_DIM
-
-
-# 480p is 832 x 480 x 81 frames: 21 x 30 x 52 tokens. "demo" is the clip of the pack's own small model.
-CUDA_SIZES = (Size("wan-1.3b-480p", 1, 32760, 1536), Size("wan-14b-480p", 1, 32760, 5120))
-CPU_SIZES = (Size("demo", 1, 320, 256), Size("demo-long", 2, 1560, 256), Size("wan-1.3b-short", 1, 1560, 1536))
 
 
 @dataclass(frozen=True)
@@ -51,65 +35,60 @@ class Case:
             # Every 257th query and the last one against all keys: the whole score matrix in fp64 would not fit.
             rows = torch.unique(torch.tensor([*range(0, args[0].shape[1], 257), args[0].shape[1] - 1])).to(out.device)
             out, args = out[:, rows], (args[0][:, rows], *args[1:])
-        truth = op.reference(*(a.double() if isinstance(a, Tensor) else a for a in args))
-        if backend.max_error is None:
-            return why_too_far(out, truth, (op.plain or op.reference)(*args))
-        error = relative_error(out, truth)
-        return None if error <= backend.max_error else f"relative error {error:.2e} is above {backend.max_error:.2e}"
+        if self.op.endswith("_linear"):
+            # Every 257th token and the last: a product of all in fp64 would take seconds.
+            rows = torch.unique(torch.tensor([*range(0, len(args[0]), 257), len(args[0]) - 1])).to(out.device)
+            out, args = out[rows], (args[0][rows], *args[1:])
+            args = (args[0], args[1][rows], *args[2:]) if self.op in PACKED else args
+        truth = (op.truth or op.reference)(*(a.double() if isinstance(a, Tensor) else a for a in args))
+        usual = (op.plain or op.reference)(*args)
+        return registry.why_otherwise(out, usual) or registry.why_wrong(
+            backend, tensors(out), tensors(truth), tensors(usual)
+        )
 
 
 def cases(device: torch.device) -> list[Case]:
     """Every op at every size of this kind of device."""
-    return [case for size in (CUDA_SIZES if device.type == "cuda" else CPU_SIZES) for case in of_size(size)]
+    if device.type != "cuda":
+        return [case for size in CPU_SIZES for case in of_size(size)]
+    at_length = [case for size in CUDA_SIZES for case in (*attention(size), *packed_linear(size))]
+    return at_length + [case for size in CUDA_TOKENWISE_SIZES for case in tokenwise(size)]
 
 
 def of_size(size: Size) -> list[Case]:
     """Every op at one size."""
-    b, n, d, h = size.batch, size.tokens, size.hidden_size, size.num_heads
+    return [*attention(size), *packed_linear(size), *tokenwise(size)]
 
-    def tokens(device: torch.device, dtype: torch.dtype) -> Tensor:
-        return torch.randn(b, n, d, device=device, dtype=dtype)
 
-    def table(device: torch.device) -> tuple[Tensor, ...]:
-        return (0.5 * torch.randn(b, 1, 6, d, device=device)).unbind(2)
+def attention(size: Size) -> list[Case]:
+    """Of the video's tokens to each other, and to the text."""
 
-    def attention(keys: int) -> Callable[[torch.device, torch.dtype], tuple[Any, ...]]:
-        return lambda device, dtype: tuple(
-            torch.randn(b, length, h, HEAD_DIM, device=device, dtype=dtype) for length in (n, keys, keys)
-        )
-
-    def rope(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-        angles = 10 * torch.rand(n, HEAD_DIM // 2, device=device)
-        return tokens(device, dtype).unflatten(-1, (h, HEAD_DIM)), angles.cos(), angles.sin()
-
-    def weights(count: int) -> Callable[[torch.device, torch.dtype], tuple[Any, ...]]:
-        return lambda device, dtype: (
-            tokens(device, dtype),
-            *(torch.randn(d, device=device, dtype=dtype) for _ in range(count)),
-            1e-6,
-        )
+    def make(keys: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        lengths = (size.tokens, keys, keys)
+        return tuple(torch.randn(size.batch, n, size.num_heads, HEAD_DIM, device=device, dtype=dtype) for n in lengths)
 
     return [
-        Case("attention", f"{size.name} self", attention(n), _attention_flops, "TFLOP/s"),
-        Case("attention", f"{size.name} text", attention(TEXT_TOKENS), _attention_flops, "TFLOP/s"),
-        Case("rms_norm", size.name, weights(1), _bytes_moved, "GB/s"),
-        Case("layer_norm", size.name, weights(2), _bytes_moved, "GB/s"),
-        Case("modulate", size.name, lambda dev, dt: (tokens(dev, dt), *table(dev)[:2], 1e-6), _bytes_moved, "GB/s"),
-        Case(
-            "gated_residual",
-            size.name,
-            lambda dev, dt: (tokens(dev, dt), tokens(dev, dt), table(dev)[2]),
-            _bytes_moved,
-            "GB/s",
-        ),
-        Case("rope", size.name, rope, _bytes_moved, "GB/s"),
+        Case("attention", f"{size.name} {kind}", partial(make, keys), _attention_flops, "TFLOP/s")
+        for kind, keys in (("self", size.tokens), ("text", TEXT_TOKENS))
     ]
 
 
-def _bytes_moved(args: tuple[Any, ...]) -> float:
-    """Each input read once and a result like the first one written once: what no implementation can do without."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    return sum(t.numel() * t.element_size() for t in [tensors[0], *tensors])
+def packed_linear(size: Size) -> list[Case]:
+    """The first layer of the feed-forward, with its weight in 8 bits and in GGML's blocks."""
+    sizes = size.batch * size.tokens, size.ffn_size, size.hidden_size
+    return [
+        *(Case(op, size.name, partial(scaled, packed, *sizes), flops, "TFLOP/s") for op, packed in PACKED.items()),
+        Case("gguf_linear", size.name, partial(gguf, *sizes), flops, "TFLOP/s"),
+    ]
+
+
+def tokenwise(size: Size) -> list[Case]:
+    """All ops that work token by token."""
+    return [
+        Case(op, label, make, partial(bytes_moved, op), "GB/s")
+        for op in TOKENWISE
+        for label, make in variants(op, size)
+    ]
 
 
 def _attention_flops(args: tuple[Any, ...]) -> float:

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.transformer import MODELS, Model, inputs
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.offload import passing
 from benchmarks.timing import machine, report
-from benchmarks.transformer import MODELS, Model, inputs
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import load_transformer

@@ -1,7 +1,8 @@
 """Times every capable backend of every op: `python -m benchmarks.kernels [--op X] [--device cpu|cuda] [--json FILE]`.
 
-Gate first, then median ms, GB/s or TFLOP/s, and the ratio to the reference in the same run (above 1 is faster). Exits
-with 1 if a gate is red.
+Gate first, then median ms, GB/s or TFLOP/s, and the ratio to the reference in the same run (above 1 is faster). At the
+end, what the tokenwise ops add up to in one forward pass, with linear layers in bfloat16 and in 8 bits. Exits with 1 if
+a gate is red.
 """
 
 import argparse
@@ -14,8 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import HEAD_DIM, Case, cases
+from benchmarks.cases import Case, cases
+from benchmarks.size import CPU_SIZES, CUDA_TOKENWISE_SIZES, HEAD_DIM
 from benchmarks.timing import machine, median_ms, report
+from benchmarks.tokenwise import forward_ms
 from lightx2v_kernels import registry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,7 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     console.print(table(rows))
-    report({"benchmark": "kernels", **machine(device), "dtype": str(dtype)[6:], "results": rows}, options.json)
+    sizes = CUDA_TOKENWISE_SIZES if device.type == "cuda" else CPU_SIZES
+    forward = {size.name: total for size in sizes if (total := forward_ms(rows, size))}
+    for name, paths in forward.items():
+        listed = ", ".join(f"{path} {ms} ms" for path, ms in paths.items())
+        console.print(f"{name}: norms, modulation, RoPE, residuals and quantisation of one forward pass: {listed}")
+    document = {"benchmark": "kernels", **machine(device), "dtype": str(dtype)[6:], "results": rows}
+    report(document | {"tokenwise_forward_ms": forward}, options.json)
     return int(any(row["gate"].startswith("wrong") for row in rows))
 
 

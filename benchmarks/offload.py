@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.transformer import MODELS, Model, build, inputs
 from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, report
-from benchmarks.transformer import MODELS, Model, build, inputs
 from lightx2v.blocks import run_blocks
 from lightx2v.models.wan.config import HEAD_DIM
 from lightx2v.offload.lane import link_rate

@@ -75,7 +75,7 @@ def make_clips(args: argparse.Namespace, pairs: Sequence[tuple[str, int]]) -> It
             given = _pictures(args.variant, prompt, seed, Path(folder))
             made = pipeline.generate(seed, prompt, return_result_tensor=True, progress=False, **given)["video"]
             assert made is not None
-            near = [_decibels(read_image(path)[0], made[at]) for path, at in zip(given.values(), (0, -1), strict=False)]
+            near = [decibels(read_image(path)[0], made[at]) for path, at in zip(given.values(), (0, -1), strict=False)]
             yield Made(made.permute(3, 0, 1, 2)[None] * 2 - 1, *near)
 
 
@@ -86,7 +86,7 @@ def _pictures(variant: str, prompt: str, seed: int, folder: Path) -> dict[str, P
     return {name: save_picture(clip[at], folder / f"{name}.png") for name, at in zip(names, (0, -1), strict=False)}
 
 
-def _decibels(wanted: Tensor, frame: Tensor) -> float:
+def decibels(wanted: Tensor, frame: Tensor) -> float:
     """Peak signal-to-noise ratio of two pictures in [0, 1]."""
     return -10 * math.log10(max(float((wanted - frame).square().mean()), 1e-10))
 

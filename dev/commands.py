@@ -113,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     host.add_argument("--port", type=int, default=8188, help="default: %(default)s")
     host.add_argument("--listen", default="127.0.0.1", metavar="ADDRESS", help="default: %(default)s")
     host.set_defaults(command=_host)
-    add("bench", "measure the kernels: python -m benchmarks.kernels ARGUMENTS", "dev.py bench ARGUMENTS")
+    about_bench = "measure the kernels, or a whole network: python -m benchmarks.kernels (model: compare) ARGUMENTS"
+    add("bench", about_bench, "dev.py bench [model] ARGUMENTS")
     about_run = "python ARGUMENTS in the environment, as in: dev.py run -m lightx2v doctor"
     add("run", about_run, "dev.py run ARGUMENTS")
     return parser
@@ -196,7 +197,8 @@ def _host(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _bench(rest: Sequence[str]) -> int:
-    return _become([str(prepare(ENGINE)), "-m", "benchmarks.kernels", *rest], _with_repository())
+    module, rest = ("benchmarks.compare", rest[1:]) if rest[:1] == ["model"] else ("benchmarks.kernels", rest)
+    return _become([str(prepare(ENGINE)), "-m", module, *rest], _with_repository())
 
 
 def _run(rest: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `python -m lightx2v generate | calibrate | inspect | doctor`."""
+"""The command line: `python -m lightx2v generate | calibrate | quantize | inspect | doctor | bench`."""
 
 import argparse
 import logging
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightx2v.bench.command import add_arguments as add_bench
+from lightx2v.bench.command import run as run_bench
 from lightx2v.cache.calibration import PROMPTS
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import DTYPES, OFFLOADS, SCHEDULERS
@@ -34,6 +36,7 @@ def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) 
         dit_original_ckpt=args.dit_original_ckpt,
         low_noise_original_ckpt=args.low_noise_original_ckpt,
         high_noise_original_ckpt=args.high_noise_original_ckpt,
+        transformer_model_name=args.transformer_model_name,
         device=args.device,
     )
     if args.vae_path or args.tae_path:
@@ -42,6 +45,10 @@ def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) 
         how, budgets = args.offload or "auto", {"vram": args.vram_budget_gb, "ram": args.ram_budget_gb}
         named = {f"{name}_budget_gb": budget for name, budget in budgets.items()}
         pipe.enable_offload(how != "none", "auto" if how == "none" else how, **named)
+    if args.quant == "none":
+        pipe.enable_quantize(quant_scheme="none")
+    elif args.quant not in (None, "auto"):
+        pipe.enable_quantize(dit_quantized=True, quant_scheme=args.quant)
     if args.lora:
         pipe.enable_lora([parse_lora(text) for text in args.lora])
     if cache is not None:
@@ -111,6 +118,19 @@ def calibrate(args: argparse.Namespace) -> None:
         print(f"{path}: measured on {len(prompts)} prompts")
 
 
+def quantize(args: argparse.Namespace) -> None:
+    """A transformer's checkpoint as an 8-bit file."""
+    import torch
+
+    from lightx2v.quant.writing import write_quantised
+
+    device = torch.device(args.device)
+    options = {"force": args.force, "device": device, "progress": not args.quiet}
+    made = write_quantised(args.source, args.target, args.scheme, args.layout, **options)
+    sizes = f"{made.before / 1e9:.2f} GB became {made.after / 1e9:.2f}"
+    print(f"{args.target}: {made.layers} layers in {args.scheme}, {sizes}")
+
+
 def parse_lora(text: str) -> dict[str, object]:
     """PATH[:STRENGTH[:high|low]] as `LightX2VPipeline.enable_lora` takes it.
 
@@ -144,11 +164,11 @@ def inspect(args: argparse.Namespace) -> None:
         found = recognise(path)
         print(f"{path}: {found.describe()}")
         told = {"kind": found.kind, "family": found.family, "task": found.task, "format": found.layout.format}
-        if found.network is not None:
-            told["variant"] = found.network.spec.name
+        if found.model is not None:
+            told["variant"] = found.model.spec.name
         print("  " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
-        if found.network is not None:
-            print(f"  {found.network.config}")
+        if found.model is not None:
+            print(f"  {found.model.config}")
         for reason, names in _grouped(found.layout.unused).items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             print(f"  not needed: {names[0]}{more} ({reason})")
@@ -195,6 +215,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_request(request)
     _add_sampling(command.add_argument_group("how to make it: as it will be used"))
 
+    command = commands.add_parser("quantize", help="write a transformer as an 8-bit file")
+    command.set_defaults(run=quantize)
+    command.add_argument("source", type=Path, help="a transformer in bf16, fp16 or fp32, file or folder")
+    command.add_argument("target", type=Path, help="the .safetensors file to write")
+    command.add_argument("--scheme", choices=("fp8", "int8"), default="fp8", help="default: fp8")
+    layout = "whose files it is to be like: ComfyUI reads comfy, fp8 alone; default: lightx2v"
+    command.add_argument("--layout", choices=("lightx2v", "comfy"), default="lightx2v", help=layout)
+    command.add_argument("--force", action="store_true", help="replace a file that is there")
+    command.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+
     command = commands.add_parser("inspect", help="say what a checkpoint is")
     command.set_defaults(run=inspect)
     command.add_argument("path", nargs="+", type=Path)
@@ -202,14 +233,22 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="say what this machine can run, and what a model folder holds")
     command.set_defaults(run=doctor)
     command.add_argument("path", nargs="*", type=Path, help="model folders to look through")
+
+    command = commands.add_parser("bench", help="time a network with random weights: no checkpoint is needed")
+    command.set_defaults(run=run_bench)
+    add_bench(command)
     return parser
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model_path", required=True, help="folder with transformer, encoders and VAE")
-    classes = "wan2.1, wan2.2 (TI2V-5B), wan2.2_moe (A14B); for 4-step models wan2.1_distill, wan2.2_moe_distill"
+    classes = (
+        "wan2.1, wan2.2 (TI2V-5B), wan2.2_moe (A14B), hunyuan_video_1.5; for 4-step models wan2.1_distill, "
+        "wan2.2_moe_distill, hunyuan_video_1.5_distill"
+    )
     group.add_argument("--model_cls", default="wan2.1", help=classes)
     group.add_argument("--task", default="t2v", help="t2v, i2v or flf2v (first and last frame)")
+    group.add_argument("--transformer_model_name", help="of several of HunyuanVideo-1.5 in one folder: 480p_t2v ...")
     group.add_argument("--dit_original_ckpt", help="a transformer in place of the folder's, file or folder")
     group.add_argument("--high_noise_original_ckpt", help="of two experts the one for the first steps")
     group.add_argument("--low_noise_original_ckpt", help="of two experts the one for the other steps")
@@ -221,8 +260,13 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )
     settings = "LightX2V's settings, instead of the defaults of the flags below; flags that are given win"
     group.add_argument("--config_json", help=settings)
-    group.add_argument("--attn_mode", help="auto (default) or a backend that `doctor` lists")
+    group.add_argument("--attn_mode", help="auto (default), exact, or a backend that `doctor` lists")
     group.add_argument("--dtype", choices=DTYPES, help="default: auto")
+    quant = (
+        "fp8, int8, also with a kernel, such as fp8-triton: in what the transformer's linear layers multiply, from a "
+    )
+    quant += "quantised file of the folder, or quantised as they are read; auto (default): as the file is, where the "
+    group.add_argument("--quant", metavar="SCHEME", help=f"{quant}GPU can; none: restored")
     waits = "auto: on the GPU as far as it fits; block: passes through it; model: visits it; none: stays; default: auto"
     group.add_argument("--offload", choices=OFFLOADS, default=None, help=waits)
     budget = "GB of the GPU that auto and block may take; default: all that is free, and the least"
@@ -244,17 +288,21 @@ def _add_request(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--resize_mode", choices=("fixed_shape",), help="exactly --height and --width, cutting the image"
     )
-    group.add_argument("--num_frames", type=int, help="4n + 1; default 81")
-    group.add_argument("--fps", type=int, default=None, help="of the file; default: 16, TI2V-5B 24")
+    group.add_argument("--num_frames", type=int, help="4n + 1; default 81, HunyuanVideo-1.5 121")
+    group.add_argument(
+        "--fps", type=int, default=None, help="of the file; default: 16, TI2V-5B and HunyuanVideo-1.5 24"
+    )
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--infer_steps", type=int, help="default 50")
-    cfg = "default 5; 1 turns guidance off; two numbers: of the high- and of the low-noise expert"
+    cfg = "default 5, HunyuanVideo-1.5 6; 1 turns guidance off; two numbers: of the high- and of the low-noise expert"
     group.add_argument("--guidance_scale", type=float, nargs="+", metavar="SCALE", help=cfg)
-    group.add_argument("--sample_shift", type=float, help="default 5")
+    group.add_argument(
+        "--sample_shift", type=float, help="default 5; of HunyuanVideo-1.5 5, at 720p 9 from text and 7 from an image"
+    )
     group.add_argument("--scheduler", choices=SCHEDULERS, default=None, help="default: the model class's own")
     levels = (
         "default 1000,750,500,250: of the distilled scheduler, in thousandths before the shift; replaces --infer_steps"
@@ -283,13 +331,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     try:
-        args.run(args)
+        status = args.run(args)
     except (
         CheckpointError,
         UnsupportedBackendError,
         ValueError,
         NotImplementedError,
-        FileNotFoundError,
+        OSError,
         FloatingPointError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -297,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cancelled", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -18,16 +18,15 @@ R = TypeVar("R")
 class ReadsFiles(Protocol):
     """What `filled` needs of an object."""
 
-    def _read_file(self, path: str | Path, given: Mapping[str, object]) -> Mapping[str, Any]: ...
+    def _read_file(self, path: str | Path | None, given: Mapping[str, object]) -> Mapping[str, Any]: ...
 
 
 S = TypeVar("S", bound=ReadsFiles)
 EXPERT_NAMES = {"high_noise_model": "high", "low_noise_model": "low"}
-HUNYUAN = "only HunyuanVideo-1.5 has it, and this version runs Wan"
 NO_IMAGE_EDIT = "this version makes videos from text and images, not from other videos"
 # Method -> argument of LightX2V's that it does not take -> why. An empty value of one is taken for none.
 REFUSED: Mapping[str, Mapping[str, str]] = {
-    "__init__": {"transformer_model_name": HUNYUAN, "sf_model_path": "self-forcing models cannot be run"},
+    "__init__": {"sf_model_path": "self-forcing models cannot be run"},
     "enable_quantize": {"skip_fp8_block_index": "every block of a quantised file is used as it is in the file"},
     "generate": {
         "audio_path": "no model that listens to audio can be run",
@@ -42,7 +41,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
 # Method -> argument of LightX2V's that changes nothing, with a warning -> what decides instead.
 UNUSED: Mapping[str, Mapping[str, str]] = {
     "create_generator": {
-        "aspect_ratio": "height and width decide the size of a Wan",
+        "aspect_ratio": "height and width decide the size",
         **dict.fromkeys(
             ("rope_type", "double_precision_rope", "norm_modulate_backend"), "kernels are chosen by themselves"
         ),
@@ -86,9 +85,9 @@ def checked(method: Callable[P, R]) -> Callable[P, R]:
 
 
 def filled(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S, P], None]:
-    """A decorator: with config_json, what the object's `_read_file` finds there takes the place of defaults.
+    """A decorator: what the object's `_read_file` finds in config_json, or by itself, takes the place of defaults.
 
-    Arguments that are given win over the file, be they the same as a default or not.
+    Arguments that are given win over it, be they the same as a default or not.
     """
     signature = inspect.signature(method)
 
@@ -96,10 +95,8 @@ def filled(method: Callable[Concatenate[S, P], None]) -> Callable[Concatenate[S,
     def call(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         path = given.pop("config_json", None)
-        if path is not None:
-            del given["self"]
-            kwargs, args = {**self._read_file(path, given), **given}, ()  # type: ignore[assignment]
-        method(self, *args, **kwargs)
+        del given["self"]
+        method(self, **{**self._read_file(path, given), **given})  # type: ignore[call-arg]
 
     return call
 

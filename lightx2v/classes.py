@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightx2v.arguments import require
 from lightx2v.checkpoint import CheckpointError
@@ -10,7 +11,10 @@ from lightx2v.experts import require_pair
 from lightx2v.fitting import check_task
 from lightx2v.folder import MissingPartError, ModelFolder
 from lightx2v.identify import CheckpointInfo, identify
+from lightx2v.models.hunyuan_video_15.encoders import find_transformer
 from lightx2v.quantized import Quantize, quantised_transformers
+
+HUNYUAN = "hunyuan1.5"
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,14 @@ class ModelClass:
     """What upstream's name of a model class stands for."""
 
     tasks: tuple[str, ...]
+    family: str = "wan"
     experts: bool = False  # two transformers
     distilled: bool = False  # few steps, of a fixed list
+
+    @property
+    def scheduler(self) -> str:
+        """The model's own; see `Sampling`."""
+        return "distilled" if self.distilled else "euler" if self.family == HUNYUAN else "unipc"
 
 
 CLASSES = {
@@ -28,6 +38,8 @@ CLASSES = {
     "wan2.2": ModelClass(("t2v", "i2v")),
     "wan2.2_moe": ModelClass(("t2v", "i2v", "flf2v"), experts=True),
     "wan2.2_moe_distill": ModelClass(("t2v", "i2v", "flf2v"), experts=True, distilled=True),
+    "hunyuan_video_1.5": ModelClass(("t2v", "i2v"), HUNYUAN),
+    "hunyuan_video_1.5_distill": ModelClass(("t2v", "i2v"), HUNYUAN, distilled=True),
 }
 
 
@@ -43,8 +55,13 @@ def model_class(name: str, tasks: Sequence[str]) -> ModelClass:
 def check_class(infos: Sequence[CheckpointInfo], model_cls: str, tasks: Sequence[str]) -> None:
     """Raise CheckpointError or ValueError where checkpoints are not of the class, or cannot do one of the tasks."""
     for info in infos:
+        if info.spec.family != CLASSES[model_cls].family:
+            fitting = [name for name, kind in CLASSES.items() if kind.family == info.spec.family]
+            raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {' or '.join(fitting)}")
         for task in tasks:
             check_task(info, task)
+        if info.spec.family != "wan":
+            continue
         if (info.spec.task == "ti2v") != (model_cls == "wan2.2"):
             right = "'wan2.2'" if info.spec.task == "ti2v" else "'wan2.1' or 'wan2.2_moe'"
             raise ValueError(f"{info.path}: this is {info.spec.title}: model_cls is {right}, not {model_cls!r}")
@@ -62,6 +79,7 @@ class Pick:
     kind: ModelClass
     tasks: tuple[str, ...]
     originals: Mapping[str, Path] = field(default_factory=dict)
+    transformer_name: str | None = None  # of several of HunyuanVideo-1.5 in one folder
     quantize: Quantize = field(default_factory=Quantize)
 
     def find(self) -> tuple[tuple[CheckpointInfo, ...], CheckpointError | None]:
@@ -85,14 +103,29 @@ class Pick:
         check_class(infos, self.model_cls, self.tasks)
         return infos, None
 
+    def usual(self, infos: Sequence[CheckpointInfo], asked: Mapping[str, object]) -> Mapping[str, Any]:
+        """What create_generator takes where nothing is said, beside what it is asked; nothing without a model."""
+        distilled = self.kind.distilled or any(info.distilled for info in infos)
+        return infos[0].spec.usual(self.tasks[0], distilled, asked) if infos else {}
+
     def _quantised(self) -> tuple[CheckpointInfo, ...]:
-        return quantised_transformers(self.folder, self.quantize, experts=self.kind.experts)
+        return quantised_transformers(self.folder, self.quantize, self._named, self._found, experts=self.kind.experts)
 
     def _plain(self) -> tuple[CheckpointInfo, ...]:
-        named = self.originals
-        if self.kind.experts:
-            return (
-                identify(named.get("high_noise_original_ckpt") or self.folder.expert("high")),
-                identify(named.get("low_noise_original_ckpt") or self.folder.expert("low")),
-            )
-        return (identify(named.get("dit_original_ckpt") or self.folder.transformer()),)
+        arguments = ("high_noise_original_ckpt", "low_noise_original_ckpt")
+        return tuple(
+            self._named(argument) or self._found(argument)
+            for argument in (arguments if self.kind.experts else ("dit_original_ckpt",))
+        )
+
+    def _named(self, argument: str) -> CheckpointInfo | None:
+        return identify(self.originals[argument]) if argument in self.originals else None
+
+    def _found(self, argument: str) -> CheckpointInfo:
+        expert = {"high_noise_original_ckpt": "high", "low_noise_original_ckpt": "low"}.get(argument)
+        return identify(self.folder.expert(expert) if expert else self._transformer())
+
+    def _transformer(self) -> Path:
+        if self.kind.family == HUNYUAN:
+            return find_transformer(self.folder, self.tasks[0], self.transformer_name)
+        return self.folder.transformer()

@@ -7,6 +7,7 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 OFFLOADS = ("none", "model", "block", "auto")
 CACHES = ("none", "teacache", "magcache")
 CACHE_THRESHOLDS = {"none": 0.0, "teacache": 0.15, "magcache": 0.24}  # LightX2V pipeline.py, enable_cache
+QUANTS = ("auto", "none", "fp8", "int8")
 SCHEDULERS = ("unipc", "euler", "distilled")
 
 
@@ -18,12 +19,15 @@ def one_of(name: str, value: str, known: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Engine:
-    """Resolved once, when the model is built. attention: "auto" or a backend of lightx2v_kernels.attention.
+    """Resolved once, when the model is built. attention: "auto", "exact" or a backend of attention.
 
     offload: where weights wait. "none": on the GPU, and of two experts one in RAM. "model": in RAM, all visit the GPU
         together. "block": in RAM, and pass through the GPU block by block. "auto": on the GPU as far as they fit.
     vram_budget_gb: GB of GPU memory that "block" and "auto" may take, 0 for the least and for all that is free.
     vae_offload: the VAE waits in RAM too.
+    quant: in what the linear layers of blocks multiply, see `lightx2v.quant.packing`. "auto": packed weights of a file
+        stay packed where the device has a kernel for them; "none": they are restored; "fp8", "int8": any file's are so.
+    linear: "auto" or a backend of `int8_linear` or `fp8_linear` in lightx2v_kernels.linear.
     ram_budget_gb: GB of RAM in which weights may rest that pass through the GPU, 0 for all that is free; the rest of
         them is read from the file each time.
     """
@@ -33,10 +37,13 @@ class Engine:
     offload: str = "none"
     vram_budget_gb: float = 0.0
     vae_offload: bool = False
+    quant: str = "auto"
+    linear: str = "auto"
     ram_budget_gb: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
+        one_of("quant", self.quant, QUANTS)
         one_of("offload", self.offload, OFFLOADS)
         if not 0 <= self.vram_budget_gb < float("inf"):
             raise ValueError(f"vram_budget_gb={self.vram_budget_gb} must be 0 (no limit of its own) or more; 8 is 8 GB")

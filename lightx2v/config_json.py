@@ -12,8 +12,8 @@ from typing import Any
 
 from lightx2v.arguments import nearest
 from lightx2v.identify import CheckpointInfo
+from lightx2v.models.hunyuan_video_15.sizes import size_for_image
 from lightx2v_kernels import registry
-from lightx2v_kernels.attention import UPSTREAM_SPARSE
 
 log = logging.getLogger(__name__)
 HONOURED, MODEL, DEAD, REFUSED = "honoured", "model", "dead", "refused"
@@ -45,7 +45,7 @@ TABLE = (
     Row("enable_cfg", HONOURED, "false: guidance_scale 1"),
     Row("sample_shift fps boundary boundary_step_index denoising_step_list resize_mode", HONOURED, "by that name"),
     Row("scheduler_type", HONOURED, "WanStepDistillScheduler: scheduler distilled; WanScheduler: unipc"),
-    Row("self_attn_1_type", HONOURED, "attn_mode; sage_attn means sage_attn2, spas_sage_attn spas_sage_attn2"),
+    Row("self_attn_1_type", HONOURED, "attn_mode; sage_attn and sage_attn2_k_int8_v_fp8 mean sage_attn2"),
     Row("cross_attn_1_type cross_attn_2_type", HONOURED, "one attention computes all: the name must be the same"),
     Row("dit_original_ckpt high_noise_original_ckpt low_noise_original_ckpt", HONOURED, "as in LightX2VPipeline"),
     Row("dit_quantized dit_quantized_ckpt", HONOURED, "enable_quantize"),
@@ -72,11 +72,11 @@ TABLE = (
     Row("use_prompt_enhancer", REFUSED, "prompts are taken as they are; write the longer prompt yourself"),
     Row("do_mm_calib", REFUSED, "linear layers are not calibrated"),
     Row("lightvae_pruning_rate lightvae_encoder_vae_pth lightvae_encoder_path", REFUSED, "MG-LightVAE cannot be read"),
-    Row("transformer_model_name attn_type", REFUSED, "of HunyuanVideo-1.5: this model is a Wan"),
-    Row("qwen25vl_quantized", REFUSED, "of HunyuanVideo-1.5: this model is a Wan"),
-    Row("qwen25vl_quantized_ckpt qwen25vl_quant_scheme", DEAD, "of HunyuanVideo-1.5"),
-    Row("qwen25vl_cpu_offload siglip_cpu_offload byt5_cpu_offload", DEAD, "of HunyuanVideo-1.5"),
-    Row("aspect_ratio", DEAD, "of HunyuanVideo-1.5; a Wan has target_height and target_width"),
+    Row("transformer_model_name", HONOURED, "of HunyuanVideo-1.5: which of the folder's transformers; 480p or 720p"),
+    Row("attn_type", HONOURED, "of HunyuanVideo-1.5: attn_mode"),
+    Row("aspect_ratio", HONOURED, "of HunyuanVideo-1.5: height and width at the size of its transformer"),
+    Row("qwen25vl_quantized qwen25vl_quantized_ckpt qwen25vl_quant_scheme", HONOURED, "text_encoder_... as of t5"),
+    Row("qwen25vl_cpu_offload siglip_cpu_offload byt5_cpu_offload", DEAD, OFFLOADED),
     Row("t5_cpu_offload clip_cpu_offload", DEAD, OFFLOADED),
     Row("offload_ratio vae_offload_cache clean_cuda_cache num_disk_workers", DEAD, "memory is planned here"),
     Row("lazy_load unload_modules", DEAD, "weights that RAM cannot hold are read from the file as needed, by plan"),
@@ -108,7 +108,8 @@ TABLE = (
     Row("radial_attn_setting svg_attn_setting svg2_attn_setting", DEAD, SPARSE),
 )
 KEYS = {key: row for row in TABLE for key in row.keys.split()}
-STALE = {"sage_attn": "sage_attn2", "spas_sage_attn": "spas_sage_attn2"}
+# Attention names of LightX2V whose kernels have another name here, or had another one there.
+STALE = {"sage_attn": "sage_attn2", "sage_attn2_k_int8_v_fp8": "sage_attn2", "spas_sage_attn": "spas_sage_attn2"}
 RENAMED = {
     "infer_steps": "infer_steps",
     "target_height": "height",
@@ -133,11 +134,13 @@ QUANT_PATHS = {
     "low_noise_quantized_ckpt": "low_noise_quantized_ckpt",
     "t5_quantized_ckpt": "text_encoder_quantized_ckpt",
     "clip_quantized_ckpt": "image_encoder_quantized_ckpt",
+    "qwen25vl_quantized_ckpt": "text_encoder_quantized_ckpt",
 }
 QUANT_SWITCHES = {
     "dit_quantized": "dit_quantized",
     "t5_quantized": "text_encoder_quantized",
     "clip_quantized": "image_encoder_quantized",
+    "qwen25vl_quantized": "text_encoder_quantized",
 }
 # What undoes a method that a file called, where the next file says nothing about it; {} where its defaults do.
 UNDONE_BY: Mapping[str, Mapping[str, Any]] = {
@@ -147,14 +150,17 @@ UNDONE_BY: Mapping[str, Mapping[str, Any]] = {
     "enable_vae_tiling": {"mode": "auto"},
 }
 SWITCHES = frozenset(
-    "enable_cfg cpu_offload vae_cpu_offload dit_quantized t5_quantized clip_quantized use_lightvae use_tae "
-    "use_tiling_vae use_ret_steps magcache_calibration lora_dynamic_apply".split()
+    "enable_cfg cpu_offload vae_cpu_offload dit_quantized t5_quantized clip_quantized qwen25vl_quantized use_lightvae "
+    "use_tae use_tiling_vae use_ret_steps magcache_calibration lora_dynamic_apply".split()
 )
 WHOLE = frozenset(
     "infer_steps target_height target_width target_video_length fps boundary_step_index magcache_K".split()
 )
 NUMBERS = WHOLE | frozenset("sample_shift boundary teacache_thresh magcache_thresh magcache_retention_ratio".split())
 LISTS = frozenset("denoising_step_list lora_configs coefficients magcache_ratios".split())
+HUNYUAN = "hunyuan1.5"
+SIDES = {"480p": 640, "720p": 960}  # pixels of the square that such a HunyuanVideo-1.5 was trained on
+QWEN_SCHEME = "qwen25vl_quant_scheme"
 ORIGINALS = ("dit_original_ckpt", "high_noise_original_ckpt", "low_noise_original_ckpt")
 
 
@@ -198,7 +204,8 @@ def model_facts(info: CheckpointInfo) -> dict[str, Any]:
     }
     facts = {key: getattr(config, name) for key, name in own.items() if hasattr(config, name)}
     facts |= {"num_channels_latents": spec.latents.channels, "vae_stride": list(spec.latents.stride)}
-    return {**facts, "patch_size": list(spec.patch_size), "use_image_encoder": spec.reads_clip}
+    facts |= {"patch_size": list(spec.patch_size), "use_image_encoder": spec.reads_clip}
+    return {**facts, "family": spec.family}
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,8 @@ class Reading:
         for key, value in settings.items():
             self._check(key, value)
         originals = {key: path for key in ORIGINALS if (path := self._path(key)) is not None}
+        if name := self.settings.get("transformer_model_name"):
+            originals.setdefault("dit_original_ckpt", self._transformer(str(name)))
         calls = {**self._quantize(), **self._offload(), **self._lora(), **self._cache(), **self._vae()}
         return Told(dict(self._generator()), originals, calls, tuple(self._unused()))
 
@@ -245,6 +254,8 @@ class Reading:
                 yield f"{key} ({row.says})"
             elif row.verdict == MODEL and key in self.facts and value != self.facts[key]:
                 yield f"{key}={value!r} (the checkpoint has {self.facts[key]!r})"
+            elif key == "aspect_ratio" and self._proportions() is None:
+                yield f"aspect_ratio={value!r} (the size is told otherwise)"
             elif key == "text_len" and value != 512:
                 yield f"text_len={value!r} (umT5 is read to 512 tokens)"
 
@@ -258,20 +269,38 @@ class Reading:
             yield "guidance_scale", self.settings["sample_guide_scale"]
         if scheduler := self.settings.get("scheduler_type"):
             yield "scheduler", self._one_of("scheduler_type", scheduler, SCHEDULER_TYPES)
+        if ratio := self._proportions():
+            side = SIDES["720p" if "720p" in str(self.settings.get("transformer_model_name")) else "480p"]
+            yield from zip(("height", "width"), size_for_image(side**2, ratio), strict=True)
         if "attn_mode" not in self.given and (attention := self._attention()):
             yield "attn_mode", attention
 
+    def _transformer(self, name: str) -> Path:
+        if self.facts.get("family", HUNYUAN) != HUNYUAN:
+            raise ValueError(f"{self.where}: transformer_model_name={name!r} is of HunyuanVideo-1.5: remove it")
+        return self._path("transformer_model_name", f"transformer/{name}")  # type: ignore[return-value]
+
+    def _proportions(self) -> tuple[int, int] | None:
+        """(height, width) of a HunyuanVideo-1.5 video whose size is left to its transformer; None for others."""
+        sized = any(self.settings.get(key) for key in ("target_height", "target_width"))
+        if sized or not self.settings.get("transformer_model_name"):
+            return None
+        told = str(self.settings.get("aspect_ratio") or "16:9")
+        width, _, height = told.partition(":")
+        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+            raise ValueError(f"{self.where}: aspect_ratio={told!r}: expected width:height, such as 16:9")
+        return int(height), int(width)
+
     def _attention(self) -> str | None:
-        keys = ("self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type")
+        keys = ("self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type", "attn_type")
         named = {key: STALE.get(self.settings[key], self.settings[key]) for key in keys if self.settings.get(key)}
-        known = ("auto", *registry.names("attention"))
+        known, elsewhere = registry.choices("attention"), registry.registry("attention").elsewhere
         else_ = "or give attn_mode to create_generator, which wins over the file"
         for key, name in named.items():
             if name not in known:
-                kind = "sparse attention" if name in UPSTREAM_SPARSE.split() else "attention"
+                why = elsewhere.get(name, f"no attention of that name is registered here{nearest(name, known)}")
                 raise ValueError(
-                    f"{self.where}: {key}={self.settings[key]!r}: no {kind} of that name is registered here"
-                    f"{nearest(name, known)}; write one of {', '.join(known)}, {else_}"
+                    f"{self.where}: {key}={self.settings[key]!r}: {why}; write one of {', '.join(known)}, {else_}"
                 )
         if len(set(named.values())) > 1:
             raise ValueError(
@@ -302,15 +331,16 @@ class Reading:
         return found
 
     def _quantize(self) -> dict[str, Mapping[str, Any]]:
-        switches = {name: bool(self.settings.get(key)) for key, name in QUANT_SWITCHES.items()}
+        switches = {name: False for name in QUANT_SWITCHES.values()}
+        switches |= {name: True for key, name in QUANT_SWITCHES.items() if self.settings.get(key)}
         if not any(switches.values()):
             return {}
-        on = {key.partition("_")[0] for key, name in QUANT_SWITCHES.items() if switches[name]}
+        on = {key.partition("_")[0] for key in QUANT_SWITCHES if self.settings.get(key)}
         on |= {"high", "low"} if "dit" in on else set()
-        paths = {name: self._path(key) for key, name in QUANT_PATHS.items() if key.partition("_")[0] in on}
+        paths = {QUANT_PATHS[key]: self._path(key) for key in QUANT_PATHS if key.partition("_")[0] in on}
         schemes = {
             "quant_scheme": self.settings.get("dit_quant_scheme"),
-            "text_encoder_quant_scheme": self.settings.get("t5_quant_scheme"),
+            "text_encoder_quant_scheme": self.settings.get("t5_quant_scheme") or self.settings.get(QWEN_SCHEME),
             "image_encoder_quant_scheme": self.settings.get("clip_quant_scheme"),
         }
         return {

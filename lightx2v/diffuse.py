@@ -7,6 +7,7 @@ raw VAE space outside, all-zero means empty, noise drawn on the CPU, half-denois
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from lightx2v.blocks import Branch, RunBlocks, Walks, interruptible, run_blocks
 from lightx2v.cache.turn import CacheFactory, Turn
 from lightx2v.config import Sampling
+from lightx2v.diagnosis import explain, looking
 from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, Velocity, is_high, velocity_of
-from lightx2v.latents import WAN21, WAN22, LatentFormat
+from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
 from lightx2v.sampling import Denoiser, OnStep, Step, sample
-from lightx2v.schedules import Schedule, listed, simple, wan
+from lightx2v.schedules import TRAIN_STEPS, Schedule, listed, simple, wan
 from lightx2v.solvers import SOLVERS
 
 log = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ class Start:
     batch_index: Sequence[int] | None = None
 
 
-SPACES = {space.channels: space for space in (WAN21, WAN22)}
+SPACES = {space.channels: space for space in (WAN21, WAN22, HUNYUAN15)}
 
 
 def fit_empty(latents: Tensor, space: LatentFormat) -> Tensor:
@@ -95,7 +97,8 @@ def fit_empty(latents: Tensor, space: LatentFormat) -> Tensor:
         if latents.shape[1] != space.channels:
             raise ValueError(
                 f"the latents have {latents.shape[1]} channels, the model's have {space.channels}: encode with the VAE "
-                "that belongs to the model (Wan2.2 TI2V-5B: Wan2.2 VAE; all other Wan: Wan2.1 VAE)"
+                "that belongs to the model (Wan2.2 TI2V-5B: Wan2.2 VAE; all other Wan: Wan2.1 VAE; HunyuanVideo-1.5: "
+                "its own)"
             )
         return latents
     if latents.ndim == 4:
@@ -121,7 +124,8 @@ def diffuse(
     """Denoise raw latents (B, C, T, H, W) -> raw latents, float32, on the CPU.
 
     cache: called once for each network; what it returns lives as long as this call.
-    Raises ValueError for latents of another space, and for a guided request without `uncond`.
+    Raises ValueError for latents of another space, and for a guided request without `uncond`; FloatingPointError for an
+    estimate that is not finite, with its step, block and attention backend.
     """
     full, space = schedule_of(sampling), model.spec.latents
     steps = len(full.timesteps)
@@ -136,13 +140,18 @@ def diffuse(
     if mask is not None and model.spec.keeps_frames:
         share = mask.mean((1, 3, 4)).expand(len(latents), -1)
     run = interruptible(run, hooks.on_block) if hooks.on_block else run
-    denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule), share)
-    if mask is not None:
+
+    def denoiser(cache: CacheFactory | None) -> Denoiser:
+        denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule), share)
+        if mask is None:
+            return denoise
         kept_noise = None if model.spec.keeps_frames else noise.to(model.device)
-        denoise = KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
+        return KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
+
     _warn(sampling, steps)
     solver = SOLVERS["unipc" if sampling.scheduler == "unipc" else "euler"]()
-    out = sample(denoise, x, schedule, solver, hooks.on_step)
+    why = explain(lambda: denoiser(looking), cache is not None)
+    out = sample(denoiser(cache), x, schedule, solver, hooks.on_step, why)
     return space.denormalize(out.cpu() / (1 - schedule.sigmas[-1]))
 
 
@@ -186,7 +195,8 @@ def _guided(
         def passes(step: Step, branch: Branch) -> Velocity:
             last = step.index + 1 == turn.ran.stop and branch == turn.branches[-1]
             walk = model.around(walks(step.index, branch), walking.after(turn) if last else expert)
-            return velocity_of(turn.network, walk, share)
+            arguments = partial(model.spec.arguments, step_end=TRAIN_STEPS * step.sigma_next)
+            return velocity_of(turn.network, walk, share, arguments)
 
         return CFG(passes, cond, uncond, scale)
 

@@ -12,12 +12,16 @@ from lightx2v import __version__
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import recognise
-from lightx2v.latents import WAN21, WAN22
-from lightx2v_kernels import UnsupportedBackendError, registry
+from lightx2v.latents import HUNYUAN15, WAN21, WAN22
+from lightx2v.models.hunyuan_video_15 import encoders as hunyuan
+from lightx2v_kernels import registry
 
 NEEDED = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
-OPTIONAL = ("triton", "flash-attn", "sageattention", "sgl-kernel", "vllm", "torchao", "comfy-kitchen")
-HEAD_DIM = 128  # of every Wan
+OPTIONAL = (
+    *("triton", "flash-attn", "flash-attn-4", "flash-attn-3", "fa3-fwd", "sageattention", "sageattn3"),
+    *("sgl-kernel", "vllm", "torchao", "comfy-kitchen"),
+)
+HEAD_DIM = 128  # of every Wan and HunyuanVideo-1.5
 
 
 def machine() -> Iterator[str]:
@@ -40,17 +44,19 @@ def machine() -> Iterator[str]:
 
 def backends() -> Iterator[str]:
     """For every op each backend, best first: whether it runs here, or why not; then which one is taken."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for op in sorted(registry.registries()):
+    place = (device, dtype, HEAD_DIM)
+    for op, found in sorted(registry.registries().items()):
         yield f"{op} backends for {device}, {str(dtype).removeprefix('torch.')}, head_dim {HEAD_DIM}:"
-        for name in registry.names(op):
-            try:
-                registry.select(op, name, device, dtype, HEAD_DIM)
-                yield f"  {name:<15} can run"
-            except UnsupportedBackendError as error:
-                yield f"  {name:<15} cannot run: {error}"
+        for backend in found.ranked():
+            why = backend.why_not(*place) or found.fault(backend, *place)
+            lossy = "" if backend.max_error is None else f", lossy: within {backend.max_error:g} of fp32"
+            yield f"  {backend.name:<15} {f'cannot run: {why}' if why else f'can run{lossy}'}"
         yield f"  {'auto takes':<15} {registry.select(op, 'auto', device, dtype, HEAD_DIM).name}"
+        for workload in found.workloads:
+            taken = registry.select(op, "exact", device, dtype, HEAD_DIM, workload).name
+            yield f"  {'exact takes':<15} {taken} for {workload}-{op}"
 
 
 def parts(path: Path) -> Iterator[str]:
@@ -64,11 +70,16 @@ def parts(path: Path) -> Iterator[str]:
         ("text encoder", folder.text_encoder),
         ("tokenizer", folder.tokenizer),
         ("image encoder", folder.image_encoder),
+        ("Qwen2.5-VL", lambda: folder.find("text encoder", hunyuan.LANGUAGE)),
+        ("byT5", lambda: folder.find("glyph encoder", hunyuan.GLYPHS)),
+        ("SigLIP", lambda: folder.find("image encoder", hunyuan.SIGLIP)),
         ("Wan2.1 VAE", lambda: folder.vae(WAN21)),
         ("Wan2.2 VAE", lambda: folder.vae(WAN22)),
+        ("Hunyuan1.5 VAE", lambda: folder.vae(HUNYUAN15)),
         ("LightVAE", lambda: folder.light_vae(WAN21)),
         ("Wan2.1 tiny", lambda: folder.tiny_vae(WAN21)),
         ("Wan2.2 tiny", lambda: folder.tiny_vae(WAN22)),
+        ("Hunyuan1.5 tiny", lambda: folder.tiny_vae(HUNYUAN15)),
     )
     for part, search in searches:
         yield f"  {part:<15} {_found(path, part, search)}"

@@ -6,7 +6,9 @@ from lightx2v.checkpoint import CheckpointError
 from lightx2v.identify import CheckpointInfo
 
 START_FROM_IMAGE = ("i2v", "flf2v")
-CAN_DO = {"t2v": ("t2v",), "i2v": START_FROM_IMAGE, "flf2v": START_FROM_IMAGE, "ti2v": ("t2v", "i2v")}
+EITHER = ("t2v", "i2v")
+# Where a spec has no task, one layout is the text-to-video model as well as the image-to-video one.
+CAN_DO = {"t2v": ("t2v",), "i2v": START_FROM_IMAGE, "flf2v": START_FROM_IMAGE, "ti2v": EITHER, "": EITHER}
 
 
 def check_task(info: CheckpointInfo, task: str) -> None:
@@ -35,7 +37,7 @@ def check_images(info: CheckpointInfo, *, start: bool, end: bool) -> None:
             f"{info.path}: this is {spec.title}, which makes videos from text alone and would not look at the image: "
             "use an image-to-video model, or leave the image out"
         )
-    if spec.task == "ti2v" and end:
+    if spec.task in ("ti2v", "") and end:
         raise CheckpointError(
             f"{info.path}: this is {spec.title}, which can start from an image but not end on one: leave the last "
             "image out, or use a first-last-frame model"
@@ -57,7 +59,9 @@ def check_latents(info: CheckpointInfo, latents: Tensor) -> None:
     """Raise CheckpointError for latents (B, C, ...) of another space than the model's; zeros are of any."""
     channels, wanted = latents.shape[1], info.spec.latents.channels
     if channels != wanted and latents.any():
-        vae = {16: "the Wan2.1 VAE (wan_2.1_vae.safetensors)", 48: "the Wan2.2 VAE (wan2.2_vae.safetensors)"}[wanted]
+        vae = {16: "the Wan2.1 VAE (wan_2.1_vae.safetensors)", 48: "the Wan2.2 VAE (wan2.2_vae.safetensors)"}.get(
+            wanted, "the HunyuanVideo-1.5 VAE (hunyuanvideo15_vae_fp16.safetensors)"
+        )
         raise CheckpointError(
             f"{info.path}: this is {info.spec.title}, whose latents have {wanted} channels; the given ones have "
             f"{channels}: use {vae} where they are encoded and decoded, or the model that belongs to the other VAE"

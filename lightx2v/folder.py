@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.latents import WAN21, WAN22, LatentFormat
+from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.vae.tae import KINDS
 
 # Of LightX2V's folders: forms of the same part side by side. The full-precision one comes first here.
@@ -23,6 +23,7 @@ EXPERTS = {
 TEXT_ENCODER = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_*.pth", "models_t5_*.safetensors", "text_encoder")
 IMAGE_ENCODER = ("models_clip_*.pth", "models_clip_*.safetensors", "image_encoder")
 VAE = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae")
+VAE_HUNYUAN = ("hunyuanvideo15_vae*.safetensors", "vae/hunyuanvideo15_vae*.safetensors", "vae")
 VAE22 = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "vae")
 LIGHT_VAE = ("lightvaew2_1.safetensors", "lightvaew2_1.pth")
 TOKENIZERS = ("google/umt5-xxl", "tokenizer")
@@ -45,15 +46,15 @@ class ModelFolder:
 
     def transformer(self) -> Path:
         """The one transformer of the model."""
-        return self._first("transformer", TRANSFORMER)
+        return self.find("transformer", TRANSFORMER)
 
     def expert(self, which: str) -> Path:
         """which: "high" or "low"."""
-        return self._first(f"{which}-noise expert", EXPERTS[which])
+        return self.find(f"{which}-noise expert", EXPERTS[which])
 
     def text_encoder(self) -> Path:
         """umT5."""
-        return self._first("text encoder", TEXT_ENCODER)
+        return self.find("text encoder", TEXT_ENCODER)
 
     def tokenizer(self) -> Path | None:
         """None where the folder has none: then the text encoder's own search decides."""
@@ -61,24 +62,25 @@ class ModelFolder:
 
     def image_encoder(self) -> Path:
         """CLIP, of Wan2.1 image-to-video."""
-        return self._first("image encoder", IMAGE_ENCODER)
+        return self.find("image encoder", IMAGE_ENCODER)
 
     def vae(self, space: LatentFormat) -> Path:
         """The VAE whose latents these are."""
-        return self._first("VAE", VAE22 if space == WAN22 else VAE)
+        return self.find("VAE", {WAN22: VAE22, HUNYUAN15: VAE_HUNYUAN}.get(space, VAE))
 
     def light_vae(self, space: LatentFormat) -> Path:
         """LightVAE, which there is for Wan2.1's latents."""
-        return self._first("LightVAE", LIGHT_VAE if space == WAN21 else ())
+        return self.find("LightVAE", LIGHT_VAE if space == WAN21 else ())
 
     def tiny_vae(self, space: LatentFormat) -> Path:
         """A tiny autoencoder of these latents."""
         kinds = [kind.name for kind in KINDS.values() if kind.space == space]
-        return self._first(
+        return self.find(
             "tiny autoencoder", tuple(f"{name}{end}" for name in kinds for end in (".safetensors", ".pth"))
         )
 
-    def _first(self, part: str, patterns: tuple[str, ...]) -> Path:
+    def find(self, part: str, patterns: tuple[str, ...]) -> Path:
+        """The first file or folder that fits, in the order of FORMS and then of the patterns."""
         for form in FORMS:
             for pattern in patterns:
                 if found := sorted((self.path / form).glob(pattern)):

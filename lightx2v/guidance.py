@@ -1,7 +1,8 @@
 """Denoisers: what turns the transformer's velocity into the x0 estimate that a solver follows."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,42 @@ from lightx2v.schedules import TRAIN_STEPS
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a prompt, and the images given with it, became.
+    """What a prompt, and the images given with it, became. Which of it a model reads, its family says.
 
-    context: (1, S, text_dim) float32; rows after the text are zero and still attended.
-    image: (1 | B, C, T, H, W) input channels beside the latents, model space (mask and image latents), or None.
+    context: (1, S, text_dim) float32; of umT5, rows after the text are zero and still attended.
+    image: (1 | B, C, T, H, W) input channels beside the latents, model space (image latents and their mask), or None.
     clip: (1 | B, I, image_dim) image tokens, or None.
+    glyphs: (1, G, glyph_dim) tokens of quoted text, or None.
+    mask: (1, S), true where a row of context counts; None: all do.
     """
 
     context: Tensor
     image: Tensor | None = None
     clip: Tensor | None = None
+    glyphs: Tensor | None = None
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> "Conditioning":
         """The same on another device."""
-        image, clip = (None if value is None else value.to(device) for value in (self.image, self.clip))
-        return Conditioning(self.context.to(device), image, clip)
+        return self._each(lambda value: value.to(device))
+
+    def expand(self, batch: int) -> "Conditioning":
+        """The same for each entry of a batch."""
+        return self._each(lambda value: value.expand(batch, *value.shape[1:]))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in given.items()}
+        return Conditioning(**changed)
+
+
+# cond of a whole batch -> what a transformer is called with beside latents, timestep and run
+Arguments = Callable[[Conditioning], Mapping[str, Any]]
+
+
+def text_and_images(cond: Conditioning, step_end: float = 0.0) -> Mapping[str, Any]:
+    """What a Wan reads, to which a step's end is nothing."""
+    return {"context": cond.context, "image": cond.image, "clip": cond.clip}
 
 
 # (latents (B, C, T, H, W), timestep in [0, 1000], cond) -> velocity (B, C, T, H, W) float32
@@ -36,24 +58,24 @@ Velocity = Callable[[Tensor, float, Conditioning], Tensor]
 Passes = Callable[[Step, Branch], Velocity]
 
 
-def velocity_of(network: Callable[[], nn.Module], run: RunBlocks = run_blocks, share: Tensor | None = None) -> Velocity:
+def velocity_of(
+    network: Callable[[], nn.Module],
+    run: RunBlocks = run_blocks,
+    share: Tensor | None = None,
+    arguments: Arguments = text_and_images,
+) -> Velocity:
     """A transformer as a function of values; `run` walks its blocks (cache, offload and cancel wrap it).
 
     network: returns the transformer, brought to its device if it was elsewhere.
     share: (B, T) of the timestep that each latent frame is told, for models that keep given frames clean (0).
+    arguments: how its family hands over what is asked.
     """
 
     def velocity(latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
         batch = latents.shape[0]
         t = torch.full((batch,), timestep, dtype=torch.float32, device=latents.device)
-        return network()(
-            latents,
-            t if share is None else t[:, None] * share,
-            cond.context.expand(batch, -1, -1),
-            run,
-            image=None if cond.image is None else cond.image.expand(batch, -1, -1, -1, -1),
-            clip=None if cond.clip is None else cond.clip.expand(batch, -1, -1),
-        ).float()
+        asked = arguments(cond.expand(batch))
+        return network()(latents, t if share is None else t[:, None] * share, run=run, **asked).float()
 
     return velocity
 

@@ -53,8 +53,7 @@ class CheckpointInfo:
             words.append(
                 {"steps": "distilled to few steps", "cfg": "needs no guidance"}[self.distilled] + " by its name"
             )
-        title = f"{self.spec.title}; {self.spec.missing}" if self.spec.missing else self.spec.title
-        return f"{title} ({', '.join(words)})"
+        return f"{self.spec.title} ({', '.join(words)})"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class FileInfo:
     """Any checkpoint file: a diffusion model that can be run, or something else in words.
 
     kind, family: see `Kind`. task: "t2v", "i2v", "flf2v", "ti2v", "sr" or None where nothing tells.
-    network: the checkpoint of a diffusion model whose family is here, though perhaps not all of it.
+    model: the checkpoint, where it is a diffusion model that can be run.
     """
 
     path: Path
@@ -73,16 +72,11 @@ class FileInfo:
     layout: Layout
     expert_hint: str | None
     distilled: str | None
-    network: CheckpointInfo | None
-
-    @property
-    def model(self) -> CheckpointInfo | None:
-        """The checkpoint, where this version can run it."""
-        return self.network if self.network is not None and self.network.spec.missing is None else None
+    model: CheckpointInfo | None
 
     def describe(self) -> str:
-        if self.network is not None:
-            return self.network.describe()
+        if self.model is not None:
+            return self.model.describe()
         size, count = f"{self.layout.header.nbytes / 1e6:,.1f} MB", len(self.layout.header.tensors)
         return f"{self.title} ({count} tensors, {self.layout.scheme}, {size})"
 
@@ -97,10 +91,9 @@ def recognise(path: str | Path) -> FileInfo:
     layout = read_layout(header)
     if spec := _spec(layout.header):
         info = _model(layout, spec)
-        title = f"{spec.title}; {spec.missing}" if spec.missing else spec.title
         task = spec.task or task_hint(header.path, header.metadata)
         return FileInfo(
-            info.path, "transformer", spec.family, title, task, layout, info.expert_hint, info.distilled, info
+            info.path, "transformer", spec.family, spec.title, task, layout, info.expert_hint, info.distilled, info
         )
     kind = kind_of(layout.header) or kind
     if kind is None:
@@ -114,14 +107,6 @@ def identify(path: str | Path) -> CheckpointInfo:
     if found.model is None:
         raise CheckpointError(f"{found.path}: this file is {found.title}. Supported here: {_supported()}")
     return found.model
-
-
-def identify_network(path: str | Path) -> CheckpointInfo:
-    """The same for every network that is here, whether or not the rest of its family is: to inspect and to test."""
-    found = recognise(path)
-    if found.network is None:
-        raise CheckpointError(f"{found.path}: this file is {found.title}. Networks here: {_networks()}")
-    return found.network
 
 
 def other_kind(header: Header) -> str | None:
@@ -182,8 +167,4 @@ def _unknown(header: Header) -> CheckpointError:
 
 
 def _supported() -> str:
-    return ", ".join(spec.title for spec in specs() if spec.missing is None)
-
-
-def _networks() -> str:
     return ", ".join(spec.title for spec in specs())

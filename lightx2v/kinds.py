@@ -61,7 +61,6 @@ def _some_width(width: int) -> Test:
 
 
 NO_LOADER = "no loader here takes it"
-NOT_YET = "not supported yet"
 AS_LORA = "not a whole model: put it into models/loras and use a LoRA loader"
 AS_TEXT = "load it with LightX2VLoadTextEncoder (models/text_encoders)"
 NEEDS_UMT5 = "Wan needs umT5: umt5_xxl_fp16.safetensors"
@@ -85,24 +84,24 @@ KINDS: tuple[Kind, ...] = (
         "transformer",
         "hunyuan1.5",
         "the super-resolution model of HunyuanVideo-1.5",
-        NOT_YET,
+        "videos are not enlarged: use a text- or image-to-video model of it",
         _both(_like(HY_BLOCK), _size("img_in.proj.weight", 1, 98)),
     ),
     Kind(
         "transformer",
         "hunyuan1.5",
         "HunyuanVideo-1.5",
-        NOT_YET,
+        "its variant is not supported yet",
         _both(_like(HY_BLOCK), _has("vision_in.proj.1.weight")),
     ),
     Kind(
         "transformer",
         "hunyuan1.5",
         "HunyuanVideo-1.5 in diffusers' layout",
-        NOT_YET,
+        "its variant is not supported yet",
         _has("x_embedder.proj.weight", "context_embedder_2.linear_1.weight"),
     ),
-    Kind("transformer", "hunyuan", "HunyuanVideo", NOT_YET, _like(HY_BLOCK)),
+    Kind("transformer", "hunyuan", "HunyuanVideo", "only version 1.5 of it is supported", _like(HY_BLOCK)),
     Kind(
         "transformer",
         "wan",
@@ -217,7 +216,7 @@ KINDS: tuple[Kind, ...] = (
         "text encoder",
         "hunyuan1.5",
         "a byT5 text encoder (Glyph)",
-        NOT_YET,
+        "load it beside Qwen2.5-VL, as text_encoder_2 of LightX2VLoadTextEncoder",
         _both(_like(T5_QUERY), _some_width(BYT5_WIDTH)),
     ),
     Kind("text encoder", "", "a T5 text encoder", NEEDS_UMT5, _like(T5_QUERY)),
@@ -225,7 +224,7 @@ KINDS: tuple[Kind, ...] = (
         "text encoder",
         "hunyuan1.5",
         "a Qwen2.5-VL text encoder",
-        NOT_YET,
+        AS_TEXT,
         _both(_like(r"(^|\.)layers\.0\.self_attn\.q_proj\.weight$"), _some_width(QWEN_WIDTH)),
     ),
     Kind(

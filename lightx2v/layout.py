@@ -49,10 +49,10 @@ class Layout:
         return bool(self.detail)
 
     def describe(self) -> str:
-        """What is stored and what becomes of it, in words."""
+        """What is stored, in words."""
         if not self.quantised:
             return self.scheme
-        return f"{self.scheme} weights ({self.detail}), dequantised on load"
+        return f"{self.scheme} weights ({self.detail})"
 
 
 def read_layout(header: Header) -> Layout:

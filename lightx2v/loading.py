@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from lightx2v.checkpoint import assign, places
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
 from lightx2v.lora import share
+from lightx2v.lora.branch import is_linear
+from lightx2v.quant.linear import kind_of
+from lightx2v.quant.packing import choose_products, filling, keep_packed, pack
 from lightx2v_kernels import Kernels, select
 
 log = logging.getLogger(__name__)
@@ -39,18 +42,29 @@ def choose_kernels(info: CheckpointInfo, engine: Engine, device: torch.device) -
     return select(attention=engine.attention, device=device, dtype=dtype, head_dim=info.spec.head_dim)
 
 
+def require_kernels(infos: Sequence[CheckpointInfo], engine: Engine, device: torch.device) -> None:
+    """Raise UnsupportedBackendError, with every reason, where what the engine names cannot run these models there."""
+    for info in infos:
+        choose_kernels(info, engine, device)
+        choose_products(info, engine, device, compute_dtype(engine, info.dtype, device))
+
+
 def build_transformer(info: CheckpointInfo, engine: Engine, device: torch.device) -> nn.Module:
     """The network for `device`, on the meta device and in the dtypes that it will have; `fill` gives it its weights.
 
-    Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend that cannot run here.
+    Linear layers that keep packed weights, as `engine.quant` says, are `ScaledLinear` and `GgufLinear`.
+    Raises CheckpointError for a bad file and UnsupportedBackendError for an attention backend, or a format or kernel of
+    linear layers, that was named and cannot run here.
     """
     spec, dtype = info.spec, compute_dtype(engine, info.dtype, device)
     kernels = choose_kernels(info, engine, device)  # outside the meta device: choosing runs self-tests
+    products = choose_products(info, engine, device, dtype)
     with torch.device("meta"):
         transformer = spec.build(info.config, kernels)
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if spec.keep_float32(name) else dtype)
-    places(transformer, info.header)
+    pack(transformer, info, engine, products, kernels)
+    places(transformer, filling(transformer, info.header, device))
     return transformer.eval().requires_grad_(False)
 
 
@@ -58,17 +72,25 @@ def fill(
     transformer: nn.Module,
     info: CheckpointInfo,
     device: torch.device,
+    quantise_on: torch.device | None = None,
     *,
     only: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Stream the weights of a built network to a device. only: names of those; the others stay in the file.
 
-    Quantised weights are restored one at a time, on that device, so that no more than one is in memory in float32.
+    Weights are restored or quantised one at a time, so that no more than one is in memory in float32: restored on that
+    device, quantised on `quantise_on` (default: the same).
     """
     dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
-    assign(transformer, info.header, dtype=lambda name: dtypes[name], device=device, only=only)
-    most = Counter(dtypes.values()).most_common(1)[0][0]
-    log.info("%s: %s, computing in %s", info.path.name, info.describe(), most)
+    header = filling(transformer, info.header, quantise_on or device)
+    assign(transformer, header, dtype=dtypes.get, device=device, only=only)
+    log.info("%s: %s; %s", info.path.name, info.describe(), described(transformer))
+
+
+def described(transformer: nn.Module) -> str:
+    """In what the linear layers of a network multiply, in words."""
+    kinds = Counter(kind_of(module) for module in transformer.modules() if is_linear(module))
+    return "linear layers: " + ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
 
 
 def load_transformer(
@@ -84,7 +106,7 @@ def load_transformer(
     """
     transformer = build_transformer(info, engine, device)
     names = left(transformer)
-    fill(transformer, info, weights_on or device, only=lambda name: name not in names)
+    fill(transformer, info, weights_on or device, device, only=lambda name: name not in names)
     return transformer
 
 
@@ -93,6 +115,7 @@ def with_attention(transformer: nn.Module, info: CheckpointInfo, engine: Engine,
     kernels = choose_kernels(info, engine, device)
     with torch.device("meta"):
         other = info.spec.build(info.config, kernels)
+    keep_packed(transformer, other)
     other.load_state_dict(transformer.state_dict(), assign=True)
     share(transformer, other)
     return other.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
+from lightx2v.models import ImageEncoder, TextEncoder
 from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.home import Home
 from lightx2v.offload.parts import streamable
@@ -29,11 +30,10 @@ from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed
 from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
 from lightx2v.offload.stream import BlockStream
 from lightx2v.report import sampling_lines
-from lightx2v.text import umt5
+from lightx2v.vae.hunyuan15 import HunyuanVAE
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.wan import WanVAE
 from lightx2v.vae.wan22 import Wan22VAE
-from lightx2v.vision import clip
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -47,8 +47,8 @@ class Parts:
         self.device = device
         self._folder, self._infos = folder, tuple(infos)
         self._encoders: tuple[Path | None, Path | None] = (None, None)
-        self._text: umt5.UMT5 | None = None
-        self._image: clip.ImageEncoder | None = None
+        self._text: TextEncoder | None = None
+        self._image: ImageEncoder | None = None
         self._vaes = VAEChoice()
         self._loaded_vaes: dict[VAEInfo, VAE] = {}
         self._transformers: tuple[nn.Module, ...] = ()
@@ -59,17 +59,16 @@ class Parts:
         self._engine = Engine()
         self.plan: Plan | None = None  # of the last request, where one was made
 
-    def text_encoder(self) -> umt5.UMT5:
-        """umT5, on the CPU unless it is visiting."""
+    def text_encoder(self) -> TextEncoder:
+        """That of the transformers' family, on the CPU unless it is visiting."""
         if self._text is None:
-            path, tokenizer = self._encoders[0] or self._folder.text_encoder(), self._folder.tokenizer()
-            self._text = umt5.load(path, tokenizer=tokenizer, dtype=None, device=CPU)
+            self._text = self._infos[0].spec.encoders.text(self._folder, self._encoders[0])
         return self._text
 
-    def image_encoder(self) -> clip.ImageEncoder:
-        """CLIP, on the CPU unless it is visiting."""
+    def image_encoder(self) -> ImageEncoder:
+        """The same for pictures."""
         if self._image is None:
-            self._image = clip.load(self._encoders[1] or self._folder.image_encoder(), device=CPU)
+            self._image = self._infos[0].spec.encoders.image(self._folder, self._encoders[1])
         return self._image
 
     def use_encoders(self, text: Path | None, image: Path | None) -> None:
@@ -89,10 +88,11 @@ class Parts:
             self._loaded_vaes = {}
         self._vaes = vaes
 
-    def vae(self) -> FullVAE:
+    def vae(self) -> FullVAE | HunyuanVAE:
         """The VAE that encodes, on the device."""
         vae = self._read_vae(self._full())
-        assert isinstance(vae, WanVAE | Wan22VAE)  # a model's folder has no others by that name, choose_vaes takes none
+        # A model's folder has no others by that name, and choose_vaes takes none.
+        assert isinstance(vae, WanVAE | Wan22VAE | HunyuanVAE)
         return vae
 
     def decoder(self) -> tuple[VAEInfo, VAE]:

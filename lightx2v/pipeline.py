@@ -24,9 +24,10 @@ from lightx2v.diffuse import Hooks, Model, diffuse
 from lightx2v.fitting import check_given, check_images
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
-from lightx2v.loading import choose_kernels
+from lightx2v.loading import require_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image, require_mp4, save_mp4
+from lightx2v.models import encoders_of
 from lightx2v.offload import Asked, Plan, budgeted, offloaded
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
@@ -41,18 +42,17 @@ RESIZE_MODES = (None, "fixed_shape")
 
 
 class LightX2VPipeline:
-    """Prompt, and images, to video with a folder of Wan files.
+    """Prompt, and images, to video with a folder of Wan or HunyuanVideo-1.5 files.
 
         pipe = LightX2VPipeline(model_path="/path/to/Wan2.1-T2V-14B", model_cls="wan2.1", task="t2v")
         pipe.create_generator(infer_steps=50, height=480, width=832, num_frames=81)
         pipe.generate(seed=42, prompt="...", negative_prompt="", save_result_path="output.mp4")
 
-    model_path: folder with the transformer or two experts, models_t5_*.pth, the VAE and, for Wan2.1 image-to-video,
-        models_clip_*.pth (or .safetensors, or a diffusers folder).
-    model_cls: "wan2.1", "wan2.2" (TI2V-5B), "wan2.2_moe" (A14B), and "wan2.1_distill", "wan2.2_moe_distill" for models
-        of few steps. task: "t2v", "i2v" or "flf2v" (first and last frame).
+    model_path: folder with the transformer or two experts, encoders and VAE (docs/models.md).
+    model_cls: "wan2.1", "wan2.2" (TI2V-5B), "wan2.2_moe" (A14B), "hunyuan_video_1.5"; of few steps: "wan2.1_distill",
+        "wan2.2_moe_distill", "hunyuan_video_1.5_distill". task: "t2v", "i2v" or "flf2v" (first and last frame).
     dit_original_ckpt, high_noise_original_ckpt, low_noise_original_ckpt: files or folders to use instead of
-        model_path's.
+        model_path's. transformer_model_name: of several of HunyuanVideo-1.5, such as "480p_t2v".
     support_tasks: other tasks of model_cls that `generate` may be asked for with the same model.
     Weights are read at the first `generate` and kept. Raises CheckpointError at construction for a transformer of
     another model; one that is missing may still be named by `enable_quantize` or a config file.
@@ -68,6 +68,7 @@ class LightX2VPipeline:
         dit_original_ckpt: str | Path | None = None,
         low_noise_original_ckpt: str | Path | None = None,
         high_noise_original_ckpt: str | Path | None = None,
+        transformer_model_name: str | None = None,
         support_tasks: Sequence[str] = (),
         device: str | torch.device | None = None,
     ) -> None:
@@ -79,7 +80,7 @@ class LightX2VPipeline:
             "high_noise_original_ckpt": high_noise_original_ckpt,
         }
         self._originals = {name: Path(path) for name, path in named.items() if path}
-        self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals)
+        self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals, transformer_model_name)
         self._asked: set[str] = set()  # methods that the caller called: a config file does not undo them
         self._by_file: tuple[str, ...] = ()  # methods that the last config file called
         self._infos: tuple[CheckpointInfo, ...] = ()  # none while the transformer is missing
@@ -94,8 +95,7 @@ class LightX2VPipeline:
         self._vaes = VAERequest(False, False, None, None)
         self._engine, self._loras, self._lora_how = Engine(offload="auto"), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
-        scheduler = "distilled" if self._class.distilled else "unipc"
-        self._request = Request("", sampling=Sampling(scheduler=scheduler))
+        self._request = Request("", sampling=Sampling(scheduler=self._class.scheduler))
         self._use(self._pick)
 
     @checked
@@ -124,20 +124,18 @@ class LightX2VPipeline:
         config_json: one of LightX2V's JSON files, instead of defaults (docs/config-json.md): it sets offload, LoRAs and
         the like too, but for methods that were called for that; arguments given here win over it.
 
-        attn_mode: "auto" or an attention backend's name. height, width: pixels; with a start image their product is the
-        area and the image gives the proportions, unless resize_mode is "fixed_shape". fps: of the file; None: 24 for
-        TI2V-5B, 16 for the others.
-        guidance_scale: one, or two for the high- and the low-noise expert.
+        attn_mode: "auto", "exact" or an attention backend's name (docs/kernels.md). height, width: pixels; with a start
+        image their product is the area and the image gives the proportions, unless resize_mode is "fixed_shape".
+        fps: of the file; None: the model's. guidance_scale: one, or two for the high- and the low-noise expert.
         boundary: noise level at which the experts change; None: the model's own. boundary_step_index: or the number of
         steps of the high-noise one; None: 2 for a distilled pair.
-        scheduler: "unipc", "euler" or "distilled" (walks denoising_step_list); None keeps model_cls's own.
-        dtype: "auto", "bf16", "fp16", "fp32".
-        Raises UnsupportedBackendError, with every reason, for an attention that cannot run here.
+        scheduler: "unipc", "euler" or "distilled" (walks denoising_step_list); None: model_cls's own. dtype: "auto",
+        "bf16", "fp16", "fp32". Raises UnsupportedBackendError, with reasons, for an attention that cannot run here.
         """
         if resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode={resize_mode!r} is not supported yet; known: None, 'fixed_shape'")
         engine = replace(self._engine, attention=attn_mode, dtype=dtype)
-        choose_kernels(self._info, engine, self._parts.device)  # raises now rather than after the text is encoded
+        require_kernels(self._infos or (self._info,), engine, self._parts.device)  # raises before text is encoded
         high, low = two_scales(guidance_scale)
         if boundary_step_index is None and boundary is None and self._class.experts and self._class.distilled:
             boundary_step_index = 2
@@ -152,8 +150,7 @@ class LightX2VPipeline:
             denoising_step_list=tuple(denoising_step_list),
             scheduler=scheduler or self._request.sampling.scheduler,
         )
-        rate = fps or (24 if self._info.spec.task == "ti2v" else 16)
-        size = {"num_frames": num_frames, "height": height, "width": width, "fps": rate}
+        size = {"num_frames": num_frames, "height": height, "width": width, "fps": fps or self._info.spec.fps}
         request = snapped(replace(self._request, **size, sampling=sampling), self._info.spec)  # type: ignore[arg-type]
         self._set_engine(engine)
         self._resize_mode, self._request = resize_mode, request
@@ -213,26 +210,26 @@ class LightX2VPipeline:
         high_noise_quantized_ckpt: str | Path | None = None,
         text_encoder_quantized_ckpt: str | Path | None = None,
         image_encoder_quantized_ckpt: str | Path | None = None,
-        quant_scheme: str = "fp8-sgl",
+        quant_scheme: str = "fp8",
         text_encoder_quant_scheme: str | None = None,
         image_encoder_quant_scheme: str | None = None,
     ) -> None:
         """Use quantised files from the next video on; all switches off: the plain ones again.
 
-        ..._ckpt: files or folders; None looks through model_path. Weights of the transformer are restored as they are
-        read. quant_scheme: LightX2V's name; the file decides, and a name that does not fit it is warned of.
-        Raises CheckpointError for a file that is missing or not quantised, ValueError for a scheme that is not known.
+        ..._ckpt: files or folders; None looks through model_path, and what is nowhere is quantised as it is read.
+        quant_scheme: "fp8", "int8", or with a kernel, "fp8-triton"; "none" restores. Raises CheckpointError for a file
+        missing or not quantised, ValueError for an unknown scheme, UnsupportedBackendError where it cannot run.
         """
         switches = (dit_quantized, text_encoder_quantized, image_encoder_quantized)
         dits = (dit_quantized_ckpt, low_noise_quantized_ckpt, high_noise_quantized_ckpt)
         others = (text_encoder_quantized_ckpt or None, image_encoder_quantized_ckpt or None)
         schemes = (text_encoder_quant_scheme, image_encoder_quant_scheme)
         wanted = Quantize(*switches, *dits, *others, quant_scheme, *schemes)
-        pick, folder = replace(self._pick, quantize=wanted), self._folder
-        image = quantised_image_encoder(folder, wanted, pick.find()[0])
-        encoders = quantised_text_encoder(folder, wanted), image
+        pick, of = replace(self._pick, quantize=wanted), encoders_of(self._class.family)
+        image = quantised_image_encoder(self._folder, wanted, pick.find()[0], of)
+        text = quantised_text_encoder(self._folder, wanted, of)
         self._use(pick)
-        self._parts.use_encoders(*encoders)
+        self._parts.use_encoders(text, image)
         self._asked.add("enable_quantize")
 
     @checked
@@ -299,8 +296,7 @@ class LightX2VPipeline:
         strength: 1 as trained; may be left out. name: of a model with two experts, "high_noise_model" or
         "low_noise_model"; left out, both get it.
         lora_dynamic_apply: compute beside the weights instead of adding to them: changes of strength are instant, each
-        step is a little slower.
-        Raises CheckpointError, from headers alone, for a file that is missing or for another model.
+        step is a little slower. Raises CheckpointError, from headers alone, for a file missing or of another model.
         """
         loras = tuple(lora_of(config) for config in lora_configs)
         self._parts.check_loras(loras)
@@ -403,6 +399,8 @@ class LightX2VPipeline:
     def _use(self, pick: Pick) -> None:
         """These checkpoints from now on; what depends on them is chosen again. Changes nothing where it raises."""
         infos, missing = pick.find()
+        engine = pick.quantize.engine(self._engine, infos)
+        require_kernels(infos if engine != self._engine else (), engine, self._parts.device)
         before, cache, vaes = self._infos, self._cache, None
         if [info.path for info in infos] != [info.path for info in before]:
             self._parts.use_transformers(infos)
@@ -416,9 +414,12 @@ class LightX2VPipeline:
         if vaes is not None:
             self._parts.use_vaes(vaes)
         self._pick, self._infos, self._missing, self._cache = pick, infos, missing, cache
+        self._set_engine(engine)
 
-    def _read_file(self, path: str | Path, given: Mapping[str, object]) -> Mapping[str, Any]:
-        """Do what a config file asks for; returns the arguments of create_generator that it holds."""
+    def _read_file(self, path: str | Path | None, given: Mapping[str, object]) -> Mapping[str, Any]:
+        """Do what a config file asks for; returns the arguments of create_generator that it holds, or are usual."""
+        if path is None:
+            return self._pick.usual(self._infos, given)
         told = read_told(path, self._folder.path, self._infos, given)
         asked, originals = frozenset(self._asked), {**told.originals, **self._originals}
         if not told.calls.get("enable_quantize", {}).get("dit_quantized"):
@@ -430,7 +431,7 @@ class LightX2VPipeline:
                     getattr(self, name)(**arguments)
         finally:
             self._asked, self._by_file = set(asked), tuple(told.calls)
-        return told.generator
+        return {**self._pick.usual(self._infos, {**told.generator, **given}), **told.generator}
 
     def _sample(self, request: Request, encoded: Encoded, hooks: Callable[[], Hooks]) -> Tensor:
         cond, uncond, begin = encoded

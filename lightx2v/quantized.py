@@ -1,16 +1,17 @@
-"""Which quantised files a pipeline uses, and whether their scheme is the one that was named."""
+"""Which quantised files a pipeline uses, in what its layers multiply, and what each name of a scheme means for both."""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightx2v.arguments import nearest
-from lightx2v.checkpoint import CheckpointError, read_header
+from lightx2v.checkpoint import CheckpointError
+from lightx2v.config import Engine
 from lightx2v.folder import EXPERTS, TRANSFORMER, ModelFolder
 from lightx2v.identify import CheckpointInfo, identify
-from lightx2v.text.umt5 import open_encoder
-from lightx2v.vision.layout import QUANTISED, sizes, weights
+from lightx2v.models import Encoders
+from lightx2v_kernels import UnsupportedBackendError
 
 log = logging.getLogger(__name__)
 GGUF_TYPES = "Q8_0 Q6_K Q5_K_S Q5_K_M Q5_0 Q5_1 Q4_K_S Q4_K_M Q4_0 Q4_1 Q3_K_S Q3_K_M"
@@ -20,6 +21,12 @@ SCHEMES = (
     *"int8 int8-sgl int8-vllm int8-triton int8-torchao int8-q8f".split(),
     *(f"gguf-{kind}" for kind in GGUF_TYPES.split()),
 )
+AS_STORED, RESTORED = "auto", "none"  # of quant_scheme, beside the names of LightX2V
+# Format -> the part of a scheme's name behind it -> the backend of lightx2v_kernels.linear that it names.
+KERNELS = {
+    "fp8": {"sgl": "sgl", "vllm": "vllm", "triton": "triton", "torchao": "torch_scaled_mm", "pertensor": "auto"},
+    "int8": {"sgl": "sgl", "vllm": "vllm", "triton": "triton", "torchao": "torch_int_mm"},
+}
 NOT_READ = (*"nvfp4 mxfp4 mxfp6-mxfp8 mxfp8 fp8-b128-deepgemm int4-g128-marlin".split(),)
 VENDORS = ("musa", "hygon-dcu", "tmo", "npu", "intel-xpu", "iluvatar")
 
@@ -36,14 +43,42 @@ class Quantize:
     high_ckpt: str | Path | None = None
     text_ckpt: str | Path | None = None
     image_ckpt: str | Path | None = None
-    scheme: str = "fp8-sgl"
+    scheme: str = "fp8"
     text_scheme: str | None = None
     image_scheme: str | None = None
 
     def __post_init__(self) -> None:
+        if self.dit and self.scheme in (AS_STORED, RESTORED):
+            raise ValueError(f"quant_scheme={self.scheme!r} with dit_quantized=True: name a format, such as 'fp8'")
         for scheme in (self.scheme, self.text_scheme, self.image_scheme):
-            if scheme is not None:
+            if scheme not in (None, AS_STORED, RESTORED):
                 format_of(scheme)
+
+    def engine(self, engine: Engine, infos: Sequence[CheckpointInfo]) -> Engine:
+        """The engine for these checkpoints. One that is not quantised yet will be, as it is read.
+
+        Raises UnsupportedBackendError for a scheme that names a kernel which nobody here has.
+        """
+        if not self.dit:
+            return replace(engine, quant=RESTORED if self.scheme == RESTORED else AS_STORED, linear="auto")
+        stated = format_of(self.scheme)
+        kinds = {info.scheme if info.quantised else stated for info in infos}
+        quant = AS_STORED if all(info.quantised for info in infos) else stated
+        return replace(engine, quant=quant, linear=_kernel(self.scheme, stated if stated in kinds else min(kinds)))
+
+
+def _kernel(scheme: str, stored: str) -> str:
+    """The backend that a scheme names for the format of a file; "auto" where it names none."""
+    stated, _, name = scheme.partition("-")
+    known = KERNELS.get(stored)
+    if not name or known is None or stated not in KERNELS:  # GGUF names a type of block
+        return "auto"
+    if name not in known:
+        raise UnsupportedBackendError(
+            f"quant_scheme={scheme!r}: the kernels of {name} are not known here; use {stored!r} for the best that is "
+            f"installed, or {', '.join(f'{stored}-{other}' for other in known)}"
+        )
+    return known[name]
 
 
 def format_of(scheme: str) -> str:
@@ -57,10 +92,17 @@ def format_of(scheme: str) -> str:
     return scheme.partition("-")[0]
 
 
-def quantised_transformers(folder: ModelFolder, wanted: Quantize, *, experts: bool) -> tuple[CheckpointInfo, ...]:
-    """The quantised transformer, or the high- and the low-noise one.
+Plain = Callable[[str], CheckpointInfo | None]
 
-    Raises CheckpointError where a file is missing or is not quantised.
+
+def quantised_transformers(
+    folder: ModelFolder, wanted: Quantize, named: Plain, found: Plain, *, experts: bool
+) -> tuple[CheckpointInfo, ...]:
+    """The transformer, or the high- and the low-noise one: the quantised file that `wanted` names, the plain one that
+    is named, a quantised one of the folder, or the folder's plain one; plain ones are to be quantised as they are read.
+
+    named, found: the plain checkpoint of an argument ("dit_original_ckpt"), named by the user, or in the folder.
+    Raises CheckpointError where a file is missing, or one that is named as quantised is not.
     """
     stated = format_of(wanted.scheme)
     if experts and wanted.dit_ckpt:
@@ -83,9 +125,20 @@ def quantised_transformers(folder: ModelFolder, wanted: Quantize, *, experts: bo
         parts = (("transformer", wanted.dit_ckpt, "dit_quantized_ckpt", (*TRANSFORMER, *more)),)
     infos = []
     for part, path, argument, patterns in parts:
-        info = _named(argument, path) if path else _found(folder, part, argument, patterns, stated)
-        _compare("quant_scheme", wanted.scheme, info.path, info.scheme)
-        log.info("%s: %s (%s), restored to full precision as it is read", info.path, info.scheme, info.detail)
+        original = argument.replace("quantized", "original")
+        info = _named(argument, path) if path else named(original)
+        if info is None:
+            info = _found(folder, patterns, stated) or (found(original) if stated in KERNELS else None)
+        if info is None:
+            raise CheckpointError(
+                f"{folder.path}: no {stated} {part} here; looked for {', '.join(patterns)} there and in {stated}, "
+                f"distill_{stated}; give {argument}"
+            )
+        if info.quantised:
+            _compare("quant_scheme", wanted.scheme, info.path, info.scheme)
+            log.info("%s: %s (%s)", info.path, info.scheme, info.detail)
+        else:
+            log.info("%s: %s, quantised to %s as it is read", info.path, info.scheme, stated)
         infos.append(info)
     return tuple(infos)
 
@@ -100,7 +153,7 @@ def _named(argument: str, path: str | Path) -> CheckpointInfo:
     return info
 
 
-def _found(folder: ModelFolder, part: str, argument: str, patterns: Sequence[str], stated: str) -> CheckpointInfo:
+def _found(folder: ModelFolder, patterns: Sequence[str], stated: str) -> CheckpointInfo | None:
     places = [folder.path / name for name in ("", stated, f"distill_{stated}", "distill_models", "original")]
     for path in (path for place in places for pattern in patterns for path in sorted(place.glob(pattern))):
         try:
@@ -109,43 +162,31 @@ def _found(folder: ModelFolder, part: str, argument: str, patterns: Sequence[str
             continue
         if info.quantised and info.scheme == stated:
             return info
-    raise CheckpointError(
-        f"{folder.path}: no {stated} {part} here; looked for {', '.join(patterns)} there and in {stated}, "
-        f"distill_{stated}; give {argument}"
-    )
+    return None
 
 
-def quantised_text_encoder(folder: ModelFolder, wanted: Quantize) -> Path | None:
-    """The quantised umT5, or None for the folder's plain one."""
+def quantised_text_encoder(folder: ModelFolder, wanted: Quantize, encoders: Encoders) -> Path | None:
+    """The quantised text encoder, or None for the folder's plain one."""
     if not wanted.text:
         return None
-    scheme = wanted.text_scheme or wanted.scheme
-
-    def stored(path: Path) -> str:
-        packed = [info.packed for info in open_encoder(path)[0].tensors.values() if info.packed]
-        return packed[0].scheme if packed else ""
-
-    patterns = ("models_t5_*-{0}.pth", "models_t5_*-{0}.safetensors", "models_t5_*{0}*")
-    return _encoder(folder, "text_encoder_quantized_ckpt", wanted.text_ckpt, scheme, patterns, stored)
+    scheme, patterns = wanted.text_scheme or wanted.scheme, encoders.quantised_text
+    argument = "text_encoder_quantized_ckpt"
+    return _encoder(folder, argument, wanted.text_ckpt, scheme, patterns, encoders.text_scheme)
 
 
-def quantised_image_encoder(folder: ModelFolder, wanted: Quantize, models: Sequence[CheckpointInfo]) -> Path | None:
-    """The quantised CLIP, or None for the folder's plain one, and for models that look at no image through it."""
+def quantised_image_encoder(
+    folder: ModelFolder, wanted: Quantize, models: Sequence[CheckpointInfo], encoders: Encoders
+) -> Path | None:
+    """The quantised image encoder, or None for the folder's plain one, and for models that look at no image through
+    it."""
     if not wanted.image:
         return None
     if models and not models[0].spec.reads_clip:
         log.info("%s has no image encoder: image_encoder_quantized changes nothing", models[0].spec.title)
         return None
-    scheme = wanted.image_scheme or wanted.scheme
-
-    def stored(path: Path) -> str:
-        header = read_header(path)
-        sizes(header)
-        kinds = {str(header.tensors[name].dtype) for name in weights(header) if header.tensors[name].dtype in QUANTISED}
-        return "int8" if "torch.int8" in kinds else "fp8" if kinds else ""
-
-    patterns = ("models_clip_*-{0}.pth", "models_clip_*-{0}.safetensors", "models_clip_*{0}*")
-    return _encoder(folder, "image_encoder_quantized_ckpt", wanted.image_ckpt, scheme, patterns, stored)
+    scheme, patterns = wanted.image_scheme or wanted.scheme, encoders.quantised_image
+    argument = "image_encoder_quantized_ckpt"
+    return _encoder(folder, argument, wanted.image_ckpt, scheme, patterns, encoders.image_scheme)
 
 
 def _encoder(

@@ -94,7 +94,11 @@ def snapped(request: Request, spec: ModelSpec) -> Request:
 def sized_for(image: Tensor, request: Request, spec: ModelSpec) -> Request:
     """The request at the proportions of its image (1, H, W, 3), with the area that it had."""
     area = request.height * request.width
-    height, width = size_for_image(area, (image.shape[1], image.shape[2]), spec.latents, spec.patch_size)
+    given = (image.shape[1], image.shape[2])
+    if spec.size_for_image is not None:
+        height, width = spec.size_for_image(area, given)
+    else:
+        height, width = size_for_image(area, given, spec.latents, spec.patch_size)
     return replace(request, height=height, width=width)
 
 

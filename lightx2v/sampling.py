@@ -38,6 +38,7 @@ class Solver(Protocol):
 
 
 OnStep = Callable[[Step, Tensor], None]
+Why = Callable[[Tensor, Step], str]  # (latents that a step began with, the step) -> words
 
 
 @torch.inference_mode()
@@ -47,12 +48,14 @@ def sample(
     schedule: Schedule,
     solver: Solver,
     on_step: OnStep = lambda step, x0: None,
+    why: Why = lambda latents, step: "try another attention backend, or bf16 instead of fp16 weights",
 ) -> Tensor:
     """Integrate the flow from the schedule's first sigma to its last.
 
     latents: (B, C, T, H, W) float32, noised to schedule.sigmas[0].
     on_step: sees every x0 estimate, model space; raise from it to cancel.
-    Raises FloatingPointError naming the step when an estimate is not finite.
+    why: asked where an estimate that is not finite comes from.
+    Raises FloatingPointError naming the step, with that answer, when an estimate is not finite.
     """
     total = schedule.total
     levels = zip(pairwise(schedule.sigmas), schedule.timesteps, strict=True)
@@ -61,8 +64,7 @@ def sample(
         x0 = denoise(latents, step)
         if not x0.isfinite().all():
             raise FloatingPointError(
-                f"step {index + 1} of {total} (sigma {sigma:.4f}) produced NaN or infinity; "
-                "try another attention backend, or bf16 instead of fp16 weights"
+                f"step {index + 1} of {total} (sigma {sigma:.4f}) produced NaN or infinity, {why(latents, step)}"
             )
         latents = solver(latents, x0, step)
         on_step(step, x0)

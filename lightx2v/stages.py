@@ -1,6 +1,8 @@
 """The stages of one video over the parts of a model: text and images to conditioning, latents to frames."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,14 +11,17 @@ from tqdm import tqdm
 from lightx2v.config import Request
 from lightx2v.decoding import Decoding, decode_video
 from lightx2v.diffuse import Hooks, Start
+from lightx2v.frames import Encode, whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.media import to_frames
 from lightx2v.models import ModelSpec
-from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, to_model_input
+from lightx2v.models.wan.conditioning import image_latent
 from lightx2v.offload.shortage import once_there_is_room
 from lightx2v.parts import Parts
 from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, to_latent
+from lightx2v.vae import stream
+from lightx2v.vae.hunyuan15 import HunyuanVAE
 from lightx2v.vae.padded import encode_padded
 
 Encoded = tuple[Conditioning, Conditioning | None, Start]
@@ -29,29 +34,34 @@ def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None
     """
     text, prompts = parts.text_encoder(), [request.prompt]
     prompts += [request.negative_prompt] if request.sampling.guided else []
-    context, *rest = parts.visit(text.model, lambda: [text.encode(prompt) for prompt in prompts])
-    negative = rest[0] if rest else None
+    cond, *rest = parts.visit(text.model, lambda: [text.condition(prompt) for prompt in prompts])
+    uncond = rest[0] if rest else None
     video = VideoShape(request.num_frames, request.height, request.width)
     begin = Start(torch.zeros(1, spec.latents.channels, *to_latent(video, spec.latents.stride)))
     image = clip = None
     given = [picture for picture in (start, end) if picture is not None]
-    if spec.reads_clip:
+    if spec.reads_clip and given:
         sees = parts.image_encoder()
         clip = parts.visit(sees.model, lambda: torch.cat([sees.encode(picture) for picture in given], 1).cpu())
-    if spec.image_channels:
-        known = image_condition(_padded(parts), video, spec.latents, start=start, end=end)
-        image = to_model_input(known.latents.cpu(), known.concat_mask.cpu(), spec.latents, begin.latents.shape)
+    if spec.image_input is not None:
+        shape = begin.latents.shape
+        known = spec.image_input.condition(_padded(parts), video, spec.latents, start=start, end=end)
+        image = spec.image_input.channels(known.latents.cpu(), known.concat_mask.cpu(), spec.latents, shape)
     elif spec.keeps_frames and start is not None:
         begin = Start(*image_latent(_padded(parts), video, spec.latents, start))
-    uncond = None if negative is None else Conditioning(negative, image, clip)
-    return Conditioning(context, image, clip), uncond, begin
+    seen = replace(cond, image=image, clip=clip)
+    return seen, None if uncond is None else replace(uncond, image=image, clip=clip), begin
 
 
 def _padded(parts: Parts) -> Encode:
+    """How the model's VAE encodes the ends of a clip; it is read when it first has to."""
+
     def run(num_frames: int, *, start: Tensor | None, end: Tensor | None) -> Tensor:
         def encoded() -> Tensor:
             vae = parts.vae()
             first, last = (None if frames is None else frames.to(parts.device) for frames in (start, end))
+            if isinstance(vae, HunyuanVAE):  # its networks look at all frames at once: nothing of it repeats
+                return whole_clips(partial(stream.encode, vae))(num_frames, start=first, end=last)
             return encode_padded(vae, num_frames, start=first, end=last)
 
         return once_there_is_room(encoded, parts.clear_transformers, "encoding the image")

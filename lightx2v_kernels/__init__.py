@@ -5,16 +5,17 @@
 
 An op is a folder: `__init__.py` is its contract, `reference.py` its definition in plain PyTorch (and what runs on a
 CPU), any other file one faster backend with what it needs. `registry.py` chooses, once, when a model is built;
-`closeness.py` is how a backend proves itself.
+`timings.py` measures for it; `closeness.py` is how a backend proves itself.
 
 How a Triton or CUDA backend is written, so that torch.compile and CUDA graphs see one opaque op and training still
 works:
 
-- `<op>/triton.py` holds `BACKENDS` and a `load` that imports `<op>/_triton.py`, which alone imports triton and holds
+- `<op>/triton.py` holds `BACKENDS` and imports `<op>/_triton.py` when one is taken; that alone imports triton and holds
   the `@triton.jit` code;
-- there the launch is a `torch.library.custom_op("lightx2v::<op>", mutates_args=())` with `register_fake` (shape and
-  dtype, no data) and `register_autograd`, whose backward differentiates the reference on the saved inputs: a fused op
-  saves memory traffic, not derivations;
+- there the launch is wrapped by `opaque.opaque`: a `torch.library.custom_op("lightx2v::<op>")` with a fake (shape and
+  dtype, no data) and an autograd whose backward differentiates the reference on the saved inputs: a fused op saves
+  memory traffic, not derivations. Plain eager calls skip the dispatcher;
+- how many tokens a program takes is a fixed rule in `tiles.py`;
 - outputs are allocated inside with torch.empty, addresses are int64, and the file adds a test and a benchmark entry
   before it gets a rank.
 """
@@ -27,9 +28,10 @@ import torch
 from torch import Tensor
 
 from lightx2v_kernels import registry
+from lightx2v_kernels.quantized import Quantized
 from lightx2v_kernels.registry import UnsupportedBackendError
 
-__all__ = ["AttentionFn", "Kernels", "UnsupportedBackendError", "select"]
+__all__ = ["AttentionFn", "Kernels", "Quantized", "UnsupportedBackendError", "references", "select"]
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D)
 
@@ -37,12 +39,15 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, L, H, D), k an
 @dataclass(frozen=True)
 class Kernels:
     """The implementations chosen for one device, dtype and head_dim. Every callable returns the dtype of its first
-    argument.
+    argument, and those of a name with "quantize" 8-bit tokens in the dtype that is their last argument.
 
+    attention: of tokens to each other. cross_attention: to the few tokens of a text or an image: always exact, for it
+        takes little time and all that was asked for comes in there.
     names: op -> backend that was chosen, for reports.
     """
 
     attention: AttentionFn
+    cross_attention: AttentionFn
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]  # x (..., D), weight (D,), eps -> (..., D)
     layer_norm: Callable[
         [Tensor, Tensor | None, Tensor | None, float], Tensor
@@ -52,19 +57,79 @@ class Kernels:
     ]  # x (B, L, D), shift, scale (B, 1 | L, D), eps -> (B, L, D)
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]  # x, y (B, L, D), gate (B, 1 | L, D) -> (B, L, D)
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]  # x (B, L, H, D), cos, sin (L, D/2) -> (B, L, H, D)
+    # x (B, L, H·D), weight (H·D,) or (D,), cos, sin (L, D/2), eps -> (B, L, H, D)
+    norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    # x, y (B, L, D), gate (B, 1 | L, D) or None (1), then as modulate or layer_norm -> x + y · gate, and that normed
+    residual_modulate: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    residual_layer_norm: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]
+    ]
+    quantize: Callable[[Tensor, torch.dtype], Quantized]  # x (..., K), torch.int8 or torch.float8_e4m3fn
+    gelu_quantize: Callable[[Tensor, torch.dtype], Quantized]
+    layer_norm_quantize: Callable[[Tensor, Tensor | None, Tensor | None, float, torch.dtype], Quantized]
+    modulate_quantize: Callable[[Tensor, Tensor, Tensor, float, torch.dtype], Quantized]
+    residual_modulate_quantize: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype], tuple[Tensor, Quantized]
+    ]
+    residual_layer_norm_quantize: Callable[
+        [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float, torch.dtype], tuple[Tensor, Quantized]
+    ]
+    # q, k (B, L, H·D), v (B, L, H, D), the weights of both norms, cos, sin (L, D/2), eps -> (B, L, H, D):
+    # attention(norm_rope(q), norm_rope(k), v)
+    rotary_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def select(*, attention: str = registry.AUTO, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
     """Choose every op for one place. `dtype` is that of the tokens.
 
-    attention: "auto" or a name of `registry.names("attention")`; all other ops are chosen by "auto".
+    attention: one of `registry.choices("attention")`: "auto" the fastest, "exact" the fastest of those that are not
+        lossy, or a name, which cross-attention takes too if it is exact. All other ops are chosen by "auto".
     Raises UnsupportedBackendError, with every reason, if the named attention or any op cannot run there.
     """
     asked = {"attention": attention}
     chosen = {op: registry.select(op, asked.get(op, registry.AUTO), device, dtype, head_dim) for op in _OPS}
+    lossy = attention == registry.AUTO or chosen["attention"].max_error is not None
+    exact = registry.EXACT if lossy else attention
+    chosen["cross_attention"] = registry.select("attention", exact, device, dtype, head_dim, workload="cross")
     functions: dict[str, Any] = {op: backend.load() for op, backend in chosen.items()}
+    own = chosen["attention"].rotary
+    functions["rotary_attention"] = own() if own else rotary_attention(functions["attention"], functions["norm_rope"])
     return Kernels(**functions, names={op: backend.name for op, backend in chosen.items()})
 
 
-_OPS = ("attention", "rms_norm", "layer_norm", "modulate", "gated_residual", "rope")
+def references(**instead: Any) -> Kernels:
+    """The definition of every op in plain PyTorch, some replaced by name: for training, and for checking others."""
+    ops: dict[str, Any] = {op: registry.registry(op).op.reference for op in _OPS}
+    ops = {"cross_attention": ops["attention"], **ops, **instead}
+    return Kernels(**{"rotary_attention": rotary_attention(ops["attention"], ops["norm_rope"]), **ops})
+
+
+def rotary_attention(attention: AttentionFn, norm_rope: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`Kernels.rotary_attention` of an attention that takes q and k as they are."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        return attention(norm_rope(q, norm_q, cos, sin, eps), norm_rope(k, norm_k, cos, sin, eps), v)
+
+    return attend
+
+
+_OPS = (
+    "attention",
+    "rms_norm",
+    "layer_norm",
+    "modulate",
+    "gated_residual",
+    "rope",
+    "norm_rope",
+    "residual_modulate",
+    "residual_layer_norm",
+    "quantize",
+    "gelu_quantize",
+    "layer_norm_quantize",
+    "modulate_quantize",
+    "residual_modulate_quantize",
+    "residual_layer_norm_quantize",
+)

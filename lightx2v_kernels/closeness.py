@@ -26,6 +26,11 @@ def peak_error(a: Tensor, b: Tensor) -> float:
     return _ratio(difference, size)
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Of the angle between two tensors of any one shape, in float64; 1 where both are the same but for a factor."""
+    return torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
 def rounding_floor(dtype: torch.dtype) -> float:
     """Relative error granted to any two correct implementations with results in `dtype`.
 

@@ -10,20 +10,33 @@ look-ups.
 
 import functools
 import importlib
-import importlib.util
 import logging
 import pkgutil
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightx2v_kernels.closeness import relative_error, why_too_far
+from lightx2v_kernels import timings
+from lightx2v_kernels.backend import Backend, Op, self_test, why_otherwise, why_wrong
+from lightx2v_kernels.closeness import cosine
+from lightx2v_kernels.machine import installed, listed, short
+from lightx2v_kernels.timings import Timings, Workload
 
-AUTO = "auto"
+__all__ = [
+    *("AUTO", "EXACT", "Backend", "Op", "Registry", "UnsupportedBackendError", "choices", "names", "registries"),
+    *("registry", "select", "self_test", "why_otherwise", "why_wrong"),
+]
+
+AUTO = "auto"  # the fastest
+EXACT = "exact"  # the fastest of those that are not lossy
+# From this rank on a backend is for when nothing else can run: it is not timed.
+LAST_RESORT = 1000
+# What "auto" asks of a lossy backend: the cosine of its result to fp32, and that it saves this share of the time of the
+# fastest exact one.
+CLOSE_ENOUGH, WORTHWHILE = 0.999, 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -33,73 +46,22 @@ class UnsupportedBackendError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Op:
-    """The contract of one op.
-
-    reference: plain PyTorch with fp32 inside: the definition of the op, and its CPU path.
-    examples: (device, dtype, head_dim) -> argument tuples, small, for the self-test; strided inputs among them.
-    plain: the op as one would write it in PyTorch at the inputs' own dtype; its error is the yardstick of the
-        self-test; None: the reference itself.
-    upstream: names LightX2V knows for this op, so that one of its configs gets an answer instead of "unknown".
-    """
-
-    name: str
-    reference: Callable[..., Tensor]
-    examples: Callable[[torch.device, torch.dtype, int], tuple[tuple[Any, ...], ...]]
-    plain: Callable[..., Tensor] | None = None
-    upstream: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of one op, and what it needs. None means no limit.
-
-    load: imports what the backend needs and returns the callable; called only once the backend is about to be taken.
-    rank: `auto` tries the lowest first.
-    package: top-level module that must be importable; probed, never imported here. fix: what installs it.
-    devices: torch device types. min_sm, max_sm: CUDA compute capability, both inclusive, as (major, minor).
-    max_error: set for a backend that is lossy by design: the relative error to fp32 that it keeps to. Such a backend
-        runs when named, and is never taken by `auto`.
-    """
-
-    op: str
-    name: str
-    load: Callable[[], Callable[..., Tensor]]
-    rank: int
-    package: str | None = None
-    fix: str | None = None
-    devices: frozenset[str] | None = None
-    min_sm: tuple[int, int] | None = None
-    max_sm: tuple[int, int] | None = None
-    dtypes: frozenset[torch.dtype] | None = None
-    head_dims: frozenset[int] | None = None
-    max_error: float | None = None
-
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Every reason why this backend cannot run there, in words, with what would change it; None if it can."""
-        reasons = []
-        if self.package and not _importable(self.package):
-            reasons.append(f"package '{self.package}' is not installed ({self.fix or f'pip install {self.package}'})")
-        if self.devices and device.type not in self.devices:
-            reasons.append(f"needs a {' or '.join(sorted(self.devices))} device, got {device.type}")
-        if self.min_sm or self.max_sm:
-            reasons.extend(_sm_reasons(device, self.min_sm, self.max_sm))
-        if self.dtypes and dtype not in self.dtypes:
-            reasons.append(f"needs dtype {_listed(sorted(map(_short, self.dtypes)))}, got {_short(dtype)}")
-        if self.head_dims and head_dim not in self.head_dims:
-            reasons.append(f"needs head_dim {_listed(map(str, sorted(self.head_dims)))}, got {head_dim}")
-        return "; ".join(reasons) or None
-
-
-@dataclass(frozen=True)
 class Registry:
-    """The backends of one op. A value: `register` returns a new one."""
+    """The backends of one op. A value: `register` returns a new one.
+
+    workloads: name -> what speed is measured on; without one the ranks decide.
+    elsewhere: names that other projects have for this op -> what to do here, in words.
+    rotary: the contract of `Backend.rotary`.
+    """
 
     op: Op
     backends: tuple[Backend, ...] = ()
+    workloads: Mapping[str, Workload] = field(default_factory=dict, hash=False)
+    elsewhere: Mapping[str, str] = field(default_factory=dict, hash=False)
+    rotary: Op | None = None
 
     def __post_init__(self) -> None:
-        seen = {AUTO}
+        seen = {AUTO, EXACT}
         for backend in self.backends:
             if backend.op != self.op.name:
                 raise ValueError(f"backend '{backend.name}' is for op '{backend.op}', not for '{self.op.name}'")
@@ -119,34 +81,68 @@ class Registry:
         """name -> why it cannot run there (None: it can), best rank first. Runs no kernel."""
         return {backend.name: backend.why_not(device, dtype, head_dim) for backend in self.ranked()}
 
-    def select(self, name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-        """The backend `name`, or for "auto" the best-ranked one that is capable and passes its self-test there.
+    def choices(self) -> tuple[str, ...]:
+        """What `select` takes: "auto", "exact", then the names."""
+        return AUTO, EXACT, *self.names()
 
+    def select(
+        self, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str = "self"
+    ) -> Backend:
+        """The backend `name`, or for "auto" and "exact" the best that is capable and passes its self-test there.
+
+        Best is the fastest on `workload` where the op has it and the device is a GPU, else the one of the lowest rank.
         Raises UnsupportedBackendError if the name is unknown, or if nothing that was asked for can run.
         """
         device = _indexed(device)
-        if name == AUTO:
-            return _best(self, device, dtype, head_dim)
+        if name in (AUTO, EXACT):
+            return self._best(name, device, dtype, head_dim, workload)
         known = {backend.name: backend for backend in self.backends}
         if name not in known:
             raise UnsupportedBackendError(self._unknown(name))
         backend = known[name]
-        if reason := backend.why_not(device, dtype, head_dim) or self_test(self.op, backend, device, dtype, head_dim):
+        if backend.variants and device.type == "cuda" and workload in self.workloads:
+            return self._best(name, device, dtype, head_dim, workload)
+        if reason := backend.why_not(device, dtype, head_dim) or self.fault(backend, device, dtype, head_dim):
             others = [n for n, why in self.refusals(device, dtype, head_dim).items() if why is None and n != name]
             raise UnsupportedBackendError(
                 f"{self.op.name} backend '{name}' cannot run on {_place(device, dtype, head_dim)}: {reason}; "
-                f"use {_listed([AUTO, *others])} instead"
+                f"use {listed([AUTO, *others])} instead"
             )
         return backend
 
+    def _best(self, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str) -> Backend:
+        if device.type == "cuda" and workload in self.workloads:
+            try:
+                return _fastest(self, name, device, dtype, head_dim, workload)
+            except torch.OutOfMemoryError as error:  # full now: not a fact about this machine, so not kept
+                logger.info("%s: speed is not measured, the ranks decide: %s", self.op.name, error)
+        return _first(self, name, device, dtype, head_dim)
+
+    def fault(self, backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why the backend fails its self-test, or that of its own rotary attention, in words; None if it passes."""
+        reason = self_test(self.op, backend, device, dtype, head_dim)
+        if reason is None and backend.rotary and self.rotary:
+            own = replace(backend, op=self.rotary.name, load=backend.rotary, rotary=None)
+            reason = self_test(self.rotary, own, device, dtype, head_dim)
+        return reason
+
+    def candidates(self, name: str) -> list[Backend]:
+        """What a choice is made from, best rank first."""
+        named = {other for backend in self.backends if backend.name == name for other in (name, *backend.variants)}
+        return [
+            backend
+            for backend in self.ranked()
+            if name == AUTO or (name == EXACT and backend.max_error is None) or backend.name in named
+        ]
+
     def ranked(self) -> list[Backend]:
-        """The backends in the order in which "auto" tries them."""
+        """The backends in the order in which "auto" tries them where nothing is measured."""
         return sorted(self.backends, key=lambda backend: (backend.rank, backend.name))
 
     def _unknown(self, name: str) -> str:
-        choices = _listed([AUTO, *self.names()])
-        if name in self.op.upstream:
-            return f"'{name}' is an upstream name that this version does not provide yet; use {choices}"
+        choices = listed(self.choices())
+        if name in self.elsewhere:
+            return f"{self.op.name} backend '{name}': {self.elsewhere[name]}; known: {choices}"
         return f"unknown {self.op.name} backend '{name}'; known: {choices}"
 
 
@@ -168,17 +164,23 @@ def registries() -> Mapping[str, Registry]:
         ops = {op.name: op for op in contract.OPS}
         if astray := [backend for backend in offered if backend.op not in ops]:
             raise ValueError(
-                f"backend '{astray[0].name}' in {folder.name} is for op '{astray[0].op}'; there: {_listed(ops)}"
+                f"backend '{astray[0].name}' in {folder.name} is for op '{astray[0].op}'; there: {listed(ops)}"
             )
         for op in ops.values():
-            found[op.name] = Registry(op, tuple(backend for backend in offered if backend.op == op.name))
+            mine = tuple(backend for backend in offered if backend.op == op.name)
+            more = (getattr(contract, name, {}).get(op.name, usual) for name, usual in _MORE)
+            found[op.name] = Registry(op, mine, *more)
     return found
+
+
+# What a contract may state beside its ops, by the op's name.
+_MORE: tuple[tuple[str, Any], ...] = (("WORKLOADS", {}), ("ELSEWHERE", {}), ("ROTARY", None))
 
 
 def registry(op: str) -> Registry:
     """The registry of one op. Raises UnsupportedBackendError if there is no such op."""
     if op not in registries():
-        raise UnsupportedBackendError(f"unknown op '{op}'; known: {_listed(registries())}")
+        raise UnsupportedBackendError(f"unknown op '{op}'; known: {listed(registries())}")
     return registries()[op]
 
 
@@ -187,73 +189,123 @@ def names(op: str) -> tuple[str, ...]:
     return registry(op).names()
 
 
-def select(op: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def choices(op: str) -> tuple[str, ...]:
+    """What may be asked for: "auto", "exact", then the backend names of an op, best rank first."""
+    return registry(op).choices()
+
+
+def select(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str = "self"
+) -> Backend:
     """See Registry.select."""
-    return registry(op).select(name, device, dtype, head_dim)
+    return registry(op).select(name, device, dtype, head_dim, workload)
 
 
-# Two caches of pure facts about this machine, keyed by everything they depend on. Package versions cannot change under
-# a running process, so they are no part of the key; results are not kept between processes, where they could.
+# Two more caches of facts about this machine, as `self_test`; what `timings` keeps between processes, where versions
+# change, has them in its key.
 @functools.cache
-def self_test(op: Op, backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Run the backend on the op's examples on that very device: None if it computes the op, else why not, in words."""
-    with torch.no_grad():
-        for args in op.examples(device, dtype, head_dim):
-            try:
-                # .cpu() waits for the device: an asynchronous fault is this kernel's, not that of whoever runs next.
-                out = backend.load()(*args).cpu()
-            except torch.OutOfMemoryError:  # says that memory is full now, nothing about the kernel: not to be cached
-                raise
-            except Exception as error:  # a vendor's build may fail with anything, and the next on the list may work
-                return f"its self-test raised {type(error).__name__}: {error}"
-            # On the CPU, so that the truth does not share the faults of the device under test.
-            truth = op.reference(*(a.cpu().double() if isinstance(a, Tensor) else a for a in args))
-            if reason := _why_wrong(backend, out, truth, (op.plain or op.reference)(*args).cpu()):
-                return f"its self-test failed: {reason}"
-    return None
-
-
-@functools.cache
-def _best(registry: Registry, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    op, passed_over = registry.op, []
-    for backend in registry.ranked():
+def _first(registry: Registry, name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The best-ranked of the candidates that is exact, capable and passes its self-test."""
+    op, passed_over = registry.op, {}
+    for backend in registry.candidates(name):
         if backend.max_error is not None:
-            passed_over.append(f"{backend.name}: lossy, runs only when named")
-        elif why := backend.why_not(device, dtype, head_dim) or self_test(op, backend, device, dtype, head_dim):
-            passed_over.append(f"{backend.name}: {why}")
+            passed_over[backend.name] = "lossy, and its speed is not measured here; runs when named"
+        elif why := backend.why_not(device, dtype, head_dim) or registry.fault(backend, device, dtype, head_dim):
+            passed_over[backend.name] = why
         else:
-            skipped = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
-            logger.info("%s: %s on %s%s", op.name, backend.name, _place(device, dtype, head_dim), skipped)
+            aside = _aside(registry, passed_over)
+            logger.info("%s: %s on %s%s", op.name, backend.name, _place(device, dtype, head_dim), aside)
             return backend
-    reasons = "; ".join(passed_over) or "none is registered"
+    reasons = "; ".join(f"{name}: {why}" for name, why in passed_over.items()) or "none is registered"
     raise UnsupportedBackendError(f"no {op.name} backend can run on {_place(device, dtype, head_dim)}: {reasons}")
 
 
-def _why_wrong(backend: Backend, out: Tensor, truth: Tensor, plain: Tensor) -> str | None:
-    if backend.max_error is None:
-        return why_too_far(out, truth, plain)
-    if out.shape != truth.shape or out.dtype != plain.dtype:
-        return f"{out.dtype} {tuple(out.shape)}, expected {plain.dtype} {tuple(truth.shape)}"
-    if not (found := relative_error(out, truth)) <= backend.max_error:
-        return f"relative error {found:.2e} is above the {backend.max_error:.2e} that it declares"
-    return None
+@functools.cache
+def _fastest(
+    registry: Registry, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, workload: str
+) -> Backend:
+    """The fastest of the candidates; what was measured in an earlier process is not measured again."""
+    candidates = {backend.name: backend for backend in registry.candidates(name) if backend.rank < LAST_RESORT}
+    reasons = {each: backend.why_not(device, dtype, head_dim) for each, backend in candidates.items()}
+    able = [backend for each, backend in candidates.items() if reasons[each] is None]
+    refused = {each: why for each, why in reasons.items() if why}
+    facts = timings.facts_of(
+        device,
+        op=registry.op.name,
+        workload=workload,
+        dtype=short(dtype),
+        head_dim=head_dim,
+        candidates={each.name: each.distribution and installed(each.distribution) for each in able},
+        triton=installed("triton"),
+    )
+    found = timings.read(facts)
+    taken = found and _pick(found, able)
+    if not (found and taken) or registry.fault(taken, device, dtype, head_dim):
+        found = _time(registry, able, device, dtype, head_dim, workload)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # it took a GB, once; what is planned next counts free memory
+        taken = _pick(found, able)
+        if found.ms:
+            timings.write(facts, found)
+    if not taken:
+        return _first(registry, name, device, dtype, head_dim)
+    others = [f"{each} {ms:.3g}" for each, ms in sorted(found.ms.items(), key=lambda it: it[1]) if each != taken.name]
+    logger.info(
+        "%s (%s): %s takes %.3g ms on %s%s%s",
+        *(registry.op.name, workload, taken.name, found.ms[taken.name], _place(device, dtype, head_dim)),
+        f"; {', '.join(others)}" if others else "",
+        _aside(registry, {**refused, **found.passed_over}),
+    )
+    return taken
 
 
-def _importable(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
+def _time(
+    registry: Registry, able: Sequence[Backend], device: torch.device, dtype: torch.dtype, head_dim: int, workload: str
+) -> Timings:
+    """Time those of the backends that pass their self-test, and that are right at this size too."""
+    op, load, backends = registry.op, registry.workloads[workload], {backend.name: backend for backend in able}
+    verdicts = {each.name: registry.fault(each, device, dtype, head_dim) for each in able}
+    failed = {name: why for name, why in verdicts.items() if why}
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
+        arguments = load.arguments(device, dtype, head_dim)
+        first, *others = load.inner(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
+        truth = op.reference(load.rows(first), *others)
+        first, *others = load.inner(*arguments)
+        plain = (op.plain or op.reference)(load.rows(first), *others)
+
+        def why_far(name: str, out: Tensor) -> str | None:
+            part, backend = load.rows(out), backends[name]
+            if reason := why_otherwise(part, plain) or why_wrong(backend, (part,), (truth,), (plain,)):
+                return f"at {tuple(out.shape)}: {reason}"
+            if backend.max_error is not None and (found := cosine(part, truth)) < CLOSE_ENOUGH:
+                return f"lossy, cosine {found:.5f} to fp32 is below {CLOSE_ENOUGH}; runs when named"
+            return None
+
+        functions = {
+            name: load.function(backend, device, dtype, head_dim)
+            for name, backend in backends.items()
+            if name not in failed
+        }
+        timed = timings.measure(functions, arguments, why_far)
+    return Timings(timed.ms, {**failed, **timed.passed_over})
 
 
-def _sm_reasons(device: torch.device, low: tuple[int, int] | None, high: tuple[int, int] | None) -> list[str]:
-    wanted = " to ".join(dict.fromkeys(f"sm_{major}{minor}" for major, minor in filter(None, (low, high))))
-    wanted += " or newer" if high is None else "" if low else " or older"
-    if device.type != "cuda" or torch.version.hip:
-        return [f"needs an NVIDIA GPU ({wanted}), got {'ROCm' if torch.version.hip else device.type}"]
-    sm = torch.cuda.get_device_capability(device)
-    if (low and sm < low) or (high and sm > high):
-        return [f"needs {wanted}, this GPU is sm_{sm[0]}{sm[1]}"]
-    return []
+def _pick(found: Timings, able: Sequence[Backend]) -> Backend | None:
+    """The fastest exact one, or a lossy one that is faster by enough."""
+    ordered = sorted((each for each in able if each.name in found.ms), key=lambda each: found.ms[each.name])
+    exact = next((each for each in ordered if each.max_error is None), None)
+    lossy = next((each for each in ordered if each.max_error is not None), None)
+    if exact and lossy:
+        return lossy if found.ms[lossy.name] <= (1 - WORTHWHILE) * found.ms[exact.name] else exact
+    return exact or lossy
+
+
+def _aside(registry: Registry, passed_over: Mapping[str, str]) -> str:
+    """Why not the others, for a line of log, where a package that is not there needs no more words than that."""
+    absent = [backend.name for backend in registry.backends if backend.absent and backend.name in passed_over]
+    told = "; ".join(f"{name}: {why}" for name, why in passed_over.items() if name not in absent)
+    parts = [f"passed over: {told}"] * bool(told) + [f"not installed: {', '.join(absent)}"] * bool(absent)
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -269,13 +321,4 @@ def _indexed(device: torch.device) -> torch.device:
 
 def _place(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"{device}{gpu}, {_short(dtype)}, head_dim {head_dim}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(items: Any) -> str:
-    *first, last = items
-    return f"{', '.join(first)} or {last}" if first else last
+    return f"{device}{gpu}, {short(dtype)}, head_dim {head_dim}"

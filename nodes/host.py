@@ -11,6 +11,7 @@ from typing import Any
 import comfy.latent_formats
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy.text_encoders
 import comfy.utils
 import folder_paths
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.checkpoint.folder import BLOCK, INDEX, NON_BLOCK, SHARD, indexed_files
-from lightx2v.latents import WAN22, LatentFormat
+from lightx2v.latents import HUNYUAN15, WAN22, LatentFormat
 from lightx2v.preview import Colours, LoopingPicture, latent_to_rgb, tiny_to_rgb
 from lightx2v.sampling import Step
 from lightx2v.vae import tae
@@ -155,6 +156,11 @@ def demo_file(name: str) -> Path:
     if not path.is_relative_to(DEMO) or not path.is_file():
         raise FileNotFoundError(f"{DEMO_PREFIX}{name}: this pack carries no such model; pick one from the list")
     return path
+
+
+def qwen_vocabulary() -> Path:
+    """The folder of Qwen2.5's tokenizer, which ComfyUI carries for its own text encoders."""
+    return Path(next(iter(comfy.text_encoders.__path__))) / "qwen25_tokenizer"
 
 
 def fingerprint(category: str, name: str) -> tuple[str, int, int]:
@@ -296,8 +302,9 @@ def show_text(text: str, node_id: str | None) -> None:
 
 
 def colours(space: LatentFormat) -> Colours:
-    """How latents of Wan's own VAEs look, as the host's previews have it."""
-    known = comfy.latent_formats.Wan22() if space == WAN22 else comfy.latent_formats.Wan21()
+    """How latents of the models' own VAEs look, as the host's previews have it."""
+    formats = {WAN22: comfy.latent_formats.Wan22, HUNYUAN15: comfy.latent_formats.HunyuanVideo15}
+    known = formats.get(space, comfy.latent_formats.Wan21)()
     return Colours(known.latent_rgb_factors, known.latent_rgb_factors_bias)
 
 

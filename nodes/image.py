@@ -12,26 +12,28 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from lightx2v.checkpoint import read_header
-from lightx2v.latents import WAN21, WAN22, LatentFormat
-from lightx2v.models.wan.conditioning import Encode, image_condition, image_latent, whole_clips
+from lightx2v.checkpoint import CheckpointError, read_header
+from lightx2v.frames import Encode, whole_clips
+from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
+from lightx2v.models.hunyuan_video_15 import conditioning as hunyuan
+from lightx2v.models.wan.conditioning import image_condition, image_latent
 from lightx2v.shapes import VideoShape, snap, to_latent
 from lightx2v.vae.loading import FullVAE
 from lightx2v.vae.padded import encode_padded
-from lightx2v.vision import clip, layout
+from lightx2v.vision import clip, layout, siglip
 
 from . import host
+from .condition import PATCH, PATCHES
 from .vae import EngineVAE
 
 ImageEncoder = io.Custom("LIGHTX2V_IMAGE_ENCODER")
-SPACES: dict[int, LatentFormat] = {space.channels: space for space in (WAN21, WAN22)}
-PATCH = (1, 2, 2)  # of every model that these nodes are for
+SPACES: dict[int, LatentFormat] = {space.channels: space for space in (WAN21, WAN22, HUNYUAN15)}
 Conditioning = list[tuple[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class LoadedImageEncoder:
-    encoder: clip.ImageEncoder
+    encoder: clip.ImageEncoder | siglip.ImageEncoder
     handle: host.EngineHandle
 
 
@@ -43,13 +45,15 @@ class LightX2VLoadImageEncoder(io.ComfyNode):
             display_name="Load Image Encoder (LightX2V)",
             category="LightX2V/loaders",
             description="Loads CLIP ViT-H/14, the image encoder of Wan2.1's image-to-video models, in Wan's own, "
-            "ComfyUI's, transformers' or LightX2V's 8-bit layout. Wan2.2 needs none.",
+            "ComfyUI's, transformers' or LightX2V's 8-bit layout, or SigLIP, that of HunyuanVideo-1.5. Wan2.2 needs "
+            "none.",
             inputs=[
                 io.Combo.Input(
                     "image_encoder",
                     options=host.files("clip_vision", _is_image_encoder),
                     tooltip="CLIP ViT-H/14 files of models/clip_vision, e.g. clip_vision_h.safetensors (1.3 GB) or "
-                    "Wan's models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (4.8 GB, of which 2.5 GB are read).",
+                    "Wan's models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth (4.8 GB, of which 2.5 GB are read). "
+                    "HunyuanVideo-1.5: sigclip_vision_patch14_384.safetensors (0.9 GB).",
                 ),
             ],
             outputs=[ImageEncoder.Output("encoder", display_name="image encoder")],
@@ -62,7 +66,8 @@ class LightX2VLoadImageEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, image_encoder: str) -> io.NodeOutput:
         device, resting = mm.text_encoder_device(), mm.text_encoder_offload_device()
-        encoder = clip.load(host.locate("clip_vision", image_encoder), device=resting)
+        path = host.locate("clip_vision", image_encoder)
+        encoder = siglip.load(path, device=resting) if _is_siglip(path) else clip.load(path, device=resting)
         handle = host.EngineHandle(host.Housed(encoder.model), device, resting)
         return io.NodeOutput(LoadedImageEncoder(encoder, handle))
 
@@ -74,19 +79,20 @@ class LightX2VImageEncode(io.ComfyNode):
             node_id="LightX2VImageEncode",
             display_name="Image Encode (LightX2V)",
             category="LightX2V/conditioning",
-            description="Shows a picture to the image encoder. The result also fits ComfyUI's own Wan nodes, and this "
-            "pack's take that of CLIP Vision Encode.",
+            description="Shows a picture to the image encoder. The result also fits ComfyUI's own Wan and "
+            "HunyuanVideo-1.5 nodes, and this pack's take that of CLIP Vision Encode.",
             inputs=[
                 ImageEncoder.Input("encoder", tooltip="From Load Image Encoder (LightX2V)."),
                 io.Image.Input(
-                    "image", tooltip="The first or last frame, of any size; the encoder sees 224 x 224 of it."
+                    "image",
+                    tooltip="The first or last frame, of any size; CLIP sees 224 x 224 of it, SigLIP 384 x 384.",
                 ),
                 io.Combo.Input(
                     "crop",
                     options=list(clip.CROPS),
                     default="none",
-                    tooltip="none: the whole picture, squeezed to 224 x 224 pixels, as Wan does. center: the middle "
-                    "square; of 832 x 480 it leaves out 42 %.",
+                    tooltip="none: the whole picture, squeezed to a square of 224 pixels, as Wan does, or 384, as "
+                    "HunyuanVideo-1.5 does. center: the middle square; of 832 x 480 it leaves out 42 %.",
                 ),
                 host.advanced(
                     io.Combo.Input(
@@ -95,7 +101,7 @@ class LightX2VImageEncode(io.ComfyNode):
                         default="wan",
                         optional=True,
                         tooltip="wan: bicubic without a filter, as Wan's own program. comfyui: filtered and rounded to "
-                        "8 bits, for the numbers of CLIP Vision Encode.",
+                        "8 bits, for the numbers of CLIP Vision Encode; SigLIP is always shown pictures so.",
                     )
                 ),
             ],
@@ -104,8 +110,13 @@ class LightX2VImageEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder: LoadedImageEncoder, image: Tensor, crop: str, resize: str = "wan") -> io.NodeOutput:
-        host.on_gpu(encoder.handle, clip.activation_bytes(encoder.encoder.size, len(image)))
-        found = encoder.encoder.features(image, crop=crop, resize=resize, on_block=host.progress())
+        eyes = encoder.encoder
+        if isinstance(eyes, siglip.ImageEncoder):
+            host.on_gpu(encoder.handle, siglip.activation_bytes(eyes.size, len(image)))
+            found = eyes.features(image, crop=crop, on_block=host.progress())
+        else:
+            host.on_gpu(encoder.handle, clip.activation_bytes(eyes.size, len(image)))
+            found = eyes.features(image, crop=crop, resize=resize, on_block=host.progress())
         return io.NodeOutput(
             _native_features(
                 last_hidden_state=found.last,
@@ -123,8 +134,8 @@ class LightX2VImageToVideo(io.ComfyNode):
             node_id="LightX2VImageToVideo",
             display_name="Image To Video (LightX2V)",
             category="LightX2V/conditioning",
-            description="Gives a video its first frame, its last frame or both. Writes what ComfyUI's own Wan nodes "
-            "write, so that either side's samplers take it.",
+            description="Gives a video its first frame, its last frame or both. Writes what ComfyUI's own Wan and "
+            "HunyuanVideo-1.5 nodes write, so that either side's samplers take it.",
             inputs=[*cls._main_inputs(), *cls._images()],
             outputs=[
                 io.Conditioning.Output("positive_out", display_name="positive"),
@@ -142,7 +153,8 @@ class LightX2VImageToVideo(io.ComfyNode):
             io.Vae.Input(
                 "vae",
                 tooltip="The model's own: the Wan2.1 VAE (16 channels) for Wan2.1 and Wan2.2 A14B, the Wan2.2 VAE (48 "
-                "channels) for TI2V-5B. Which of the two tells how the pictures are given.",
+                "channels) for TI2V-5B, the HunyuanVideo-1.5 VAE (32 channels). Which of them tells how pictures are "
+                "given.",
             ),
             io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip=side),
             io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip=side),
@@ -152,7 +164,8 @@ class LightX2VImageToVideo(io.ComfyNode):
                 min=1,
                 max=4097,
                 step=4,
-                tooltip="Frames, 4n + 1: 81 frames are 5 seconds at Wan's 16 frames per second.",
+                tooltip="Frames, 4n + 1: 81 frames are 5 seconds at Wan's 16 frames per second, 121 at "
+                "HunyuanVideo-1.5's 24.",
             ),
             io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once, usually 1."),
         ]
@@ -164,13 +177,14 @@ class LightX2VImageToVideo(io.ComfyNode):
             io.Image.Input(
                 "end_image",
                 optional=True,
-                tooltip="The last frame; several are the last frames. For FLF2V and Wan2.2 I2V-A14B; not for TI2V-5B.",
+                tooltip="The last frame; several are the last frames. For FLF2V and Wan2.2 I2V-A14B; not for TI2V-5B "
+                "and HunyuanVideo-1.5.",
             ),
             io.ClipVisionOutput.Input(
                 "clip_vision_start_image",
                 optional=True,
                 tooltip="Of the start image, 257 tokens, from Image Encode (LightX2V) or CLIP Vision Encode. Wan2.1 "
-                "reads it, Wan2.2 does not.",
+                "reads it, Wan2.2 does not. HunyuanVideo-1.5 reads 729 of SigLIP.",
             ),
             io.ClipVisionOutput.Input(
                 "clip_vision_end_image",
@@ -192,7 +206,7 @@ class LightX2VImageToVideo(io.ComfyNode):
         **images: Any,
     ) -> io.NodeOutput:
         space = _space(vae)
-        video, note = snap(VideoShape(length, height, width), space, PATCH)
+        video, note = snap(VideoShape(length, height, width), space, PATCHES.get(space, PATCH))
         if note:
             host.log.warning(note)
         start, end = images.get("start_image"), images.get("end_image")
@@ -208,7 +222,8 @@ def _space(vae: comfy.sd.VAE) -> LatentFormat:
     if vae.latent_channels not in SPACES:
         raise ValueError(
             f"this VAE has {vae.latent_channels} latent channels; Wan's have 16 (wan_2.1_vae.safetensors) or 48 "
-            "(wan2.2_vae.safetensors, for TI2V-5B): connect one of these"
+            "(wan2.2_vae.safetensors, for TI2V-5B), HunyuanVideo-1.5's 32 (hunyuanvideo15_vae_fp16.safetensors): "
+            "connect one of these"
         )
     return SPACES[vae.latent_channels]
 
@@ -227,7 +242,8 @@ def _given(
     latent = {"samples": torch.zeros(batch, space.channels, *to_latent(video, space.stride), device=device)}
     if start is None and end is None:
         return latent, {}
-    found = image_condition(_encode(vae), video, space, start=start, end=end)
+    condition = hunyuan.image_condition if space is HUNYUAN15 else image_condition
+    found = condition(_encode(vae), video, space, start=start, end=end)
     return latent, {
         "concat_latent_image": found.latents.to(device),
         "concat_mask": found.concat_mask.to(device),
@@ -269,6 +285,15 @@ def _native_features(**parts: Tensor | None) -> comfy.clip_vision.Output:
     return features
 
 
+def _is_siglip(path: Path) -> bool:
+    try:
+        siglip.open_encoder(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _is_image_encoder(path: Path) -> bool:
-    layout.sizes(read_header(path))
+    if not _is_siglip(path):
+        layout.sizes(read_header(path))
     return True

@@ -1,6 +1,7 @@
 """Loaders. Each picker lists only the files that fit it, told from their headers."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,24 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor, nn
 
-from lightx2v.config import DTYPES, Engine
+from lightx2v.checkpoint import CheckpointError
+from lightx2v.config import DTYPES, QUANTS, Engine
 from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import build_transformer, compute_dtype, fill, with_attention
 from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
 from lightx2v.memory import transformer_activation_bytes
+from lightx2v.models import TextEncoder
 from lightx2v.offload import Home, Placing, Plan
 from lightx2v.offload.disk import left_in_file
-from lightx2v.text import umt5
+from lightx2v.text import byt5, hunyuan15, qwen, umt5
+from lightx2v.text.chat import is_tokenizer
 
 from . import host
 from .lora import LoraStack
 
-MODELS = "diffusion_models"
+MODELS, TEXT_ENCODERS = "diffusion_models", "text_encoders"
+UMT5, QWEN, BYT5 = "umT5", "Qwen2.5-VL", "byT5"
 NONE = "none"
 EXPERTS = tuple((f"{role}_original_ckpt", f"{role}_quantized_ckpt") for role in ("high_noise", "low_noise"))
 
@@ -51,7 +56,7 @@ class LoadedTransformer(host.EngineHandle):
             return
         network, how = self.model.network, "branch" if filed else "auto"  # what is read again cannot be changed
         left, self._filed = left_in_file(network, filed), filed
-        fill(network, self.info, device or self.load_device, only=lambda name: name not in left)
+        fill(network, self.info, device or self.load_device, self.load_device, only=lambda name: name not in left)
         self.applied = apply_loras(network, self.info, self.loras, how, device=self.load_device)
 
     def _forget(self) -> None:
@@ -101,7 +106,7 @@ class LoadedTransformer(host.EngineHandle):
         if attention != self.engine.attention:
             if self._home is not None:
                 host.back_to_ram(self)
-            self.engine = Engine(attention=attention, dtype=self.engine.dtype)
+            self.engine = replace(self.engine, attention=attention)
             self.model.network = with_attention(self.model.network, self.info, self.engine, self.load_device)
             self._home = None if self._home is None else Home(self.model.network)
         return self.model.network
@@ -137,8 +142,8 @@ class LightX2VLoadModel(io.ComfyNode):
                     options=[*original, NONE],
                     optional=True,
                     tooltip="Models in bf16, fp16 or fp32 of models/diffusion_models (and extra_model_paths) that this "
-                    "pack can run: Wan2.1 T2V 14B is 28.6 GB in bf16. A sharded model is listed once. none: use "
-                    "quantized_ckpt.",
+                    "pack can run: Wan2.1 T2V 14B is 28.6 GB in bf16, HunyuanVideo-1.5 16.7 GB. A sharded "
+                    "model is listed once. none: use quantized_ckpt.",
                 ),
                 _dtype_input(),
                 io.Combo.Input(
@@ -146,10 +151,11 @@ class LightX2VLoadModel(io.ComfyNode):
                     options=[NONE, *quantised],
                     default=NONE,
                     optional=True,
-                    tooltip="The same models in fp8, int8 or GGUF (Wan 14B: 14.5 GB in fp8), restored to the compute "
-                    "type while loading. Set original_ckpt to none to use it.",
+                    tooltip="The same models in fp8, int8 or GGUF (Wan 14B: 14.5 GB in fp8); what becomes of the "
+                    "weights, quant says. Set original_ckpt to none to use it.",
                 ),
                 _lora_input("LoRAs for this model"),
+                _quant_input(),
             ],
             outputs=[host.Model.Output("model", display_name="model")],
         )
@@ -165,9 +171,10 @@ class LightX2VLoadModel(io.ComfyNode):
         dtype: str = "auto",
         quantized_ckpt: str = NONE,
         lora: tuple[Lora, ...] = (),
+        quant: str = "auto",
     ) -> io.NodeOutput:
         info = identify(_chosen("original_ckpt", original_ckpt, "quantized_ckpt", quantized_ckpt))
-        return io.NodeOutput(_loaded(info, Engine(dtype=dtype), for_expert(lora, info.expert_hint)))
+        return io.NodeOutput(_loaded(info, Engine(dtype=dtype, quant=quant), for_expert(lora, info.expert_hint)))
 
 
 class LightX2VLoadModelMoE(io.ComfyNode):
@@ -185,6 +192,7 @@ class LightX2VLoadModelMoE(io.ComfyNode):
                 *cls._pickers("low_noise", "detail, the remaining steps", original, quantised),
                 _dtype_input(),
                 _lora_input("LoRAs for the experts, each as its own 'expert' says"),
+                _quant_input(),
             ],
             outputs=[host.Model.Output("model", display_name="model")],
         )
@@ -204,7 +212,7 @@ class LightX2VLoadModelMoE(io.ComfyNode):
                 options=[NONE, *quantised],
                 default=NONE,
                 optional=True,
-                tooltip=f"The expert for {makes}, in fp8, int8 or GGUF (14.5 GB in fp8), restored while loading.",
+                tooltip=f"The expert for {makes}, in fp8, int8 or GGUF (14.5 GB in fp8); see quant.",
             ),
         ]
 
@@ -213,13 +221,15 @@ class LightX2VLoadModelMoE(io.ComfyNode):
         return _fingerprint(*(inputs.get(name, NONE) for role in EXPERTS for name in role))
 
     @classmethod
-    def execute(cls, dtype: str = "auto", lora: tuple[Lora, ...] = (), **picked: str) -> io.NodeOutput:
+    def execute(
+        cls, dtype: str = "auto", lora: tuple[Lora, ...] = (), quant: str = "auto", **picked: str
+    ) -> io.NodeOutput:
         first, second = (
             identify(_chosen(original, picked.get(original, NONE), quantised, picked.get(quantised, NONE)))
             for original, quantised in EXPERTS
         )
         require_pair(first, second)
-        engine = Engine(dtype=dtype)
+        engine = Engine(dtype=dtype, quant=quant)
         high, low = for_expert(lora, "high"), for_expert(lora, "low")
         experts = LoadedExperts(_loaded(first, engine, high), _loaded(second, engine, low))
         experts.low.placing = experts.high.placing  # they share the GPU's memory where they pass through it
@@ -237,12 +247,24 @@ def _dtype_input() -> io.Input:
     )
 
 
+def _quant_input() -> io.Input:
+    return io.Combo.Input(
+        "quant",
+        options=list(QUANTS),
+        default="auto",
+        optional=True,
+        tooltip="In what the transformer's layers multiply. auto: as the file is; fp8, int8 and GGUF stay packed on a "
+        "GPU that can (Wan 14B: 14.5 instead of 28.6 GB). fp8, int8: a bf16 file is quantised while loading: half the "
+        "memory, and 1.7 times as fast on an H100. none: everything is restored.",
+    )
+
+
 def _lora_input(what: str) -> io.Input:
     return LoraStack.Input(
         "lora",
         optional=True,
         tooltip=f"{what}, from LoRA (LightX2V), any number of them (0.6 GB each at rank 64 for 14B in bf16). They are "
-        "added to the weights while loading and cost nothing per step.",
+        "added to the weights while loading and cost nothing per step; beside packed weights they are computed.",
     )
 
 
@@ -278,38 +300,58 @@ def _loaded(info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...]) -> Lo
 
 @dataclass(frozen=True)
 class LoadedTextEncoder:
-    encoder: umt5.UMT5
+    encoder: TextEncoder
     handle: host.EngineHandle
 
 
 class LightX2VLoadTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        kinds = host.asked(TEXT_ENCODERS, _text_kind)
         return host.schema(
             node_id="LightX2VLoadTextEncoder",
             display_name="Load Text Encoder (LightX2V)",
             category="LightX2V/loaders",
-            description="Loads umT5-xxl, the text encoder of Wan, in any published layout, plain or quantised.",
+            description="Loads umT5-xxl, the text encoder of Wan, or Qwen2.5-VL with byT5, those of HunyuanVideo-1.5, "
+            "in any published layout, plain or quantised.",
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
-                    options=host.files("text_encoders", _is_text_encoder),
-                    tooltip="umT5 files of models/text_encoders: umt5_xxl_fp16.safetensors (11.4 GB), or fp8, int8 and "
-                    "GGUF (6.7 GB in fp8). Without a tokenizer inside the file, Wan's google/umt5-xxl folder must lie "
-                    "next to it.",
+                    options=[name for name, kind in kinds.items() if kind != BYT5],
+                    tooltip="Files of models/text_encoders. Wan: umt5_xxl_fp16.safetensors (11.4 GB), or fp8, int8 and "
+                    "GGUF (6.7 GB in fp8). HunyuanVideo-1.5: qwen_2.5_vl_7b.safetensors (16.6 GB, of which 13.2 GB are "
+                    "read), or fp8. Without a tokenizer inside the file, Wan's google/umt5-xxl folder must lie next to "
+                    "it; Qwen's comes with ComfyUI.",
+                ),
+                io.Combo.Input(
+                    "text_encoder_2",
+                    options=[NONE, *(name for name, kind in kinds.items() if kind == BYT5)],
+                    default=NONE,
+                    optional=True,
+                    tooltip="HunyuanVideo-1.5 alone: byt5_small_glyphxl_fp16.safetensors (0.4 GB), which spells out "
+                    "text in quotation marks. none: prompts must quote nothing.",
                 ),
             ],
             outputs=[host.TextEncoder.Output("encoder", display_name="text encoder")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, text_encoder: str, **_: Any) -> tuple[str, int, int]:
-        return host.fingerprint("text_encoders", text_encoder)
+    def fingerprint_inputs(cls, text_encoder: str, text_encoder_2: str = NONE, **_: Any) -> tuple:
+        return tuple(host.fingerprint(TEXT_ENCODERS, name) for name in (text_encoder, text_encoder_2) if name != NONE)
 
     @classmethod
-    def execute(cls, text_encoder: str) -> io.NodeOutput:
+    def execute(cls, text_encoder: str, text_encoder_2: str = NONE) -> io.NodeOutput:
         device, resting = mm.text_encoder_device(), mm.text_encoder_offload_device()
-        encoder = umt5.load(host.locate("text_encoders", text_encoder), tokenizer=None, dtype=None, device=resting)
+        path = host.locate(TEXT_ENCODERS, text_encoder)
+        second = None if text_encoder_2 == NONE else host.locate(TEXT_ENCODERS, text_encoder_2)
+        encoder: TextEncoder
+        if _text_kind(path) == UMT5:
+            if second is not None:
+                raise ValueError(f"{text_encoder} is umT5, which has no second encoder; set text_encoder_2 to {NONE}")
+            encoder = umt5.load(path, tokenizer=None, dtype=None, device=resting)
+        else:
+            own = is_tokenizer(path if path.is_dir() else path.parent / "tokenizer")
+            encoder = hunyuan15.load(path, second, tokenizer=None if own else host.qwen_vocabulary(), device=resting)
         return io.NodeOutput(LoadedTextEncoder(encoder, host.EngineHandle(host.Housed(encoder.model), device, resting)))
 
 
@@ -319,6 +361,12 @@ def _traits(path: Path) -> tuple[bool, bool]:
     return info.quantised, info.spec.boundary is not None
 
 
-def _is_text_encoder(path: Path) -> bool:
+def _text_kind(path: Path) -> str:
+    """Which text encoder a file is; raises CheckpointError for what is none."""
+    openers = {QWEN: qwen.open_encoder, BYT5: byt5.open_encoder}
+    for kind, open_encoder in openers.items():
+        with suppress(CheckpointError):
+            open_encoder(path)
+            return kind
     umt5.open_encoder(path)
-    return True
+    return UMT5

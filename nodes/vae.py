@@ -26,15 +26,16 @@ class LightX2VLoadVAE(io.ComfyNode):
             display_name="Load VAE (LightX2V)",
             category="LightX2V/loaders",
             description="Loads the VAE of Wan2.1 and Wan2.2 A14B, full (127 M parameters) or LightVAE (8 M), that of "
-            "TI2V-5B (705 M), or a tiny autoencoder (11 M). Fits ComfyUI's own nodes.",
+            "TI2V-5B (705 M) or HunyuanVideo-1.5 (1261 M), or a tiny autoencoder (11 M). Fits ComfyUI's own nodes.",
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=_vae_files(),
                     tooltip="Files of models/vae: wan_2.1_vae.safetensors (254 MB) for Wan2.1 and Wan2.2 A14B, "
-                    "wan2.2_vae.safetensors (1.4 GB) for TI2V-5B. Tiny autoencoders of models/vae_approx (23 MB) are "
-                    "fast and less exact: taew2_1 or lighttaew2_1 for the first two, taew2_2 or lighttaew2_2 for the "
-                    "third.",
+                    "wan2.2_vae.safetensors (1.4 GB) for TI2V-5B, hunyuanvideo15_vae_fp16.safetensors (2.5 GB) for "
+                    "HunyuanVideo-1.5. Tiny autoencoders of models/vae_approx (23 MB) are fast and less exact: taew2_1 "
+                    "or lighttaew2_1 for the first two, taew2_2 or lighttaew2_2 for the third, taehv1_5 or "
+                    "lighttaehy1_5 for the fourth.",
                 ),
             ],
             outputs=[io.Vae.Output("vae", display_name="VAE")],

@@ -76,10 +76,19 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     return x * (norm.gamma.shape[0] ** 0.5 / length).to(x.dtype) * norm.gamma.to(x.dtype)
 
 
-def _convolve(conv: CausalConv3d, form: ConvForm, x: Tensor, state: State | None = None) -> Tensor:
+def _convolve(
+    conv: CausalConv3d,
+    form: ConvForm,
+    x: Tensor,
+    state: State | None = None,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     if state is not None:
         raise ValueError("the training forms take whole clips; load a fresh WanVAE to stream")
-    return form(conv, x)
+    y = form(conv, x if norm is None else F.silu(norm(x)))
+    return y if residual is None else residual + y
 
 
 def make_lean(vae: WanVAE, forms: Mapping[int, str]) -> None:

@@ -20,10 +20,7 @@ from demo.tokenizer import EOS, PAD
 from lightx2v.models.wan.spec import HEAD_DIM, WanConfig, keep_float32
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.text.umt5 import TEXT_TOKENS
-from lightx2v_kernels import Kernels
-from lightx2v_kernels.modulate.reference import gated_residual, modulate
-from lightx2v_kernels.norm.reference import layer_norm, rms_norm
-from lightx2v_kernels.rope.reference import rope
+from lightx2v_kernels import Kernels, references
 
 TEXT_DIM = 4096
 CONFIG = WanConfig(
@@ -82,14 +79,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def training_kernels() -> Kernels:
     """The engine's plain PyTorch ops, which torch.compile fuses, with `padded_attention`."""
-    return Kernels(
-        attention=padded_attention,
-        rms_norm=rms_norm,
-        layer_norm=layer_norm,
-        modulate=modulate,
-        gated_residual=gated_residual,
-        rope=rope,
-    )
+    return references(attention=padded_attention, cross_attention=padded_attention)
 
 
 def new_encoder(vocabulary: int, device: torch.device, generator: torch.Generator) -> UMT5EncoderModel:

@@ -23,6 +23,7 @@ from lightx2v.offload.lane import link_rate
 from lightx2v.offload.plan import GB, RAM_RESERVE, DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
 from lightx2v.offload.shortage import Advice
 from lightx2v.offload.stream import BlockStream
+from lightx2v.quant.packing import filling
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -154,7 +155,8 @@ class Placing:
                 network.to(self.device)
             yield [_giver(network) for network in networks], _as_it_is
             return
-        stream = self._streaming(networks, applied, plan.pinned, [info.header for info in infos])
+        headers = [filling(each, info.header, CPU) for each, info in zip(networks, infos, strict=False)]
+        stream = self._streaming(networks, applied, plan.pinned, headers)
         names = ("",) if len(networks) == 1 else ("high", "low")
         with stream.open(plan.resident, plan.prefetch):
             yield [_bringer(stream, name) for name in names], stream.around

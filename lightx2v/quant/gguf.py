@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightx2v.checkpoint import Packed, TensorInfo
-from lightx2v.quant.ggml import restore
+from lightx2v_kernels.ggml import restore
 
 
 def recognise(weight: TensorInfo, scale: TensorInfo | None) -> Packed | None:

@@ -1,7 +1,10 @@
 """How the encoder's weights rest between two calls, and how they become float32 while a block runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +28,13 @@ class Widened(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of its blocks beside running them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
 
     def forward(self, *args: object, **kwargs: object) -> object:
         scales = dict(self.block.named_buffers())
@@ -59,3 +69,18 @@ def stay_packed(model: nn.Module, header: Header, rename: Rename) -> tuple[Heade
 
 def _room(info: TensorInfo) -> torch.Tensor:
     return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+
+def before_blocks(blocks: Iterable[nn.Module], on_block: Callable[[int, int], None] | None, hooks: ExitStack) -> None:
+    """Call on_block with (index, number of blocks) before each block runs, until `hooks` is closed."""
+
+    if on_block is None:
+        return
+    listed = list(blocks)
+    for index, block in enumerate(listed):
+        call = partial(_called, on_block, index, len(listed))
+        hooks.callback(block.register_forward_pre_hook(call).remove)
+
+
+def _called(on_block: Callable[[int, int], None], index: int, total: int, block: nn.Module, args: object) -> None:
+    on_block(index, total)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
+from lightx2v.guidance import Conditioning
 from lightx2v.layout import plain_dtype
 from lightx2v.library import from_transformers
 from lightx2v.quant import find_packed
 from lightx2v.text.layout import Sizes, renames, sizes
-from lightx2v.text.resting import Widened, stay_packed
+from lightx2v.text.resting import Widened, before_blocks, stay_packed
 from lightx2v.text.tokenizer import Tokenizer, clean, find_tokenizer
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class UMT5:
         context[:, : len(ids)] = hidden
         return context
 
+    def condition(self, prompt: str, *, on_block: OnBlock | None = None) -> Conditioning:
+        """The same as what a Wan is told."""
+        return Conditioning(self.encode(prompt, on_block=on_block))
+
     def _run(self, ids: list[int], on_block: OnBlock | None) -> Tensor:
         """Token ids (n) -> hidden states (1, n, hidden_size).
 
@@ -82,18 +87,8 @@ class UMT5:
         blocks = self.model.encoder.block
         tokens = torch.tensor([ids], device=self.model.shared.weight.device)
         with ExitStack() as hooks:
-            if on_block is not None:
-                for index, block in enumerate(blocks):
-                    hook = _before(on_block, index, len(blocks))
-                    hooks.callback(block.register_forward_pre_hook(hook).remove)
+            before_blocks(blocks, on_block, hooks)
             return self.model(inputs_embeds=self.model.shared(tokens).float()).last_hidden_state
-
-
-def _before(on_block: OnBlock, index: int, total: int) -> Callable[[nn.Module, object], None]:
-    def hook(block: nn.Module, args: object) -> None:
-        on_block(index, total)
-
-    return hook
 
 
 def open_encoder(path: Path) -> tuple[Header, Sizes]:
@@ -120,7 +115,7 @@ def load(
     header, found = open_encoder(path)
     rename = renames(header)
     words = find_tokenizer(header, tokenizer, found.vocab_size)
-    model = _empty(found)
+    model = empty_network(found)
     if dtype is None:
         header, rename = stay_packed(model, header, rename)
     restored = {rename(name) for name, info in header.tensors.items() if info.packed}
@@ -137,7 +132,7 @@ def load(
     return UMT5(header.path, model.eval().requires_grad_(False), words)
 
 
-def _empty(found: Sizes) -> "UMT5EncoderModel":
+def empty_network(found: Sizes) -> "UMT5EncoderModel":
     """The network on the meta device, without the second name of its tied embedding."""
     make_config, make_network = from_transformers("UMT5Config", "UMT5EncoderModel")
     config = make_config(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightx2v.checkpoint import CheckpointError, Header, read_header
 from lightx2v.kinds import in_words
 from lightx2v.latents import HUNYUAN15
+from lightx2v.vae.fused import convolve_causally, frame_kernels
 from lightx2v.vae.layers import RMSNorm, State, convolve
 from lightx2v.vae.layouts import PREFIXES
 from lightx2v.vae.stream import fill
@@ -53,12 +54,23 @@ class EdgeConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 3)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, norm: RMSNorm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """residual + conv(x); with a norm, of silu(norm(x))."""
         past = None if state is None else state.get(self)
-        x = torch.cat([x[:, :, :1]] * LOOKS_BACK + [x], 2) if past is None else torch.cat([past, x], 2)
+        if (kernels := frame_kernels(x, self.conv.weight)) is not None:
+            gamma = None if norm is None else norm.gamma
+            y, last = convolve_causally(kernels, self.conv, x, past, gamma=gamma, residual=residual, replicate=True)
+        else:
+            x = x if norm is None else F.silu(norm(x))
+            x = torch.cat([x[:, :, :1]] * LOOKS_BACK + [x], 2) if past is None else torch.cat([past, x], 2)
+            y = convolve(self.conv, F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
+            y = y if residual is None else residual + y
+            last = x[:, :, -LOOKS_BACK:].clone()
         if state is not None:
-            state[self] = x[:, :, -LOOKS_BACK:].clone()
-        return convolve(self.conv, F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"))
+            state[self] = last
+        return y
 
 
 class ResidualBlock(nn.Module):
@@ -70,8 +82,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = EdgeConv3d(channels, channels)
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), state)
-        return x + self.conv2(F.silu(self.norm2(y)), state)
+        y = self.conv1(x, state, norm=self.norm1)
+        return self.conv2(y, state, norm=self.norm2, residual=x)
 
 
 class AttentionBlock(nn.Module):
@@ -211,7 +223,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x, state)
         for stage in (*self.down, self.mid):
             x = stage(x, state)
-        y = self.conv_out(F.silu(self.norm_out(x)), state)
+        y = self.conv_out(x, state, norm=self.norm_out)
         return y + averaged(x, y.shape[1])
 
 
@@ -234,7 +246,8 @@ class Decoder(nn.Module):
         x = x + repeated(raw, x.shape[1])
         for stage in (self.mid, *self.up):
             x = stage(x, state)
-        return self.conv_out(F.silu(self.norm_out(x)), state)
+        out: Tensor = self.conv_out(x, state, norm=self.norm_out)
+        return out
 
 
 class HunyuanVAE(nn.Module):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightx2v.vae.fused import convolve_causally, frame_kernels
+
 State = dict[nn.Module, Tensor]
 """Frames (B, C, 1 or 2, h, w) that a layer needs again with the next chunk, keyed by the layer.
 Tensors are replaced, never written to, so a shallow copy of the dict is a snapshot."""
@@ -38,11 +40,25 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: State | None = None, *, norm: RMSNorm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """residual + conv(x); with a norm, of silu(norm(x))."""
+        past = None if state is None else state.get(self)
+        kernels = frame_kernels(x, self.weight)
+        if kernels is not None and self.kernel_size != (1, 1, 1):
+            gamma = None if norm is None else norm.gamma
+            y, last = convolve_causally(kernels, self, x, past, gamma=gamma, residual=residual)
+            if state is not None:
+                state[self] = last
+            return y
+        y = self.convolve_next(x if norm is None else F.silu(norm(x)), past, state)
+        return y if residual is None else residual + y
+
+    def convolve_next(self, x: Tensor, past: Tensor | None, state: State | None) -> Tensor:
         lead = self.kernel_size[0] - 1
         if not lead:
             return convolve(self, x)
-        past = None if state is None else state.get(self)
         x = F.pad(x, (0, 0, 0, 0, lead, 0)) if past is None else torch.cat([past, x], 2)
         if state is not None:
             state[self] = x[:, :, -lead:].clone()
@@ -74,7 +90,18 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, (1, 1, 1))
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        return self.shortcut(x) + self.residual(x, state)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        y = conv1(x, state, norm=norm1)
+        return conv2(y, state, norm=norm2, residual=self.shortcut(x))
+
+
+class Head(nn.Sequential):
+    """Norm, SiLU and a convolution."""
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        norm, _, conv = self
+        y: Tensor = conv(x, state, norm=norm)
+        return y
 
 
 class AttentionBlock(nn.Module):
@@ -108,6 +135,10 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         if self.time_conv is not None:
             x = self.double_frames(x, self.time_conv, state)
+        conv = self.resample[1]
+        assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+        if (kernels := frame_kernels(x, conv.weight)) is not None:
+            return kernels.doubled_conv(x, conv.weight, conv.bias)
         frames, batch = fold_time(x)
         frames = F.interpolate(frames, scale_factor=2.0, mode="nearest")
         return unfold_time(self.resample(frames), batch)
@@ -197,8 +228,8 @@ def middle(channels: int) -> Chain:
     return Chain(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
 
 
-def head(in_channels: int, out_channels: int) -> Chain:
-    return Chain(RMSNorm(in_channels, frames=True), nn.SiLU(), CausalConv3d(in_channels, out_channels, (3, 3, 3)))
+def head(in_channels: int, out_channels: int) -> Head:
+    return Head(RMSNorm(in_channels, frames=True), nn.SiLU(), CausalConv3d(in_channels, out_channels, (3, 3, 3)))
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:

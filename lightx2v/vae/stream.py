@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightx2v.checkpoint import Header, assign
 from lightx2v.latents import LatentFormat
 from lightx2v.vae.layers import CausalConv3d, Encoder, State
+from lightx2v.vae.transfer import Landing, bring
 
 
 class StreamedVAE(Protocol):
@@ -50,12 +51,17 @@ def fill(
 ) -> Network:
     """Read weights into a VAE on the meta device, and keep them in the memory order that its layers work in."""
     assign(vae, header, rename=rename, dtype=dtype, device=device)
+    return arrange(vae).eval()
+
+
+def arrange(vae: Network) -> Network:
+    """The same VAE with its convolutions' weights channels last in memory."""
     for parameter in vae.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         elif parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return vae.eval()
+    return vae
 
 
 OnChunk = Callable[[int, int], None]
@@ -110,7 +116,7 @@ def encode(vae: StreamedVAE, frames: Tensor, *, chunk: int = 4, on_chunk: OnChun
     state: State = {}
     with torch.inference_mode():
         for start, stop in spans(count, chunk, vae.first_chunk):
-            mean = vae.to_latents(frames[:, :, start:stop].to(weight), state)
+            mean = vae.to_latents(bring(frames[:, :, start:stop], weight), state)
             done = (stop - 1) // 4 + 1
             raw[:, :, done - mean.shape[2] : done] = mean
             if on_chunk is not None:
@@ -148,12 +154,13 @@ def decode(
     elif tuple(out.shape) != shape or not out.is_floating_point():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; these latents decode to floating point {shape}")
     state: State = {}
+    landing = Landing(out)
     with torch.inference_mode():
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
             frames = vae.reconstruct(raw[:, :, start:stop].to(device), state)
-            end = 4 * stop - 3
-            out[:, :, end - frames.shape[2] : end] = frames.clamp_(-1, 1) if clamp else frames
+            landing.put(frames.clamp_(-1, 1) if clamp else frames, 4 * stop - 3)
             if on_chunk is not None:
                 on_chunk(stop, total)
+        landing.finish()
     return out

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError, Header, Packed, read_header
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
+from lightx2v.vae.fused import convolve_beside_past, frame_kernels
 from lightx2v.vae.layers import State, fold_time, unfold_time
 from lightx2v.vae.layouts import PREFIXES
 from lightx2v.vae.stream import fill
@@ -93,20 +94,30 @@ class Remember(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor, batch: int, state: State | None = None) -> Tensor:
-        rows = x.movedim(1, -1).unflatten(0, (batch, -1))  # (B, t, H, W, C): whole rows keep channels-last memory
         before = None if state is None else state.get(self)
-        if before is None:
-            before = torch.zeros_like(rows[:, :1])
+        conv, act, *rest = self.conv
+        assert isinstance(conv, nn.Conv2d)
+        if (kernels := frame_kernels(x, conv.weight)) is not None:
+            y, last = convolve_beside_past(kernels, conv, unfold_time(x, batch), before)
+            y = fold_time(y)[0]
+        else:
+            rows = x.movedim(1, -1).unflatten(0, (batch, -1))  # (B, t, H, W, C): whole rows keep channels-last memory
+            before = torch.zeros_like(rows[:, :1]) if before is None else before
+            past = torch.cat([before, rows[:, :-1]], 1).flatten(0, 1).movedim(-1, 1)
+            y, last = conv(torch.cat([x, past], 1)), rows[:, -1:].clone()
         if state is not None:
-            state[self] = rows[:, -1:].clone()
-        past = torch.cat([before, rows[:, :-1]], 1).flatten(0, 1).movedim(-1, 1)
-        return self.act(x + self.conv(torch.cat([x, past], 1)))
+            state[self] = last
+        y = act(y)
+        for layer in rest:
+            y = layer(y)
+        result: Tensor = self.act(x + y)
+        return result
 
 
 class Grow(nn.Module):
-    """Twice the height and width; each frame becomes `times` frames.
+    """Each frame becomes `times` frames.
 
-    The original doubles first and convolves then; a 1x1 convolution gives the same before, at a quarter of the places.
+    The original doubles height and width first; a 1x1 convolution gives the same before, at a quarter of the places.
     """
 
     def __init__(self, channels: int, times: int) -> None:
@@ -115,8 +126,19 @@ class Grow(nn.Module):
         self.conv = nn.Conv2d(channels, channels * times, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = rearrange(self.conv(x).movedim(1, -1), "n h w (s c) -> (n s) h w c", s=self.times)
-        return F.interpolate(rows.movedim(-1, 1), scale_factor=2.0, mode="nearest")
+        return rearrange(self.conv(x).movedim(1, -1), "n h w (s c) -> (n s) h w c", s=self.times).movedim(-1, 1)
+
+
+class DoubledConv(nn.Conv2d):
+    """A 3x3 convolution over twice the height and width."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (kernels := frame_kernels(x, self.weight)) is not None:
+            return fold_time(kernels.doubled_conv(unfold_time(x, 1), self.weight, None))[0]
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Pool(nn.Module):
@@ -147,8 +169,8 @@ def decoder(latents: int, widths: tuple[int, int, int, int], out: int, act: nn.M
     layers: list[nn.Module] = [SoftClamp(), convolution(latents, widths[0]), act]
     for width, after, times in zip(widths, widths[1:], (1, 2, 2), strict=False):
         layers += [Remember(width, act) for _ in range(3)]
-        # Identity holds the place of the doubling that Grow does.
-        layers += [nn.Identity(), Grow(width, times), convolution(width, after, bias=False)]
+        # Identity holds the place of the doubling.
+        layers += [nn.Identity(), Grow(width, times), DoubledConv(width, after)]
     return Stack([*layers, act, convolution(widths[3], out)])
 
 

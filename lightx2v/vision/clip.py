@@ -2,8 +2,8 @@
 as Wan shows it."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightx2v.checkpoint import CheckpointError, Header, read_header, read_tensors
 from lightx2v.config import one_of
 from lightx2v.library import from_transformers
-from lightx2v.text.resting import Widened
+from lightx2v.text.resting import Widened, before_blocks
 from lightx2v.vision.layout import QUANTISED, Sizes, convert, shapes, sizes, weights
 
 if TYPE_CHECKING:
@@ -94,28 +94,39 @@ class ImageEncoder:
     def _run(self, pixels: Tensor, on_block: OnBlock | None) -> ImageFeatures:
         """Pixels (B, 3, S, S), normalised -> features. What enters and leaves the last block is seen by hooks: how the
         library itself hands over hidden states has changed between its versions."""
-        layers, seen = self.model.vision_model.encoder.layers, dict[str, Tensor]()
-
-        def before(index: int) -> Callable[[nn.Module, tuple], None]:
-            def hook(layer: nn.Module, given: tuple) -> None:
-                if on_block is not None:
-                    on_block(index, len(layers))
-                seen["before"] = given[0]
-
-            return hook
-
-        def after(layer: nn.Module, given: tuple, result: Tensor | tuple) -> None:
-            seen["after"] = result[0] if isinstance(result, tuple) else result
-
-        with ExitStack() as hooks:
-            for index, layer in enumerate(layers):
-                hooks.callback(layer.register_forward_pre_hook(before(index)).remove)
-            hooks.callback(layers[-1].register_forward_hook(after).remove)
+        layers = self.model.vision_model.encoder.layers
+        with watched(layers, on_block) as seen:
             embedding = self.model(pixel_values=pixels).image_embeds
         return ImageFeatures(seen["before"], seen["after"], embedding)
 
 
-def preprocess(image: Tensor, size: int, *, crop: str = "none", resize: str = "wan") -> Tensor:
+@contextmanager
+def watched(layers: Sequence[nn.Module], on_block: OnBlock | None) -> Iterator[dict[str, Tensor]]:
+    """What goes into the last layer, "before", and what comes out of it, "after", of a pass made within."""
+    seen = dict[str, Tensor]()
+
+    def before(layer: nn.Module, given: tuple) -> None:
+        seen["before"] = given[0]
+
+    def after(layer: nn.Module, given: tuple, result: Tensor | tuple) -> None:
+        seen["after"] = result[0] if isinstance(result, tuple) else result
+
+    with ExitStack() as hooks:
+        before_blocks(layers, on_block, hooks)
+        hooks.callback(layers[-1].register_forward_pre_hook(before).remove)
+        hooks.callback(layers[-1].register_forward_hook(after).remove)
+        yield seen
+
+
+def preprocess(
+    image: Tensor,
+    size: int,
+    *,
+    crop: str = "none",
+    resize: str = "wan",
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
     """Images (B, H, W, 3) or with alpha, which is dropped, in [0, 1] -> pixels (B, 3, size, size), normalised, float32.
 
     crop: "none" squeezes the whole picture into the square, as Wan does (Wan-Video/Wan2.1, wan/modules/clip.py), so
@@ -123,6 +134,7 @@ def preprocess(image: Tensor, size: int, *, crop: str = "none", resize: str = "w
     resize: "wan" is bicubic with no filter before it, and no rounding. "comfyui" filters first (antialias) and rounds
         to 8 bits, as ComfyUI's CLIPVisionEncode does (comfy/clip_vision.py). The two differ where a large picture has
         fine detail. The defaults are what Wan's own programme shows the model.
+    mean, std: of the pictures that the network was trained on.
     Raises ValueError for another shape, and for names that are none of these.
     """
     one_of("crop", crop, CROPS)
@@ -138,8 +150,8 @@ def preprocess(image: Tensor, size: int, *, crop: str = "none", resize: str = "w
         x = x[:, :, top : top + size, left : left + size]
     if resize == "comfyui":
         x = (x * 255).clamp(0, 255).round() / 255
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (x - mean) / std
+    centre, spread = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (mean, std))
+    return (x - centre) / spread
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> ImageEncoder:

@@ -1,10 +1,19 @@
-"""PyTorch's own fused attention: flash, memory-efficient or cuDNN on a GPU, as it sees fit; a tiled kernel on a CPU."""
+"""PyTorch's own fused attention.
 
+`torch_sdpa` leaves the kernel to PyTorch, whose choice goes by rules (on a CPU there is one). The others are its three
+GPU kernels, each called directly: no context manager, which would cost every call and be a global setting.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightx2v_kernels.precision import FLOATS
 from lightx2v_kernels.registry import Backend
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+CUDA = frozenset({"cuda"})
+aten = torch.ops.aten
 
 
 def torch_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -13,4 +22,66 @@ def torch_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-BACKENDS = (Backend("attention", "torch_sdpa", lambda: torch_sdpa, rank=90, dtypes=FLOATS),)
+def torch_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-2 as PyTorch carries it; shapes as in torch_sdpa."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention(q, k, v)[0].transpose(1, 2)
+
+
+def torch_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """cuDNN's; shapes as in torch_sdpa."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, None, _trains(q, k, v))[0].transpose(1, 2)
+
+
+def torch_efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The memory-efficient one, of xFormers; shapes as in torch_sdpa."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return aten._scaled_dot_product_efficient_attention(q, k, v, None, _trains(q, k, v))[0].transpose(1, 2)
+
+
+def _trains(*tensors: Tensor) -> bool:
+    """Whether a gradient will be asked for, which needs the softmax' logarithm kept."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+BACKENDS = (
+    Backend(
+        "attention",
+        "torch_sdpa",
+        lambda: torch_sdpa,
+        rank=90,
+        dtypes=FLOATS,
+        variants=("torch_flash", "torch_cudnn", "torch_efficient"),
+    ),
+    Backend(
+        "attention",
+        "torch_flash",
+        lambda: torch_flash,
+        rank=91,
+        devices=CUDA,
+        min_sm=(8, 0),
+        dtypes=HALVES,
+        head_dims=frozenset(range(8, 257, 8)),
+    ),
+    Backend(
+        "attention",
+        "torch_cudnn",
+        lambda: torch_cudnn,
+        rank=92,
+        devices=CUDA,
+        min_sm=(8, 0),
+        dtypes=HALVES,
+        head_dims=frozenset(range(8, 129, 8)),
+    ),
+    Backend(
+        "attention",
+        "torch_efficient",
+        lambda: torch_efficient,
+        rank=93,
+        devices=CUDA,
+        min_sm=(5, 0),
+        dtypes=FLOATS,
+        head_dims=frozenset(range(8, 257, 8)),
+    ),
+)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightx2v.frames import whole_clips
 from lightx2v.latents import WAN21, WAN22
 from lightx2v.models.wan.conditioning import (
     given_mask,
     image_condition,
     image_latent,
     to_model_input,
-    whole_clips,
 )
 from lightx2v.shapes import LatentShape, VideoShape
 

@@ -46,13 +46,12 @@ def test_every_published_file_is_translated_or_refused_in_words() -> None:
     accepted = [path for path, why in verdicts.items() if not why]
     assert len(accepted) > 45, "the files of one GPU, without paths of their own"
     known = (
-        r"parallel=.*several GPUs|changing_resolution=|enable_dynamic_cfg=|video_frame_interpolation=|of HunyuanVideo|"
+        r"parallel=.*several GPUs|changing_resolution=|enable_dynamic_cfg=|video_frame_interpolation=|"
+        r"video_super_resolution=|"
         r"feature_caching='(Ada|Custom|DualBlock|FirstBlock)' is not supported; known: Tea, Mag, NoCaching|"
         r"='[^']*' is a placeholder: write the real path|='[^']*': there is no such file; looked for"
     )
     assert not [(path, why) for path, why in verdicts.items() if why and not re.search(known, why)]
-    hunyuan = [why for path, why in verdicts.items() if "hunyuan_video_15" in path.parts]
-    assert hunyuan and all(why for why in hunyuan)
 
 
 @needs_configs
@@ -84,11 +83,11 @@ def test_what_published_files_say_is_what_is_asked_for() -> None:
 
 @needs_configs
 def test_an_attention_that_is_not_registered_is_refused_by_name() -> None:
-    known = config_json.registry.names("attention")
+    known = config_json.registry.choices("attention")
     for path in published():
         name = read_config(path).get("self_attn_1_type")
         if name and name not in known and not refusal(path):
-            with pytest.raises(ValueError, match=rf"self_attn_1_type='{name}': no .*attention of that name"):
+            with pytest.raises(ValueError, match=rf"self_attn_1_type='{name}': a sparse attention"):
                 Reading(path, read_config(path)).translate()
 
 
@@ -128,6 +127,7 @@ def test_honoured_keys_change_what_is_asked_for() -> None:
     switches: dict[str, dict[str, Any]] = {
         "clip_": {"clip_quantized": True},
         "t5_": {"t5_quantized": True},
+        "qwen25vl_": {"qwen25vl_quantized": True},
         "dit_quant": {"dit_quantized": True},
         "high_noise_quantized": {"dit_quantized": True},
         "low_noise_quantized": {"dit_quantized": True},
@@ -151,10 +151,13 @@ def test_honoured_keys_change_what_is_asked_for() -> None:
         "offload_granularity": "phase",
         "dit_quant_scheme": "int8-vllm",
         "t5_quant_scheme": "int8",
+        "qwen25vl_quant_scheme": "int8",
+        "attn_type": "torch_sdpa",
         "clip_quant_scheme": "int8",
     }
     attention = {"self_attn_1_type": "torch_sdpa", "cross_attn_1_type": "reference", "cross_attn_2_type": "reference"}
-    for key in (key for key, row in KEYS.items() if row.verdict == HONOURED):
+    elsewhere = {"transformer_model_name", "aspect_ratio"}  # tested by themselves: they need a folder
+    for key in (key for key, row in KEYS.items() if row.verdict == HONOURED and key not in elsewhere):
         switch = next((value for start, value in switches.items() if key.startswith(start)), {})
         path = __file__ if key.endswith(("ckpt", "_path")) else None
         value = values.get(key, attention.get(key, path or 1))
@@ -164,6 +167,29 @@ def test_honoured_keys_change_what_is_asked_for() -> None:
                 translate({**base, key: value})
         else:
             assert translate({**base, key: value}) != translate(base), key
+
+
+def test_a_hunyuans_size_is_its_transformers(tmp_path: Path) -> None:
+    for name in ("480p_t2v", "720p_i2v"):
+        (tmp_path / "transformer" / name).mkdir(parents=True)
+
+    def told(**settings: Any) -> config_json.Told:
+        return translate(settings, folders=(tmp_path,), facts={"family": "hunyuan1.5"})
+
+    small = told(transformer_model_name="480p_t2v", aspect_ratio="16:9", attn_type="torch_sdpa")
+    assert small.generator == {"height": 480, "width": 848, "attn_mode": "torch_sdpa"}
+    assert small.originals == {"dit_original_ckpt": tmp_path / "transformer/480p_t2v"}
+    square = told(transformer_model_name="720p_i2v", aspect_ratio="1:1").generator
+    assert square == {"height": 960, "width": 960}
+    given = told(transformer_model_name="480p_t2v", aspect_ratio="16:9", target_height=640, target_width=640)
+    assert given.generator == {"height": 640, "width": 640}
+    assert given.unused == ("aspect_ratio='16:9' (the size is told otherwise)",)
+    with pytest.raises(ValueError, match="aspect_ratio='wide': expected width:height, such as 16:9"):
+        told(transformer_model_name="480p_t2v", aspect_ratio="wide")
+    with pytest.raises(ValueError, match=r"'transformer/1080p': there is no such file; looked for"):
+        told(transformer_model_name="1080p")
+    with pytest.raises(ValueError, match=r"transformer_model_name='480p_t2v' is of HunyuanVideo-1\.5: remove it"):
+        translate({"transformer_model_name": "480p_t2v"}, facts={"family": "wan"})
 
 
 def test_refused_keys_are_refused_unless_switched_off() -> None:
@@ -202,8 +228,8 @@ def test_the_checkpoint_decides_what_it_is() -> None:
         ({"target_heigth": 480}, r"'target_heigth' is no key of these files; did you mean 'target_height'\?"),
         ({"feature_caching": "TaylorSeer"}, "feature_caching='TaylorSeer' is not supported; known: Tea, Mag"),
         ({"scheduler_type": "DPM"}, "scheduler_type='DPM' is not supported; known: WanStepDistillScheduler"),
-        ({"self_attn_1_type": "aiter_attn"}, "self_attn_1_type='aiter_attn': no attention of that name is registered"),
-        ({"self_attn_1_type": "draft_attn"}, "no sparse attention of that name is registered here.*write one of auto"),
+        ({"self_attn_1_type": "aiter_attn"}, "self_attn_1_type='aiter_attn': for hardware .* nearest is 'torch_s"),
+        ({"self_attn_1_type": "draft_attn"}, "a sparse attention, .* nearest is 'auto'; write one of auto, exact"),
         ({"self_attn_1_type": "torch_sdp"}, "did you mean 'torch_sdpa'"),
         ({"dit_original_ckpt": "/path/to/dit"}, "dit_original_ckpt='/path/to/dit' is a placeholder: write the real"),
         ({"dit_original_ckpt": "gone.pth"}, r"'gone\.pth': there is no such file; looked for gone\.pth"),
@@ -221,16 +247,15 @@ def test_what_cannot_be_honoured_is_refused_in_words(settings: dict[str, Any], m
 
 
 def test_stale_names_and_empty_paths() -> None:
-    with pytest.raises(ValueError, match="no sparse attention of that name"):
+    with pytest.raises(ValueError, match=r"a sparse attention, .* nearest is 'sage_attn2'"):
         translate({"self_attn_1_type": "spas_sage_attn"})
     empty = {"dit_original_ckpt": None, "high_noise_original_ckpt": "", "lora_configs": None, "feature_caching": ""}
     assert translate(empty) == config_json.Told()
-    assert config_json.STALE == {"sage_attn": "sage_attn2", "spas_sage_attn": "spas_sage_attn2"}
 
 
-def test_a_stale_name_is_its_successors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_json.registry, "names", lambda op: ("sage_attn2", "torch_sdpa"))
-    settings = {"self_attn_1_type": "sage_attn", "cross_attn_1_type": "sage_attn2", "cross_attn_2_type": "sage_attn"}
+def test_a_stale_name_is_its_successors() -> None:
+    settings = {"self_attn_1_type": "sage_attn", "cross_attn_1_type": "sage_attn2"}
+    settings["cross_attn_2_type"] = "sage_attn2_k_int8_v_fp8"
     assert translate(settings).generator == {"attn_mode": "sage_attn2"}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from closeness import relative_error
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.config import Engine
-from lightx2v.identify import identify_network
+from lightx2v.identify import identify
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Lora, apply_loras, remove_loras
 from lightx2v.models.hunyuan_video_15.transformer import Conditioning
@@ -66,7 +66,7 @@ def test_loras_land_on_cut_layers_and_come_off(how: str, tmp_path: Path) -> None
         truth.get_parameter(name).add_(0.8 * change)
     merged = {name: tensor.contiguous() for name, tensor in to_merged(make_tiny().state_dict()).items()}
     save_file(merged, tmp_path / "m.safetensors")
-    info = identify_network(tmp_path / "m.safetensors")
+    info = identify(tmp_path / "m.safetensors")
     network = load_transformer(info, Engine(dtype="fp32"), CPU)
     applied = apply_loras(network, info, (Lora(path, 0.8),), how)
     assert relative_error(drawn(network), drawn(truth)) < 2e-6

@@ -16,6 +16,7 @@ import tiny_clip
 from host.tiny_models import Input, write_transformer
 from lightx2v import LightX2VPipeline
 from lightx2v.checkpoint import CheckpointError
+from lightx2v_kernels import UnsupportedBackendError
 from tiny_wan import DIT, SMALL, T5, pipeline, quantised, video, write_folder
 
 WIDTH = tiny_clip.SIZES.hidden_size
@@ -37,7 +38,7 @@ def test_quantised_files_are_found_named_and_left_again(
     plain = video(pipe)
     with caplog.at_level(logging.INFO):
         pipe.enable_quantize(dit_quantized=True)
-    assert re.search(rf"{re.escape(str(fp8))}: fp8 \(e4m3, .*restored to full precision as it is read", caplog.text)
+    assert re.search(rf"{re.escape(str(fp8))}: fp8 \(e4m3, a scale a row\)", caplog.text)
     found = video(pipe)
     assert 0 < (found - plain).abs().mean() < 0.05
     assert torch.equal(found, video(_quantised_only(wan, fp8)))
@@ -49,8 +50,8 @@ def test_quantised_files_are_found_named_and_left_again(
     pipe.enable_quantize()
     assert torch.equal(video(pipe), plain)
     caplog.clear()
-    pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=int8, quant_scheme="fp8-sgl")
-    assert f"{int8}: quant_scheme is 'fp8-sgl', the file is int8; the file decides" in caplog.text
+    pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=int8, quant_scheme="fp8")
+    assert f"{int8}: quant_scheme is 'fp8', the file is int8; the file decides" in caplog.text
 
 
 def _quantised_only(wan: Path, fp8: Path) -> LightX2VPipeline:
@@ -66,7 +67,7 @@ def _quantised_only(wan: Path, fp8: Path) -> LightX2VPipeline:
     return pipe
 
 
-def test_quantised_experts(folder: Path, tmp_path: Path) -> None:
+def test_quantised_experts(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     wan = Path(shutil.copytree(folder, tmp_path / "wan"))
     plain = {
         role: write_transformer(wan / f"{role}_noise_model.safetensors", seed=3 + len(role)) for role in ("high", "low")
@@ -84,15 +85,35 @@ def test_quantised_experts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="this model has two experts; give high_noise_quantized_ckpt"):
         pipe.enable_quantize(dit_quantized=True, dit_quantized_ckpt=fp8["high"])
     fp8["low"].unlink()
-    with pytest.raises(CheckpointError, match=r"no fp8 low-noise expert here.*give low_noise_quantized_ckpt"):
+    with caplog.at_level(logging.INFO):
         pipe.enable_quantize(dit_quantized=True)
+    assert f"{plain['low']}: fp32, quantised to fp8 as it is read" in caplog.text
+    assert not torch.equal(video(pipe), before)
+    plain["low"].unlink()
+    with pytest.raises(CheckpointError, match="no low-noise expert here"):
+        LightX2VPipeline(wan, "wan2.2_moe").create_generator(**SMALL)
 
 
 def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> None:
     pipe = pipeline(folder)
     plain = video(pipe)
     for arguments, error, message in (
-        ({"dit_quantized": True}, CheckpointError, "no fp8 transformer here; looked for .*give dit_quantized_ckpt"),
+        (
+            {"dit_quantized": True, "quant_scheme": "gguf-Q4_0"},
+            CheckpointError,
+            "no gguf transformer here; looked for .*give dit_quantized_ckpt",
+        ),
+        (
+            {"dit_quantized": True, "quant_scheme": "fp8-sgl"},
+            UnsupportedBackendError,
+            "fp8_linear backend 'sgl' cannot run on cpu.*'sgl_kernel' is not installed",
+        ),
+        (
+            {"dit_quantized": True, "quant_scheme": "int8-q8f"},
+            UnsupportedBackendError,
+            "kernels of q8f are not known here; use 'int8' for the best that is installed, or int8-sgl",
+        ),
+        ({"dit_quantized": True, "quant_scheme": "none"}, ValueError, "name a format, such as 'fp8'"),
         ({"dit_quantized": True, "dit_quantized_ckpt": folder / DIT}, CheckpointError, "is not quantised, it holds"),
         ({"dit_quantized": True, "dit_quantized_ckpt": tmp_path / "gone.safetensors"}, CheckpointError, "gone"),
         (
@@ -114,6 +135,27 @@ def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> N
     assert torch.equal(video(pipe), plain), "what was refused changed nothing"
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_a_plain_transformer_is_quantised_as_it_is_read(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, scheme: str
+) -> None:
+    """Also where the file was named; and it is left again."""
+    pipe = pipeline(folder)
+    plain = video(pipe)
+    with caplog.at_level(logging.INFO):
+        pipe.enable_quantize(dit_quantized=True, quant_scheme=scheme)
+        found = video(pipe)
+    assert re.search(rf"{DIT}: fp\d+, quantised to {scheme} as it is read", caplog.text)
+    assert "linear layers: 20 in " in caplog.text
+    assert 0 < (found - plain).abs().mean() < 0.05
+    named = LightX2VPipeline(folder, dit_original_ckpt=folder / DIT)
+    named.create_generator(**SMALL)
+    named.enable_quantize(dit_quantized=True, quant_scheme=scheme)
+    assert torch.equal(video(named), found)
+    pipe.enable_quantize()
+    assert torch.equal(video(pipe), plain)
+
+
 def test_the_image_encoder_is_looked_for_where_there_is_one(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -133,7 +175,7 @@ def test_the_image_encoder_is_looked_for_where_there_is_one(
     packed = quantised(plain, tmp_path / "models_clip_tiny-int8.safetensors", "attn.", "mlp.", dtype=torch.int8)
     caplog.clear()
     pipe.enable_quantize(image_encoder_quantized=True, image_encoder_quantized_ckpt=packed)
-    assert "quant_scheme is 'fp8-sgl', the file is int8" in caplog.text
+    assert "quant_scheme is 'fp8', the file is int8" in caplog.text
     pipe.create_generator(**SMALL, resize_mode="fixed_shape")
     picture = tmp_path / "a.png"
     Image.new("RGB", (48, 32), "red").save(picture)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightx2v.checkpoint import CheckpointError, read_header, read_tensors
 from lightx2v.checkpoint.gguf import BLOCKS
 from lightx2v.quant import find_packed
-from lightx2v.quant.ggml import CHUNK, TYPES, restore
+from lightx2v_kernels.ggml import CHUNK, TYPES, restore
 
 
 def half(raw: bytes) -> float:

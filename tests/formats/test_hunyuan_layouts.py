@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import Engine
-from lightx2v.identify import identify_network
+from lightx2v.identify import identify
 from lightx2v.loading import load_transformer
 from lightx2v.models.hunyuan_video_15.transformer import Conditioning
 from tiny_hunyuan import CONFIG, DISTILLED, State, make_tiny, to_comfyui, to_diffusers, to_merged
@@ -68,7 +68,7 @@ def drawn(network: nn.Module) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_went_in_comes_out(layout: str, tmp_path: Path) -> None:
     tiny, (write, said) = make_tiny(), LAYOUTS[layout]
-    info = identify_network(save(write(tiny.state_dict()), tmp_path))
+    info = identify(save(write(tiny.state_dict()), tmp_path))
     assert (info.spec.name, info.format, info.scheme, info.config) == ("hunyuan1.5", said, "fp32", CONFIG)
     assert info.header.nbytes == sum(tensor.nbytes for tensor in tiny.state_dict().values())
     network = load_transformer(info, Engine(dtype="fp32"), CPU)
@@ -81,14 +81,14 @@ def test_what_went_in_comes_out(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_step_distilled_one_is_told_apart(layout: str, tmp_path: Path) -> None:
-    info = identify_network(save(LAYOUTS[layout][0](make_tiny(DISTILLED).state_dict()), tmp_path))
+    info = identify(save(LAYOUTS[layout][0](make_tiny(DISTILLED).state_dict()), tmp_path))
     assert (info.spec.name, info.config, info.distilled) == ("hunyuan1.5_step_distilled", DISTILLED, "steps")
 
 
 @pytest.mark.parametrize(("write", "rows"), [(dict, True), (to_merged, True), (to_merged, False)])
 def test_packed_layers_are_cut_with_their_scales(write: Callable[[State], State], rows: bool, tmp_path: Path) -> None:
     packed = packed_fp8(write(make_tiny().state_dict()), rows=rows)
-    info = identify_network(save(packed, tmp_path))
+    info = identify(save(packed, tmp_path))
     assert (info.scheme, info.detail) == ("fp8", f"e4m3, a scale a {'row' if rows else 'tensor'}")
     loaded = load_transformer(info, Engine(dtype="fp32"), CPU).state_dict()
     values = restored(packed)
@@ -103,18 +103,18 @@ def test_packed_layers_are_cut_with_their_scales(write: Callable[[State], State]
 def test_a_pickled_file_is_cut_too(tmp_path: Path) -> None:
     tiny = make_tiny().state_dict()
     torch.save(to_merged(tiny), tmp_path / "m.pth")
-    loaded = load_transformer(identify_network(tmp_path / "m.pth"), Engine(dtype="fp32"), CPU).state_dict()
+    loaded = load_transformer(identify(tmp_path / "m.pth"), Engine(dtype="fp32"), CPU).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tiny.items())
 
 
 def test_comfyuis_prefix(tmp_path: Path) -> None:
-    info = identify_network(save(to_comfyui(make_tiny().state_dict()), tmp_path, "model.diffusion_model."))
+    info = identify(save(to_comfyui(make_tiny().state_dict()), tmp_path, "model.diffusion_model."))
     assert (info.spec.name, info.format) == ("hunyuan1.5", "comfyui")
 
 
 def test_the_timestep_path_stays_float32(tmp_path: Path) -> None:
     state = {name: tensor.half() for name, tensor in make_tiny().state_dict().items()}
-    network = load_transformer(identify_network(save(state, tmp_path)), Engine(dtype="bf16"), CPU)
+    network = load_transformer(identify(save(state, tmp_path)), Engine(dtype="bf16"), CPU)
     assert network.get_parameter("time_in.mlp.0.weight").dtype == torch.float32
     assert network.get_parameter("double_blocks.0.img_attn_q.weight").dtype == torch.bfloat16
     assert drawn(network).dtype == torch.bfloat16
@@ -124,7 +124,7 @@ def test_pieces_that_do_not_fit(tmp_path: Path) -> None:
     whole = to_diffusers(make_tiny().state_dict())
     name = "context_embedder.token_refiner.refiner_blocks.1.attn.to_k.bias"
     with pytest.raises(CheckpointError, match=r"blocks\.1\.self_attn_k\.bias' is missing; the file is incomplete"):
-        identify_network(save({k: t for k, t in whole.items() if k != name}, tmp_path / "missing"))
+        identify(save({k: t for k, t in whole.items() if k != name}, tmp_path / "missing"))
     packed = whole | {name.replace("bias", "weight"): whole[name.replace("bias", "weight")].to(FP8)}
     with pytest.raises(CheckpointError, match="is float8_e4m3fn and is one of several tensors that make one layer"):
-        identify_network(save(packed, tmp_path / "packed"))
+        identify(save(packed, tmp_path / "packed"))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+import tiny_encoders15
+import tiny_hunyuan
 import tiny_lora
 from dev.environment import REPOSITORY
 from host.tiny_models import I2V, TI2V, Input, transformer_shapes, write_transformer
-from tiny_vae import tiny_vae22
+from tiny_vae import tiny_vae15, tiny_vae22
 
 Api = dict[str, dict[str, Any]]
 SIZE = {"width": 128, "height": 128, "length": 17}
@@ -31,7 +33,22 @@ class StandIn:
     judged: bool = False
 
 
+HUNYUAN = {
+    "hunyuanvideo1.5_720p_t2v_fp16.safetensors": "workflow_hunyuan.safetensors",
+    "hunyuanvideo1.5_720p_i2v_fp16.safetensors": "workflow_hunyuan.safetensors",
+    "hunyuanvideo1.5_480p_t2v_fp16.safetensors": "workflow_hunyuan.safetensors",
+    "hunyuanvideo1.5_t2v_480p_lightx2v_4step_lora_rank_32_bf16.safetensors": "workflow_lora_hunyuan.safetensors",
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": "workflow_qwen.safetensors",
+    "byt5_small_glyphxl_fp16.safetensors": "workflow_byt5.safetensors",
+    "sigclip_vision_patch14_384.safetensors": "workflow_siglip.safetensors",
+    "hunyuanvideo15_vae_fp16.safetensors": "workflow_vae15.safetensors",
+}
+QWEN = replace(tiny_encoders15.QWEN, vocab_size=152064, hidden_size=64, num_layers=3)  # ComfyUI's vocabulary
 STAND_INS = {
+    **{
+        name: StandIn(HUNYUAN, {"steps": 4} if name == "hunyuan15_4step" else {"steps": 9})
+        for name in ("hunyuan15_t2v", "hunyuan15_i2v", "hunyuan15_4step")
+    },
     "wan_t2v_mixed": StandIn(
         {
             "wan2.1_t2v_1.3B_fp16.safetensors": f"{DEMO}diffusion_pytorch_model.safetensors",
@@ -68,8 +85,39 @@ def write_stand_ins(models: Path) -> None:
         write_transformer(folder / f"workflow_{name}.safetensors", takes, seed=seed, num_layers=1)
     save_file(tiny_vae22().state_dict(), models / "vae" / "workflow_vae22.safetensors")
     (models / "loras").mkdir(exist_ok=True)
+    _write_hunyuan(models)
     for seed, role in enumerate(("high", "low")):
         tiny_lora.write(models / "loras" / f"workflow_lora_{role}_noise.safetensors", _lora(I2V, seed))
+
+
+def _write_hunyuan(models: Path) -> None:
+    eyes = tiny_encoders15.SIGLIP
+    config = replace(tiny_hunyuan.CONFIG, num_layers=1, text_dim=QWEN.hidden_size, image_dim=eyes.hidden_size)
+    transformer = tiny_hunyuan.make_tiny(config).state_dict()
+    written = {
+        "diffusion_models/workflow_hunyuan": tiny_hunyuan.to_merged(transformer),
+        "loras/workflow_lora_hunyuan": _hunyuan_lora(transformer),
+        "text_encoders/workflow_qwen": tiny_encoders15.qwen_state(QWEN),
+        "text_encoders/workflow_byt5": tiny_encoders15.byt5_state(),
+        "clip_vision/workflow_siglip": tiny_encoders15.siglip_state(eyes),
+        "vae/workflow_vae15": tiny_vae15().state_dict(),
+    }
+    for name, state in written.items():
+        path = models / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, path)
+
+
+def _hunyuan_lora(transformer: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A pair for the feed-forwards of the blocks, in ComfyUI's names."""
+    generator, found = torch.Generator().manual_seed(4), {}
+    for name, weight in transformer.items():
+        if name.startswith("double_blocks.") and "_mlp." in name and name.endswith(".weight"):
+            layer = name.removesuffix(".weight").replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.2")
+            down = torch.randn(4, weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
+            found[f"diffusion_model.{layer}.lora_down.weight"] = down
+            found[f"diffusion_model.{layer}.lora_up.weight"] = torch.randn(weight.shape[0], 4, generator=generator) / 5
+    return found
 
 
 def _lora(takes: Input, seed: int) -> dict[str, torch.Tensor]:

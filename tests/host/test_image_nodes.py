@@ -149,7 +149,7 @@ def vae22(host) -> str:
 @pytest.mark.parametrize(("frames", "ours"), [(0, False), (1, False), (6, False), (1, True), (5, True)])
 def test_ti2v_latent_is_comfyuis(host, tiny_models, encoder, vae22, frames: int, ours: bool) -> None:
     graph = base(tiny_models, encoder)
-    graph["vae48"] = node("LightX2VLoadVAE", vae_name=vae22) if ours else node("FixtureVae48")
+    graph["vae48"] = node("LightX2VLoadVAE", vae_name=vae22) if ours else node("FixtureCellVae")
     images = {"start_image": "first"} if frames else {}
     graph["first"]["inputs"]["frames"] = max(frames, 1)
     graph["their_node"] = node(
@@ -214,7 +214,7 @@ def test_comfyui_counts_its_bytes_and_can_free_it(host, tiny_models, encoder) ->
 
 
 def test_sizes_are_snapped_to_what_the_model_can_make(host, tiny_models, encoder) -> None:
-    graph = base(tiny_models, encoder) | {"vae48": node("FixtureVae48")}
+    graph = base(tiny_models, encoder) | {"vae48": node("FixtureCellVae")}
     graph["small"] = to_video(OURS, start_image="first", width=112, height=80, length=15)
     graph["five"] = to_video(OURS, "vae48", start_image="first", width=112, height=80)
     found = outputs(host, graph, "small", "five")
@@ -224,7 +224,7 @@ def test_sizes_are_snapped_to_what_the_model_can_make(host, tiny_models, encoder
 
 
 def test_bad_input_is_said_in_words(host, tiny_models, encoder) -> None:
-    graph = base(tiny_models, encoder) | {"vae48": node("FixtureVae48")}
+    graph = base(tiny_models, encoder) | {"vae48": node("FixtureCellVae")}
     cases = {
         "TI2V-5B takes a start image only": to_video(OURS, "vae48", start_image="first", end_image="last"),
         "crop='middle' is not one of none, center": node(

@@ -119,7 +119,7 @@ def test_pictures_by_either_node_through_either_sampler(host, models, name: str)
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
 def test_the_first_frame_of_ti2v(host, models, cfg: float) -> None:
     graph = base(models, "wan2.2_ti2v")
-    graph["vae48"] = node("FixtureVae48")
+    graph["vae48"] = node("FixtureCellVae")
     graph["kept"] = node("Wan22ImageToVideoLatent", vae=["vae48", 0], start_image=["first", 0], **SIZE)
     inputs = {"positive": ["text", 0], "negative": ["no_text", 0], "cfg": cfg}
     graph |= {"native_out": native_sampler("kept", **inputs), "our_out": our_sampler("kept", **inputs)}

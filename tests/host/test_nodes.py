@@ -13,7 +13,7 @@ pytestmark = pytest.mark.host
 
 # id -> required inputs, optional inputs, outputs. Released ids and inputs stay for ever; new inputs are optional.
 NODES = {
-    "LightX2VLoadModel": ([], ["original_ckpt", "dtype", "quantized_ckpt", "lora"], ["LIGHTX2V_MODEL"]),
+    "LightX2VLoadModel": ([], ["original_ckpt", "dtype", "quantized_ckpt", "lora", "quant"], ["LIGHTX2V_MODEL"]),
     "LightX2VLoadModelMoE": (
         [],
         [
@@ -23,6 +23,7 @@ NODES = {
             "low_noise_quantized_ckpt",
             "dtype",
             "lora",
+            "quant",
         ],
         ["LIGHTX2V_MODEL"],
     ),

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 import subprocess
 import sys
 import types
@@ -34,11 +35,11 @@ def good(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def test_every_op_has_a_reference_that_auto_tries_last() -> None:
-    assert set(registry.registries()) == {"attention", "rms_norm", "layer_norm", "modulate", "gated_residual", "rope"}
+    assert {"attention", "rms_norm", "modulate", "rope", "norm_rope", "quantize"} <= set(registry.registries())
     for op in registry.registries():
         assert registry.names(op)[-1] == "reference"
         assert registry.select(op, "reference", *HERE).name == "reference"
-    assert registry.names("attention") == ("torch_sdpa", "reference")
+    assert registry.choices("attention")[:3] == ("auto", "exact", registry.names("attention")[0])
 
 
 def test_unknown_op_lists_the_known() -> None:
@@ -63,7 +64,8 @@ def test_auto_takes_the_best_rank_that_is_capable() -> None:
         (lambda q, k, v: good(q, k, v).transpose(1, 2), "shape"),
         (lambda q, k, v: good(q.contiguous(), k, v) if q.is_contiguous() else v, "relative error"),
         (lambda q, k, v: 1 / 0, "its self-test raised ZeroDivisionError: division by zero"),
-        (lambda q, k, v: (good(q, k, v), None), "its self-test raised AttributeError"),
+        (lambda q, k, v: (good(q, k, v), None), "its self-test raised TypeError: an op returns a Tensor"),
+        (lambda q, k, v: (good(q, k, v), v), "dtype torch.float32 and torch.float32, expected torch.float32"),
         (None, "its self-test raised TypeError"),
     ],
     ids=[
@@ -75,6 +77,7 @@ def test_auto_takes_the_best_rank_that_is_capable() -> None:
         "layout",
         "strided-only",
         "raises",
+        "no-tensor",
         "two-results",
         "no-function",
     ],
@@ -201,17 +204,35 @@ def test_refused_dtypes_and_absent_gpus_are_named() -> None:
 
 def test_unknown_names_and_names_of_upstream() -> None:
     with pytest.raises(
-        UnsupportedBackendError, match=r"^unknown attention backend 'sdpa'; known: auto, torch_sdpa or re"
+        UnsupportedBackendError, match=r"^unknown attention backend 'sdpa'; known: auto, exact, .*torch_sdpa.* or refer"
     ):
         registry.select("attention", "sdpa", *HERE)
-    upstream = registry.registry("attention").op.upstream
-    assert {"flash_attn2", "flash_attn3", "sage_attn2", "sage_attn3", "torch_sdpa", "radial_attn"} <= upstream
-    for name in upstream - {"torch_sdpa"}:
-        wanted = (
-            f"^'{name}' is an upstream name that this version does not provide yet; use auto, torch_sdpa or reference$"
-        )
+    for name, (why, nearest) in {
+        "radial_attn": ("a sparse attention", "auto"),
+        "spas_sage_attn3": ("a sparse attention", "sage_attn3"),
+        "npu_flash_attn": ("for hardware", "torch_sdpa"),
+        "ring": ("several GPUs", "auto"),
+        "sage_attn2_k_int8_v_fp8": ("its kernels are those of", "sage_attn2"),
+    }.items():
+        wanted = rf"^attention backend '{name}': .*{why}.*'{nearest}'.*; known: auto, exact, .* or reference$"
         with pytest.raises(UnsupportedBackendError, match=wanted):
             registry.select("attention", name, *HERE)
+
+
+def test_every_name_of_lightx2v_is_here_or_is_answered() -> None:
+    """Its registered names (lightx2v/common/ops/attn, lightx2v_platform/ops/attn) and those of its config files."""
+    theirs = (
+        "aiter_attn draft_attn dreamzero_cross_fa dreamzero_fa2 dynamic_sparse_attn flash_attn2 flash_attn3 "
+        "flash_attn4 flash_attn_enflame_gcu flash_attn_hygon_dcu flex_attn general_sparse_attn iluvatar_flash_attn "
+        "intel_xpu_cute_attn intel_xpu_flash_attn metax_sage_attn2 mlu_flash_attn mlu_sage_attn nbhd_attn "
+        "nbhd_attn_flashinfer npu_flash_attn radial_attn rainfusion_attn ring sage_attn sage_attn2 "
+        "sage_attn2_k_int8_v_fp8 sage_attn3 sol_attn sparge_attn spas_flash_attn4 spas_sage_attn spas_sage_attn2 "
+        "spas_sage_attn3 svg2_attn svg_attn swiftvr_mfswa torch_sdpa ulysses ulysses-4090"
+    )
+    found = registry.registry("attention")
+    assert set(theirs.split()) - set(found.names()) == set(found.elsewhere)
+    named = {name for why in found.elsewhere.values() for name in re.findall(r"'([^']+)'", why)}
+    assert named <= set(found.choices()), "what is recommended instead exists"
 
 
 def test_a_name_is_registered_once_and_for_its_op() -> None:
@@ -230,7 +251,9 @@ def test_a_name_is_registered_once_and_for_its_op() -> None:
 
 def test_refusals_tell_for_every_backend_without_running_any() -> None:
     found = attention_with(injected(lambda *_: pytest.fail("ran"), head_dims=frozenset({64})))
-    assert found.refusals(*HERE) == {"injected": "needs head_dim 64, got 128", "torch_sdpa": None, "reference": None}
+    refusals = found.refusals(*HERE)
+    assert refusals["injected"] == "needs head_dim 64, got 128"
+    assert [name for name, why in refusals.items() if why is None] == ["torch_sdpa", "reference"]
 
 
 def test_packages_are_probed_and_never_imported(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +269,10 @@ def test_packages_are_probed_and_never_imported(tmp_path: object, monkeypatch: p
 def test_import_does_nothing_but_define() -> None:
     """No backend file, no optional package and no device is touched until something is selected."""
     code = (
+        f"ALONE = {['backend', 'closeness', 'machine', 'quantized', 'registry', 'timings']}\n"
         "import sys, torch, lightx2v_kernels as k\n"
         "loaded = [m for m in sys.modules if m.startswith('lightx2v_kernels.')]\n"
-        "assert set(loaded) == {'lightx2v_kernels.registry', 'lightx2v_kernels.closeness'}, loaded\n"
+        "assert set(loaded) == {f'lightx2v_kernels.{name}' for name in ALONE}, loaded\n"
         "assert not torch.cuda.is_initialized()\n"
         "k.select(device=torch.device('cpu'), dtype=torch.float32, head_dim=128)\n"
         "assert 'triton' not in sys.modules\n"
@@ -265,11 +289,12 @@ def test_selection_leaves_the_random_state_alone_and_ignores_default_devices() -
 
 def test_kernels() -> None:
     kernels = lightx2v_kernels.select(device=CPU, dtype=torch.float32, head_dim=128)
-    assert set(kernels.names) == set(registry.registries())
+    of_others = {"int8_linear", "fp8_linear", "gguf_linear", "conv_input", "conv3d", "doubled_conv"}  # files and VAEs
+    assert set(kernels.names) == ({*registry.registries()} | {"cross_attention"}) - of_others
     for op, name in kernels.names.items():
-        assert getattr(kernels, op) is registry.select(op, name, *HERE).load()
+        assert getattr(kernels, op) is registry.select(op.removeprefix("cross_"), name, *HERE).load()
     named = lightx2v_kernels.select(attention="reference", device=CPU, dtype=torch.float32, head_dim=128)
-    assert named.names == {**kernels.names, "attention": "reference"}
+    assert named.names == {**kernels.names, "attention": "reference", "cross_attention": "reference"}
     assert copy.deepcopy(named) == named != kernels and hash(named) != hash(kernels)
-    with pytest.raises(UnsupportedBackendError, match="'flash_attn3' is an upstream name"):
+    with pytest.raises(UnsupportedBackendError, match=r"'flash_attn3' cannot run on cpu.* package 'flash_attn_int"):
         lightx2v_kernels.select(attention="flash_attn3", device=CPU, dtype=torch.float32, head_dim=128)

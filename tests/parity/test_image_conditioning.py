@@ -12,14 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightx2v.frames import cover, fit_frames, whole_clips
 from lightx2v.latents import WAN21, WAN22
 from lightx2v.models.wan.conditioning import (
-    cover,
-    fit_frames,
     image_condition,
     image_latent,
     to_model_input,
-    whole_clips,
 )
 from lightx2v.shapes import VideoShape
 from lightx2v.vae.layouts import from_diffusers

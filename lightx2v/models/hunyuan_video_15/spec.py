@@ -1,17 +1,21 @@
 """HunyuanVideo-1.5 checkpoints: what their headers look like and which network they mean."""
 
 import re
+from functools import partial
 
 from torch import nn
 
 from lightx2v.checkpoint import Header
 from lightx2v.latents import HUNYUAN15
-from lightx2v.models import ModelSpec
+from lightx2v.models import ImageInput, ModelSpec
+from lightx2v.models.hunyuan_video_15.caching import PUBLISHED, time_signal
+from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
 from lightx2v.models.hunyuan_video_15.config import HEAD_DIM, HunyuanConfig
+from lightx2v.models.hunyuan_video_15.encoders import ENCODERS
+from lightx2v.models.hunyuan_video_15.sizes import size_for_image, usual
 from lightx2v.models.hunyuan_video_15.transformer import HunyuanTransformer
 from lightx2v_kernels import Kernels
 
-MISSING = "its network is here, its text encoders are not yet"
 # Noisy latents, those of the given frames, and their mask. The super-resolution model reads 33 more.
 IN_CHANNELS = HUNYUAN15.channels * 2 + 1
 REFINER = "txt_in.individual_token_refiner.blocks"
@@ -70,6 +74,12 @@ def keep_float32(name: str) -> bool:
     return name.startswith(("time_in.", "time_r_in.", "txt_in.t_embedder."))
 
 
+def quantises(name: str) -> bool:
+    """The layers that see every token. Modulation stays, which LightX2V quantises: a third of the parameters, but its
+    error would be every token's, and its time is nothing."""
+    return bool(re.fullmatch(r"double_blocks\.\d+\.(img|txt)_(attn_(q|k|v|proj)|mlp\.fc[12])", name))
+
+
 def _build(config: HunyuanConfig, kernels: Kernels) -> nn.Module:
     return HunyuanTransformer(config, kernels)
 
@@ -87,11 +97,20 @@ def _spec(name: str, title: str, step_distilled: bool) -> ModelSpec:
         config=read_config,
         build=_build,
         keep_float32=keep_float32,
+        quantises=quantises,
         head_dim=HEAD_DIM,
         latents=HUNYUAN15,
         patch_size=(1, 1, 1),
-        image_channels=IN_CHANNELS - HUNYUAN15.channels,
-        missing=MISSING,
+        encoders=ENCODERS,
+        arguments=partial(arguments, reads_step_end=step_distilled),
+        image_input=ImageInput(image_condition, to_model_input),
+        reads_clip=True,
+        image_states="last_hidden_state",
+        fps=24,
+        usual=usual,
+        size_for_image=size_for_image,
+        time_signal=time_signal,
+        figures={} if step_distilled else PUBLISHED,
     )
 
 

@@ -124,7 +124,7 @@ class RefinerBlock(nn.Module):
         qkv = rearrange(
             self.self_attn_qkv(self.norm1(x)), "b s (three h d) -> three b s h d", three=3, h=self.num_heads
         )
-        y = attend(self._kernels.attention, qkv[0], qkv[1], qkv[2], lengths)
+        y = attend(self._kernels.cross_attention, qkv[0], qkv[1], qkv[2], lengths)
         add = self._kernels.gated_residual
         x = add(x, self.self_attn_proj(rearrange(y, "b s h d -> b s (h d)")), gate)
         return add(x, self.mlp(self.norm2(x)), ffn_gate)

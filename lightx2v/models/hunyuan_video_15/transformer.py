@@ -28,6 +28,7 @@ from lightx2v.models.hunyuan_video_15.text import (
     attend,
     packed,
 )
+from lightx2v.quant.feeding import agreed, gelu_between, modulate, residual_modulate
 from lightx2v.tokens import RMSNorm, rope_table
 from lightx2v_kernels import Kernels
 
@@ -90,27 +91,41 @@ class DoubleBlock(nn.Module):
     def _part(self, stream: str, name: str) -> nn.Module:
         return self.get_submodule(f"{stream}_{name}")
 
-    def _qkv(self, stream: str, x: Tensor, change: Tensor) -> list[Tensor]:
-        """q, k and v, each (B, L, H, D), of tokens (B, L, D) under shift and scale `change` (6, B, 1, D)."""
-        x = self._kernels.modulate(x, change[0], change[1], self.eps)
-        heads = [
-            rearrange(self._part(stream, f"attn_{part}")(x), "b l (h d) -> b l h d", h=self.num_heads) for part in "qkv"
-        ]
-        return [self._part(stream, "attn_q_norm")(heads[0]), self._part(stream, "attn_k_norm")(heads[1]), heads[2]]
+    def _qkv(self, stream: str, x: Tensor, change: Tensor, rope: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """q, k and v, each (B, L, H, D), of tokens (B, L, D) under shift and scale `change` (6, B, 1, D).
+
+        rope: of tokens that have a place; None: only normed.
+        """
+        projections = [self._part(stream, f"attn_{part}") for part in "qkv"]
+        tokens = modulate(self._kernels, agreed(*projections), x, change[0], change[1], self.eps)
+        q, k, v = (projection(tokens) for projection in projections)
+        return [self._normed(stream, "q", q, rope), self._normed(stream, "k", k, rope), self._heads(v)]
+
+    def _normed(self, stream: str, part: str, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        norm = self._part(stream, f"attn_{part}_norm")
+        if rope is None:
+            return norm(self._heads(x))
+        return self._kernels.norm_rope(x, norm.get_parameter("weight"), *rope, self.eps)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
 
     def _finish(self, stream: str, x: Tensor, heads: Tensor, change: Tensor) -> Tensor:
         """The stream's tokens after what attention gave them, heads (B, L, H, D), and after the feed-forward."""
-        add = self._kernels.gated_residual
-        x = add(x, self._part(stream, "attn_proj")(rearrange(heads, "b l h d -> b l (h d)")), change[2])
-        return add(x, self._part(stream, "mlp")(self._kernels.modulate(x, change[3], change[4], self.eps)), change[5])
+        attended = self._part(stream, "attn_proj")(rearrange(heads, "b l h d -> b l (h d)"))
+        fc1, act, fc2 = (self._part(stream, f"mlp.{part}") for part in ("fc1", "act", "fc2"))
+        x, modulated = residual_modulate(
+            self._kernels, agreed(fc1), x, attended, change[2], change[3], change[4], self.eps
+        )
+        return self._kernels.gated_residual(x, gelu_between(self._kernels, fc1, act, fc2, modulated), change[5])
 
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D), the video's tokens and then the text's -> (B, L, D)"""
         video, text = x[:, : args.video], x[:, args.video :]
         changes = {stream: self._part(stream, "mod")(args.time, x.dtype) for stream in ("img", "txt")}
-        q, k, v = self._qkv("img", video, changes["img"])
-        q, k = self._kernels.rope(q, *args.rope), self._kernels.rope(k, *args.rope)
-        both = [torch.cat(pair, 1) for pair in zip((q, k, v), self._qkv("txt", text, changes["txt"]), strict=True)]
+        of_video = self._qkv("img", video, changes["img"], args.rope)
+        of_text = self._qkv("txt", text, changes["txt"], None)
+        both = [torch.cat(pair, 1) for pair in zip(of_video, of_text, strict=True)]
         y = attend(self._kernels.attention, both[0], both[1], both[2], args.lengths)
         video = self._finish("img", video, y[:, : args.video], changes["img"])
         return torch.cat([video, self._finish("txt", text, y[:, args.video :], changes["txt"])], 1)
@@ -148,6 +163,7 @@ class HunyuanTransformer(nn.Module):
         super().__init__()
         size = config.hidden_size
         self.config = config
+        self.kernels = kernels
         self.img_in = PatchEmbedding(config)
         self.time_in = Embedder(config.freq_dim, size)
         if config.reads_step_end:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightx2v.checkpoint import Header
+from lightx2v.guidance import text_and_images
 from lightx2v.latents import WAN21, WAN22, LatentFormat
-from lightx2v.models import ModelSpec
+from lightx2v.models import ImageInput, ModelSpec
 from lightx2v.models.wan.caching import PUBLISHED, time_signal
+from lightx2v.models.wan.conditioning import image_condition, to_model_input
 from lightx2v.models.wan.config import HEAD_DIM, WanConfig
+from lightx2v.models.wan.encoders import ENCODERS
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import Kernels
 
@@ -64,6 +67,12 @@ def keep_float32(name: str) -> bool:
     return timestep_path or ".norm3." in name or name.startswith(("img_emb.proj.0.", "img_emb.proj.4."))
 
 
+def quantises(name: str) -> bool:
+    """The layers that see every token: 13.9 of 14.3 billion parameters. Embeddings, timestep path, head and modulation
+    stay, as in LightX2V's own quantised files."""
+    return bool(re.fullmatch(r"blocks\.\d+\.((self|cross)_attn\.(q|k|v|o|k_img|v_img)|ffn\.[02])", name))
+
+
 @dataclass(frozen=True)
 class _Kind:
     """Variants that differ in size alone: their input, and what else their specs say."""
@@ -111,12 +120,16 @@ class _Kind:
             config=read_config,
             build=_build,
             keep_float32=keep_float32,
+            quantises=quantises,
             head_dim=HEAD_DIM,
             latents=self.latents,
             patch_size=(1, 2, 2),
-            image_channels=self.image_channels,
+            encoders=ENCODERS,
+            arguments=text_and_images,
+            image_input=ImageInput(image_condition, to_model_input) if self.image_channels else None,
             reads_clip=self.clip,
             keeps_frames=self.task == "ti2v",
+            fps=24 if self.task == "ti2v" else 16,
             boundary=self.boundary,
             time_signal=time_signal,
             figures=PUBLISHED.get(self.name + suffix, {}),

@@ -12,6 +12,16 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.models.wan.config import WanConfig
+from lightx2v.quant.feeding import (
+    Reads,
+    Tokens,
+    agreed,
+    gelu_between,
+    modulate,
+    residual_layer_norm,
+    residual_modulate,
+    shaped_as,
+)
 from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, rope_table, sinusoidal
 from lightx2v_kernels import Kernels
 
@@ -52,30 +62,30 @@ class Attention(nn.Module):
             self.k_img = nn.Linear(size, size)
             self.v_img = nn.Linear(size, size)
             self.norm_k_img = RMSNorm(size, config.eps, kernels)
-        self._attention = kernels.attention
-        self._rope = kernels.rope
+        self._kernels = kernels
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b l h d", h=self.num_heads)
 
     def forward(
         self,
-        x: Tensor,
+        x: Tokens,
         context: Tensor | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
         image: Tensor | None = None,
     ) -> Tensor:
         """x (B, L, D), context (B, S, D) or None, rope for self-attention, image (B, I, D) or None -> (B, L, D)."""
-        source = x if context is None else context
-        q = self._heads(self.norm_q(self.q(x)))
-        k = self._heads(self.norm_k(self.k(source)))
-        v = self._heads(self.v(source))
+        source: Tokens = x if context is None else context
+        q, k, v = self.q(x), self.k(source), self._heads(self.v(source))
         if rope is not None:
-            q, k = self._rope(q, *rope), self._rope(k, *rope)
-        y = self._attention(q, k, v)
-        if image is not None:
-            k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
-            y = y + self._attention(q, k, v)
+            norms = self.norm_q.weight, self.norm_k.weight
+            y = self._kernels.rotary_attention(q, k, v, *norms, *rope, self.norm_q.eps)
+        else:
+            q, k = self._heads(self.norm_q(q)), self._heads(self.norm_k(k))
+            y = self._kernels.cross_attention(q, k, v)
+            if image is not None:
+                k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
+                y = y + self._kernels.cross_attention(q, k, v)
         return self.o(rearrange(y, "b l h d -> b l (h d)"))
 
 
@@ -93,19 +103,39 @@ class WanBlock(nn.Module):
         self.eps = config.eps
         self._kernels = kernels
 
-    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor, reads: Reads) -> Tokens:
         """x (B, L, D), shift and scale (B, G, D), one for each of G runs of tokens -> (B, L, D)."""
-        return self._kernels.modulate(_runs(x, shift), _samples(shift), _samples(scale), self.eps).view_as(x)
+        return shaped_as(x, modulate(self._kernels, reads, _runs(x, shift), _samples(shift), _samples(scale), self.eps))
 
     def _add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
 
+    def _add_and_norm(self, x: Tensor, y: Tensor, gate: Tensor, reads: Reads) -> tuple[Tensor, Tokens]:
+        """x + y * gate, and that under norm3."""
+        norm, kernels = self.norm3, self._kernels
+        x, normed = residual_layer_norm(
+            kernels, reads, _runs(x, gate), _runs(y, gate), _samples(gate), norm.weight, norm.bias, norm.eps
+        )
+        return x.view_as(y), shaped_as(y, normed)
+
+    def _add_and_modulate(
+        self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, reads: Reads
+    ) -> tuple[Tensor, Tokens]:
+        """x + y, and that modulated."""
+        x, modulated = residual_modulate(
+            self._kernels, reads, _runs(x, shift), _runs(y, shift), None, _samples(shift), _samples(scale), self.eps
+        )
+        return x.view_as(y), shaped_as(y, modulated)
+
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D) -> (B, L, D)"""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + args.modulation).unbind(2)
-        x = self._add(x, self.self_attn(self._modulate(x, shift, scale), rope=args.rope), gate)
-        x = x + self.cross_attn(self.norm3(x), args.context, image=args.image)
-        return self._add(x, self.ffn(self._modulate(x, ffn_shift, ffn_scale)), ffn_gate)
+        own, text, ffn = self.self_attn, self.cross_attn, self.ffn
+        attended = own(self._modulate(x, shift, scale, agreed(own.q, own.k, own.v)), rope=args.rope)
+        x, normed = self._add_and_norm(x, attended, gate, agreed(text.q))
+        described = text(normed, args.context, image=args.image)
+        x, modulated = self._add_and_modulate(x, described, ffn_shift, ffn_scale, agreed(ffn[0]))
+        return self._add(x, gelu_between(self._kernels, ffn[0], ffn[1], ffn[2], modulated), ffn_gate)
 
 
 def _runs(x: Tensor, per_run: Tensor) -> Tensor:
@@ -160,6 +190,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         size, patch = config.hidden_size, config.patch_size
         self.config = config
+        self.kernels = kernels
         self.patch_embedding = nn.Conv3d(config.in_channels, size, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, size), nn.GELU(approximate="tanh"), nn.Linear(size, size)

@@ -6,9 +6,10 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
+from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
-from .vision import FixtureClipVision, FixturePicture, FixtureTightVae, FixtureVae48
+from .vision import FixtureCellVae, FixtureClipVision, FixturePicture, FixtureTightVae
 
 
 class FixtureExtension(ComfyExtension):
@@ -20,6 +21,7 @@ class FixtureExtension(ComfyExtension):
             FixtureFailingModel,
             FixtureFreeRam,
             FixtureHoldMemory,
+            FixtureHunyuanClip,
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
@@ -27,7 +29,7 @@ class FixtureExtension(ComfyExtension):
             FixtureRandomLatent,
             FixtureTightVae,
             FixtureUmt5Clip,
-            FixtureVae48,
+            FixtureCellVae,
             FixtureWanConditioning,
         ]
 

@@ -135,6 +135,17 @@ def iq4_xs(blocks: Tensor) -> Tensor:
     return _grouped(_iq4(blocks[:, 8:]), _half(blocks, 0) * ((low | top << 4).float() - 32))
 
 
+def quantise_q8_0(weight: Tensor) -> Tensor:
+    """weight (N, K), K a multiple of 32 -> its blocks (bytes,) uint8: what examples and benchmarks are made of.
+
+    Source: ggml-org/ggml, src/ggml-quants.c, quantize_row_q8_0_ref: scale amax / 127, rounding to nearest.
+    """
+    groups = weight.float().reshape(-1, 32)
+    scale = groups.abs().amax(1, keepdim=True) / 127
+    codes = torch.where(scale > 0, groups / scale, 0.0).round().to(torch.int8)
+    return torch.cat([scale.half().view(torch.uint8), codes.view(torch.uint8)], dim=1).flatten()
+
+
 # Name -> bytes of a block, how it is unpacked.
 TYPES: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Q4_0": (18, q4_0),

@@ -1,0 +1,115 @@
+"""Where values stop being finite: a step is done again, and looked at after every block.
+
+The sampler looks at each step's estimate once, which costs one reduction. Only when that is not finite is the step
+done again with these walks, which wait for the device after every block.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v.blocks import Block, Branch, RunBlocks, Walks
+from lightx2v.cache.turn import Turn
+from lightx2v.sampling import Denoiser, Step
+
+
+class _Found(Exception):
+    """Not an error of its own: carries the place out of the pass."""
+
+
+def looking(turn: Turn, run: RunBlocks) -> Walks:
+    """A `CacheFactory` that caches nothing: walks that stop at the first block whose result is not finite."""
+
+    def walks(step: int, branch: Branch) -> RunBlocks:
+        of = f" of the {turn.expert}-noise expert" if turn.expert else ""
+
+        def walk(blocks: Sequence[Block], tokens: Tensor, args: Any) -> Tensor:
+            network, total = turn.network(), len(blocks)
+            facts = f"{branch} pass{of}, attention backend {_attention(network)}, {str(tokens.dtype)[6:]}"
+            if not _finite(tokens):
+                raise _Found(
+                    f"before the blocks ({facts}): in the latents or images that were given, or in the weights that "
+                    "embed them; encode again, or load another file"
+                )
+            if (name := next((name for name, value in _tensors(args) if not _finite(value)), None)) is not None:
+                raise _Found(
+                    f"before the blocks ({facts}), in what they read as '{name}': in the text or image embedding, or "
+                    "in the weights that read it; encode again, or load another file"
+                )
+
+            def looked_at(index: int, block: Block) -> Block:
+                def call(tokens: Tensor, args: Any) -> Tensor:
+                    out = block(tokens, args)
+                    if not _finite(out):
+                        raise _Found(f"first in block {index + 1} of {total} ({facts}); {_advice(network, index, out)}")
+                    return out
+
+                return call
+
+            return run([looked_at(index, block) for index, block in enumerate(blocks)], tokens, args)
+
+        return walk
+
+    return walks
+
+
+def explain(again: Callable[[], Denoiser], cached: bool) -> Callable[[Tensor, Step], str]:
+    """What `sample` asks when an estimate is not finite: where it began, and what to do.
+
+    again: makes the request's denoiser anew, with the walks of `looking`. cached: whether it has a feature cache now.
+    """
+
+    def why(latents: Tensor, step: Step) -> str:
+        if not _finite(latents):
+            return "in the latents that the step began with; encode them again"
+        try:
+            x0 = again()(latents, step)
+        except _Found as found:
+            return str(found)
+        except RuntimeError as error:  # the device may be full, or out of order
+            return f"and doing the step again to find where failed: {error}"
+        if not _finite(x0):
+            return "after the blocks: in the head's weights or in guidance; load another file, or lower the guidance"
+        if cached:
+            return "and nowhere when the step is done again without the cache; lower its threshold or leave it off"
+        return "and nowhere when the step is done again: a kernel's result differs from run to run; try attention exact"
+
+    return why
+
+
+def _advice(network: nn.Module, index: int, out: Tensor) -> str:
+    if (name := _bad_weight(network, index)) is not None:
+        return f"its {name} is not finite: the file, or a LoRA added to it, is damaged; load another"
+    half = ", and bf16 instead of fp16 weights" if out.dtype == torch.float16 else ""
+    return f"its weights are finite: try attention exact or torch_sdpa{half}"
+
+
+def _bad_weight(network: nn.Module, index: int) -> str | None:
+    """The first of a block's tensors that holds NaN or infinity."""
+    lists = (module for module in network.children() if isinstance(module, nn.ModuleList))
+    blocks = max(lists, key=len, default=nn.ModuleList())
+    if index >= len(blocks):
+        return None
+    named = (*blocks[index].named_parameters(), *blocks[index].named_buffers())
+    return next((name for name, value in named if value.is_floating_point() and not _finite(value)), None)
+
+
+def _attention(network: nn.Module) -> str:
+    kernels = getattr(network, "kernels", None)
+    return kernels.names.get("attention", "unnamed") if kernels else "unknown"
+
+
+def _tensors(args: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a family's block arguments, by the names of its fields."""
+    for name in [field.name for field in fields(args)] if is_dataclass(args) else ():
+        value = getattr(args, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, Tensor) and each.is_floating_point():
+                yield name, each
+
+
+def _finite(x: Tensor) -> bool:
+    return bool((x.float() if x.itemsize == 1 else x).isfinite().all())  # fp8 has no isfinite of its own

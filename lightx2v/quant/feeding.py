@@ -1,0 +1,60 @@
+"""Tokens in the form that the next linear layers want: plain, or in 8 bits once for all of them."""
+
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v_kernels import Kernels, Quantized
+
+Tokens = Tensor | Quantized
+Reads = torch.dtype | None  # the 8-bit dtype in which layers read tokens; None: plain
+T = TypeVar("T", bound=Tokens)
+
+
+def agreed(*linears: nn.Module) -> Reads:
+    """In what all of these layers read tokens, so that theirs are quantised once; None: plain tokens.
+
+    Layers that read plain tokens, and those with a LoRA beside them, which reads them too, agree on none.
+    """
+    first, *rest = (cast(Reads, getattr(linear, "reads", None)) for linear in linears)
+    return first if all(reads is first for reads in rest) else None
+
+
+def shaped_as(x: Tensor, tokens: T) -> T:
+    """The same tokens in the shape (..., K) of x."""
+    if isinstance(tokens, Quantized):
+        return cast(T, Quantized(tokens.values.view(x.shape), tokens.scale.view(*x.shape[:-1], 1)))
+    return cast(T, cast(Tensor, tokens).view(x.shape))
+
+
+def modulate(kernels: Kernels, reads: Reads, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tokens:
+    """See the op."""
+    if reads is None:
+        return kernels.modulate(x, shift, scale, eps)
+    return kernels.modulate_quantize(x, shift, scale, eps, reads)
+
+
+def gelu_between(kernels: Kernels, first: nn.Module, gelu: nn.Module, second: nn.Module, tokens: Tokens) -> Tensor:
+    """A feed-forward: second(gelu(first(tokens))), with what is between in the form that `second` wants."""
+    if (reads := agreed(second)) is None:
+        return second(gelu(first(tokens)))
+    return second(kernels.gelu_quantize(first(tokens), reads))
+
+
+def residual_modulate(
+    kernels: Kernels, reads: Reads, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tokens]:
+    """See the op."""
+    if reads is None:
+        return kernels.residual_modulate(x, y, gate, shift, scale, eps)
+    return kernels.residual_modulate_quantize(x, y, gate, shift, scale, eps, reads)
+
+
+def residual_layer_norm(
+    kernels: Kernels, reads: Reads, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tokens]:
+    """See the op."""
+    if reads is None:
+        return kernels.residual_layer_norm(x, y, gate, weight, bias, eps)
+    return kernels.residual_layer_norm_quantize(x, y, gate, weight, bias, eps, reads)
