@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lightx2v.config import Request
 from lightx2v.decoding import Decoding, decode_video
 from lightx2v.diffuse import Hooks, Start
-from lightx2v.frames import Encode, whole_clips
+from lightx2v.frames import Encode, as_cut, whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.media import to_frames
 from lightx2v.models import ModelSpec
@@ -40,7 +40,8 @@ def encode(
     given = [picture for picture in (start, end) if picture is not None]
     if spec.reads_clip and given:
         with parts.visiting(parts.image_encoder().model):
-            clip = torch.cat([parts.image_encoder().encode(picture) for picture in given], 1).cpu()
+            shown = [as_cut(picture, video) for picture in given] if spec.shows_cut else given
+            clip = torch.cat([parts.image_encoder().encode(picture) for picture in shown], 1).cpu()
     if spec.image_input is not None:
         shape = begin.latents.shape
         encoded = spec.image_input.condition(_padded(parts), video, spec.latents, start=start, end=end)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +75,18 @@ def test_pictures(folder, made, picture, tmp_path, caplog) -> None:
     assert (video(pipe, task="i2v", image_path=tmp_path / "other.png") - started).abs().max() > 0.01
     with pytest.raises(CheckpointError, match="can start from an image but not end on one"):
         video(pipe, task="i2v", image_path=picture, last_frame_path=picture)
+
+
+def test_the_image_encoder_sees_the_picture_as_it_is_cut(folder, tmp_path) -> None:
+    """What is cut off at both sides for a square video changes nothing."""
+    pixels = numpy.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=numpy.uint8)
+    videos = []
+    for index in range(2):
+        pixels[:, :16], pixels[:, 48:] = 60 * index, 200 * index
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        pipe = pipeline(folder, task="i2v", width=32, resize_mode="fixed_shape")
+        videos.append(video(pipe, image_path=tmp_path / f"{index}.png"))
+    assert torch.equal(*videos)
 
 
 def test_a_distilled_one_reads_where_each_step_goes(folder, tmp_path) -> None:
