@@ -13,10 +13,12 @@ from PIL import Image
 
 import tiny_encoders15
 from closeness import relative_error
+from formats.test_hunyuan_layouts import packed_fp8
 from lightx2v import LightX2VPipeline
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import Sampling
 from lightx2v.diffuse import Model, Start, diffuse
+from lightx2v.doctor import parts
 from lightx2v.frames import whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.latents import HUNYUAN15
@@ -24,6 +26,7 @@ from lightx2v.models import specs
 from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
 from lightx2v.models.hunyuan_video_15.sizes import size_for_image
 from lightx2v.shapes import VideoShape
+from tiny_hunyuan import make_tiny
 from tiny_hunyuan_folder import FITTING, pipeline, video, write, write_folder
 
 QUOTED = 'a red cat says "MEOW"'
@@ -121,9 +124,19 @@ def test_quantised_files(folder, made, tmp_path) -> None:
             packed[name] = tensor.half()
     path = tmp_path / "hy15_qwen25vl_llm_encoder_fp8_e4m3_lightx2v.safetensors"
     write(packed, path)
+    dit = tmp_path / "hy15_480p_t2v_fp8_e4m3_lightx2v.safetensors"
+    write(packed_fp8(make_tiny(FITTING).state_dict(), rows=True), dit)
     pipe = pipeline(folder)
-    pipe.enable_quantize(text_encoder_quantized=True, text_encoder_quantized_ckpt=path, quant_scheme="fp8-sgl")
+    pipe.enable_quantize(
+        quant_scheme="fp8-sgl",
+        dit_quantized=True,
+        dit_quantized_ckpt=dit,
+        text_encoder_quantized=True,
+        image_encoder_quantized=False,
+        text_encoder_quantized_ckpt=path,
+    )
     found = video(pipe)
+    assert pipe._info.path == dit
     assert 1e-5 < relative_error(found, made) < 0.5
     model = pipe._parts.text_encoder().model
     assert {p.dtype for name, p in model.named_parameters() if "q_proj.weight" in name} == {fp8}, "they rest packed"
@@ -276,3 +289,10 @@ def test_without_siglip_there_are_no_pictures(folder, picture, tmp_path) -> None
     shutil.rmtree(blind / "vision_encoder")
     with pytest.raises(CheckpointError, match="no image encoder here; looked for vision_encoder/siglip/image_encoder"):
         video(pipeline(blind, task="i2v"), image_path=picture)
+
+
+def test_doctor_names_the_parts(folder) -> None:
+    told = {line.split()[0]: line for line in parts(folder) if line.startswith("  ")}
+    assert "transformer/480p_t2v: HunyuanVideo-1.5 (" in told["transformer"]
+    places = {"text": "text_encoder/llm", "glyph": "Glyph-SDXL-v2", "image": "vision_encoder/siglip", "VAE": "vae:"}
+    assert all(place in told[part] for part, place in places.items())
