@@ -233,8 +233,9 @@ class Reading:
         for key, value in settings.items():
             self._check(key, value)
         originals = {key: path for key in ORIGINALS if (path := self._path(key)) is not None}
-        if name := self.settings.get("transformer_model_name"):
-            originals.setdefault("dit_original_ckpt", self._transformer(str(name)))
+        name = self.settings.get("transformer_model_name")
+        if name and not self.settings.get("dit_original_ckpt") and not self.settings.get("dit_quantized"):
+            originals["dit_original_ckpt"] = self._transformer(str(name))
         calls = {**self._quantize(), **self._offload(), **self._lora(), **self._cache(), **self._vae()}
         return Told(dict(self._generator()), originals, calls, tuple(self._unused()))
 
