@@ -142,10 +142,10 @@ def gguf_candidates(layer: str, x: Tensor, rows: int, bias: Tensor) -> Iterator[
             wrong = why_too_far(out, weight, weight.to(out.dtype))
             return (f"wrong: {wrong}" if wrong else "passed"), relative_error(out, weight)
 
-        yield Candidate(layer, f"{encoding} restored", partial(restored, blocks, encoding, shape, x.dtype), 0.0, same)
         yield Candidate(
-            layer, f"{encoding} linear", partial(gguf_linear, x, blocks, encoding, shape, bias), work, judge
+            layer, f"gguf {encoding} restored", partial(restored, blocks, encoding, shape, x.dtype), 0.0, same
         )
+        yield Candidate(layer, f"gguf {encoding}", partial(gguf_linear, x, blocks, encoding, shape, bias), work, judge)
 
 
 def measure(candidate: Candidate, device: torch.device) -> None:

@@ -8,6 +8,7 @@ Two ways to read a tile: by addresses ("tiles"), on any GPU, and by the copy eng
 needs rows of a multiple of 16 bytes and takes the address arithmetic off the registers.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightx2v_kernels.opaque import opaque
+
+ALL = 1 << 30  # programs: as many as there are tiles
+HOPPER = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def _by_copy_engine(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, INTEGER: tl.constexpr, PROMOTE: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """values, weight: descriptors, whose copies are zeros past the end. PROGRAMS: how many share the tiles."""
+    """values, weight: descriptors, whose copies are zeros past the end. PROGRAMS: how many share the tiles, or more."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         tile_m, tile_n = _tile(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -146,13 +150,23 @@ def product(
     if not tiling.tma:
         _by_address[(tiles,)](values, weight, *rest, EVEN_K=k % tiling.block_k == 0, **shared)
         return out
-    programs = tiles
-    if tiling.persistent and values.is_cuda:
-        programs = min(tiles, torch.cuda.get_device_properties(values.device).multi_processor_count)
+    # A number that does not change with the size of the video, or each size would be compiled anew.
+    programs = multiprocessors(values.device) if tiling.persistent else ALL
     a = TensorDescriptor.from_tensor(values, [tiling.block_m, tiling.block_k])
     b = TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k])
-    _by_copy_engine[(programs,)](a, b, *rest, PROGRAMS=programs, **shared)
+    _by_copy_engine[(min(tiles, programs),)](a, b, *rest, PROGRAMS=programs, **shared)
     return out
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 where Triton's interpreter walks the programs one by one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
 
 
 WIDE = Tiling()  # many tokens: as large a tile as fits the registers
@@ -164,7 +178,6 @@ PROMOTED = Tiling(block_m=128, block_n=128, warps=8, stages=4, promote=128)  # t
 HOPPER_INT8 = Tiling(tma=True, persistent=True)
 HOPPER_FP8 = Tiling(stages=4, tma=True, persistent=True)
 HOPPER_FP8_LONG = Tiling(stages=4, tma=True)  # more values in a row than rows
-HOPPER = (9, 0)
 
 
 def tiling_for(tokens: int, rows: int, size: int, *, integer: bool, exact: bool, hopper: bool) -> Tiling:
@@ -203,8 +216,7 @@ def _cut(
     exact: bool,
 ) -> Tensor:
     flat, (rows, size) = values.reshape(-1, values.shape[-1]).contiguous(), weight.shape
-    hopper = values.is_cuda and torch.cuda.get_device_capability(values.device) == HOPPER
-    integer = values.dtype == torch.int8
+    hopper, integer = is_hopper(values.device), values.dtype == torch.int8
     tiling = tiling_for(len(flat), rows, size, integer=integer, exact=exact, hopper=hopper)
     y = product(flat, scale.reshape(-1).contiguous(), weight.contiguous(), weight_scale, bias, dtype, tiling)
     return y.view(*values.shape[:-1], rows)

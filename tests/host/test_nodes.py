@@ -176,6 +176,25 @@ def test_offload_changes_nothing_but_memory(host, tiny_models) -> None:
     assert "memory: 0 of" in log and "pass through it" in log
 
 
+def test_a_plain_model_multiplies_in_8_bits_if_asked(host, tiny_models) -> None:
+    """Resident or passing through, with another attention too: the loader's choice stays."""
+    loader = node("LightX2VLoadModel", original_ckpt=tiny_models.diffusion_model, quant="int8")
+    ways = {
+        "plain": our_sampler(),
+        "packed": our_sampler(model=["eight", 0]),
+        "passing": our_sampler(model=["eight", 0], offload="block"),
+        "other": our_sampler(model=["eight", 0], attention="reference"),
+        "otherpassing": our_sampler(model=["eight", 0], attention="reference", offload="block"),
+    }
+    result = host.run(keep({**base(tiny_models), "eight": loader, **ways}, *ways)).expect()
+    samples = {name: result.kept(f"keep_{name}")["samples"] for name in ways}
+    difference = (samples["packed"] - samples["plain"]).norm() / samples["plain"].norm()
+    assert 1e-4 < difference < 0.1
+    assert torch.equal(samples["passing"], samples["packed"])
+    assert torch.equal(samples["otherpassing"], samples["other"])
+    assert "in int8" in host.log() and "int8_linear: reference on cpu" in host.log()
+
+
 def test_nothing_stays_on_the_device_of_blocks_that_passed(host, tiny_models) -> None:
     host.post("/free", {"unload_models": True})  # what earlier tests left
     graph = keep({**base(tiny_models), "sample": our_sampler(steps=2, seed=17, offload="block")}, "sample")
