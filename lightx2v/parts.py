@@ -159,11 +159,18 @@ class Parts:
         return [*ways, self._streamed] if least < whole and self._room_for(least) else ways
 
     def _whole(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
+        if not streamable(network):
+            try:
+                network.to(self.device)
+                return compute()
+            finally:
+                network.to(CPU)
+        home = Home(network)  # so that leaving copies nothing
         try:
-            network.to(self.device)
+            home.copy_to(self.device)
             return compute()
         finally:
-            network.to(CPU)
+            home.leave()
 
     def _streamed(self, network: nn.Module, compute: Callable[[], Result]) -> Result:
         log.info("memory: an encoder of %.1f GB passes through the GPU block by block", held_bytes(network) / 1e9)

@@ -62,12 +62,13 @@ def filed(network: nn.Module, header: Header | None) -> dict[int, Filed]:
 class Reader:
     """Fills buffers with what slabs have in files. Each is read whole, in the order of `start`, on threads of its own.
 
-    nbytes: of the largest. A buffer's `use` waits for its reading, and raises what that raised.
+    nbytes: of the largest. pin_limit: bytes to pin at most; None: both pieces.
+    A buffer's `use` waits for its reading, and raises what that raised.
     """
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, pin_limit: int | None = None) -> None:
         self._pieces = [host_memory(nbytes) for _ in range(PIECES)]
-        self._pins = pin(self._pieces, device)
+        self._pins = pin(self._pieces, device, pin_limit)
         self._turns = cycle([_Piece(piece) for piece in self._pieces])
         self._order = ThreadPoolExecutor(1, "lightx2v-order")
         self._threads = ThreadPoolExecutor(THREADS, "lightx2v-read")
@@ -88,6 +89,7 @@ class Reader:
         piece = next(self._turns)
         piece.wait()
         reads = [self._threads.submit(each.read, target) for each, target in slab.to_read(piece.memory)]
+        wait(reads)  # all of them, before another block comes into this piece
         for read in reads:
             read.result()
         piece.copied = buffer.fill(piece.memory[: slab.nbytes - slab.kept], slab.kept)

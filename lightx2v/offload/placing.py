@@ -221,11 +221,28 @@ def ram_bytes() -> tuple[int, int]:
     if meminfo.is_file():
         lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
         known = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) >= 2}
-        return known["MemAvailable"], known["MemTotal"]
+        limit, held = container_bytes(Path("/sys/fs/cgroup"))
+        return max(0, min(known["MemAvailable"], limit - held)), min(known["MemTotal"], limit)
     if hasattr(os, "sysconf"):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total
     return _windows_ram()
+
+
+def container_bytes(folder: Path) -> tuple[int, int]:
+    """(limit of a container's memory, what of it is taken and could not be dropped); no limit where there is none.
+
+    folder: of the control group, version 2 (docs.kernel.org, admin-guide/cgroup-v2: memory.max, .current, .stat).
+    """
+    files = [folder / name for name in ("memory.max", "memory.current", "memory.stat")]
+    if not all(file.is_file() for file in files):
+        return sys.maxsize, 0
+    limit, current, stat = (file.read_text(encoding="ascii") for file in files)
+    if limit.strip() == "max":
+        return sys.maxsize, 0
+    counted = dict(line.split() for line in stat.splitlines())
+    cached = sum(int(counted.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return int(limit), max(0, int(current) - cached)
 
 
 def _windows_ram() -> tuple[int, int]:

@@ -104,7 +104,9 @@ class BlockStream:
         self._lane = Lane(device) if lane is None else lane
         self._hosts = {name: _Host.of(network, (headers or {}).get(name)) for name, network in networks.items()}
         slabs = [slab for host in self._hosts.values() for slab in host.slabs]
-        self._reader = Reader(device, most) if (most := largest(slabs)) else None
+        self._reader = Reader(device, most, pin_limit) if (most := largest(slabs)) else None
+        if pin_limit is not None and self._reader is not None:
+            pin_limit = max(0, pin_limit - self._reader.nbytes)
         self._pins = pin((slab.host for slab in slabs), device, pin_limit)
         self._moving: dict[str, tuple[int, ...]] = {}
         self._rest: Buffer | None = None

@@ -190,15 +190,20 @@ def test_memory_that_runs_out_for_tiles_too(raw: Tensor, caplog: pytest.LogCaptu
         made(15)
 
 
-@pytest.mark.parametrize(("free", "size"), [(20e9, None), (7.4e9, 768), (4e9, 320), (1e9, 256), (1, 128)])
-def test_tiles_of_720p_by_free_memory(free: float, size: int | None) -> None:
-    """Wan2.1's VAE in bf16: whole frames take 9.7 GB."""
+@pytest.mark.parametrize(("room", "size"), [("whole", None), (896, 768), (640, 320), (320, 320), (256, 256), (0, 128)])
+def test_tiles_of_720p_by_free_memory(room: str | int, size: int | None) -> None:
+    """room: that of whole frames, or of tiles of so many pixels. Of all that fit, those with the least to decode."""
     info, shape = VAEInfo(Path("vae"), WanVAEConfig()), (1, 16, 21, 90, 160)
-    tiling = fitting(info, shape, torch.bfloat16, int(free))
-    assert (tiling.size if tiling else None) == size
-    if tiling and free > 1:
+
+    def needed(tiling: Tiling) -> int:
         tile = largest_tile(shape[2:], info.space.stride, tiling)
-        assert vae_decode_bytes(info, (1, 16, *tile), torch.bfloat16, frames=False) <= free
+        return vae_decode_bytes(info, (1, 16, *tile), torch.bfloat16, frames=False)
+
+    whole = vae_decode_bytes(info, shape, torch.bfloat16, frames=False)
+    free = whole if room == "whole" else needed(Tiling(int(room), 64)) if room else 1
+    tiling = fitting(info, shape, torch.bfloat16, free)
+    assert (tiling.size if tiling else None) == size
+    assert tiling is None or not room or needed(tiling) <= free < whole
 
 
 def test_the_pipeline_takes_a_mode(pipe: LightX2VPipeline) -> None:

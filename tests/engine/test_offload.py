@@ -274,7 +274,7 @@ def test_an_error_inside_a_block_and_on(expected: Tensor, index: int) -> None:
         raise torch.OutOfMemoryError
 
     with stream.open(2, 2):
-        hook = network.blocks[index].ffn.register_forward_hook(fail)
+        hook = network.blocks[index].ffn[2].register_forward_hook(fail)
         with pytest.raises(torch.OutOfMemoryError):
             video(streamed(stream), THREE)
         hook.remove()

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 DEMO = Path(__file__).parents[2] / "demo" / "models" / "wan2.1_t2v"
-CONFIG = WanConfig(2048, 8192, 12, 16, 16, 4096, 256, (1, 2, 2))  # 101 MB a block in bf16
+LAYERS = 8
+CONFIG = WanConfig(1536, 6144, LAYERS, 16, 16, 4096, 256, (1, 2, 2))  # 75 MB a block in bf16
 LATENTS = (1, 16, 9, 30, 52)
 
 
@@ -75,38 +77,47 @@ def resident(network: WanTransformer) -> Callable[[int], tuple]:
     return lambda index: (network, run_blocks)
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 2])
-@pytest.mark.parametrize("stays", [0, 5, 12])
-def test_streamed_equals_resident(stays: int, prefetch: int) -> None:
-    truth = passes(resident(wan().to(CUDA)))
+@cache
+def truth() -> list[Tensor]:
+    """Four passes of the resident network; made within the first test that asks, under the settings of tests."""
+    return passes(resident(wan().to(CUDA)))
+
+
+def same(found: list[Tensor]) -> bool:
+    """As many of those as there are."""
+    return bool(found) and all(torch.equal(a, b) for a, b in zip(found, truth(), strict=False))
+
+
+def test_streamed_equals_resident() -> None:
+    truth()
     stream = BlockStream({"": wan()}, CUDA)
     assert stream.pinned_bytes >= stream.host_bytes
-    for _ in range(2):
-        with stream.open(stays, prefetch):
-            found = passes(streamed(stream))
-        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+    for stays in (0, 3, LAYERS):
+        for prefetch in (0, 1, 2):
+            for _ in range(2):
+                with stream.open(stays, prefetch):
+                    assert same(passes(streamed(stream))), (stays, prefetch)
 
 
 def test_without_pinning_too() -> None:
-    truth = passes(resident(wan().to(CUDA)))
     stream = BlockStream({"": wan()}, CUDA, pin_limit=0)
     assert stream.pinned_bytes == 0
     with stream.open(2, 1):
-        assert all(torch.equal(a, b) for a, b in zip(passes(streamed(stream)), truth, strict=True))
+        assert same(passes(streamed(stream)))
 
 
 def test_experts_by_turns() -> None:
-    networks = wan(), wan(1, replace(CONFIG, num_layers=7))
-    truth = [*passes(resident(wan().to(CUDA)))[:2], *passes(resident(wan(1, networks[1].config).to(CUDA)))[2:]]
+    networks = wan(), wan(1, replace(CONFIG, num_layers=5))
+    expected = [*truth()[:2], *passes(resident(wan(1, networks[1].config).to(CUDA)))[2:]]
     stream = BlockStream(dict(zip(("high", "low"), networks, strict=True)), CUDA)
     names = ["high", "high", "low", "low", ""]
 
     def bring(index: int) -> tuple:
         return stream.bring(names[index]), stream.around(run_blocks, names[index + 1] or None)
 
-    for stays in (0, 3, 12):
+    for stays in (0, 3, LAYERS):
         with stream.open(stays, 1):
-            assert all(torch.equal(a, b) for a, b in zip(passes(bring), truth, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(passes(bring), expected, strict=True))
 
 
 def test_peak_memory_is_what_the_plan_counts() -> None:
@@ -211,23 +222,21 @@ def test_the_same_demo_video_however_it_is_placed() -> None:
 
 @torch.inference_mode()
 def test_blocks_that_their_network_calls_itself() -> None:
-    latents, timestep, context = inputs()
-    truth = wan().to(CUDA)(latents, timestep, context)
     network = wan()
     stream = BlockStream({"": network}, CUDA, pin_limit=0)
     for stays in (0, 3):
         with stream.open(stays, 1), stream.hooked():
-            assert torch.equal(network(latents, timestep, context), truth)
+            assert same([network(*inputs())])
 
 
 def test_a_home_is_left_and_found_again() -> None:
-    truth = passes(resident(wan().to(CUDA)), 2)
+    truth()
     network = wan()
     home = Home(network)
     base = torch.cuda.memory_allocated()
     for _ in range(2):
         home.copy_to(CUDA)
-        assert all(torch.equal(a, b) for a, b in zip(passes(resident(network), 2), truth, strict=True))
+        assert same(passes(resident(network), 2))
         home.leave()
         assert torch.cuda.memory_allocated() <= base + 1e6
     assert not any(parameter.is_cuda for parameter in network.parameters())
@@ -235,16 +244,17 @@ def test_a_home_is_left_and_found_again() -> None:
 
 def test_memory_that_really_runs_out() -> None:
     """Under a cap that the whole network exceeds: the second try streams, and gives the same."""
-    network = wan().to(CUDA)
+    truth()
+    base, network = torch.cuda.memory_allocated(), wan().to(CUDA)
     torch.cuda.reset_peak_memory_stats()
-    truth = passes(resident(network), 2)
+    passes(resident(network), 2)
     sizes = measure(network)
-    activations = torch.cuda.max_memory_allocated() - sizes.total
+    activations = torch.cuda.max_memory_allocated() - base - sizes.total
     network.to("cpu")
     gc.collect()
     torch.cuda.empty_cache()
     stream_bytes = streamed_bytes((sizes,), 0, 1)
-    cap = torch.cuda.memory_reserved() + stream_bytes + 2 * activations + 200_000_000
+    cap = torch.cuda.memory_reserved() + stream_bytes + int(1.3 * activations) + 150_000_000
     assert cap < sizes.total
     needs = Needs((sizes,), activations)
     plans = [plan(needs, Machine(100 * int(GB), 100 * int(GB), 0))]
@@ -264,7 +274,7 @@ def test_memory_that_really_runs_out() -> None:
         found = once_more(work, lambda: plans[-1], lambda: network.to("cpu"), advice)  # type: ignore[arg-type,return-value]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert len(plans) == 2 and all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+    assert len(plans) == 2 and same(found)
 
 
 def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
@@ -273,18 +283,17 @@ def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in network.state_dict().items()}, tmp_path / "wan.safetensors"
     )
-    truth = passes(resident(network.to(CUDA)))
     header = read_header(tmp_path / "wan.safetensors")
-    left = left_in_file(network, 12)
+    left = left_in_file(network, LAYERS)
     for name in left:
         owner, _, leaf = name.rpartition(".")
         module = network.get_submodule(owner)
         module._parameters[leaf] = torch.nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
     stream = BlockStream({"": network}, CUDA, headers={"": header})
     assert stream.host_bytes < measure(network).total / 2
-    for stays, ahead in ((0, 1), (0, 2), (5, 1), (12, 0)):
+    for stays, ahead in ((0, 1), (0, 2), (5, 1), (LAYERS, 0)):
         with stream.open(stays, ahead):
-            assert all(torch.equal(a, b) for a, b in zip(passes(streamed(stream)), truth, strict=True)), (stays, ahead)
+            assert same(passes(streamed(stream))), (stays, ahead)
     stream.release()
 
 

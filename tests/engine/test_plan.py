@@ -1,13 +1,16 @@
 """The memory plan: within its budget, more with more memory, all where it fits, and words where nothing helps."""
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.offload.placing import container_bytes
 from lightx2v.offload.plan import GB, RESERVE, DoesNotFitError, Machine, Needs, Plan, Sizes, has_room, measure, plan
 from lightx2v_kernels import select
 
@@ -117,6 +120,18 @@ def test_the_line_says_what_passes() -> None:
         "only 1.0 GB of RAM are free: the system may swap to disk"
     )
     assert "(17.50 GB a pass)" in short.line()
+
+
+def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
+    assert container_bytes(tmp_path) == (sys.maxsize, 0), "no control group of version 2"
+    (tmp_path / "memory.current").write_text("9000\n")
+    (tmp_path / "memory.stat").write_text("anon 5000\nactive_file 1500\ninactive_file 1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_bytes(tmp_path) == (sys.maxsize, 0)
+    (tmp_path / "memory.max").write_text("16000\n")
+    assert container_bytes(tmp_path) == (16000, 6500), "what files are cached can be dropped"
+    (tmp_path / "memory.stat").write_text("inactive_file 99999\n")
+    assert container_bytes(tmp_path) == (16000, 0)
 
 
 def test_encoders_and_vae() -> None:
