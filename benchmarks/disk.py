@@ -16,35 +16,32 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.transformer import MODELS, Model, inputs
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.offload import passing
-from benchmarks.timing import machine, report
+from benchmarks.offload import Passes
+from lightx2v.bench.subjects import CONFIGS, Inputs, Subject, subject
+from lightx2v.bench.timing import machine, report
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import load_transformer
-from lightx2v.models.wan.config import HEAD_DIM
-from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.plan import GB
 from lightx2v.offload.stream import BlockStream
 from lightx2v_kernels import select
 
-SMALL = (1, 16, 16)
+MODELS = tuple(name for name in CONFIGS if name.startswith(("wan", "demo")))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.disk", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
+    parser.add_argument("--model", choices=MODELS, default="wan2.1-1.3b")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
     parser.add_argument("--layout", choices=("block-split", "single"), default="block-split")
     parser.add_argument("--passes", type=int, default=2)
@@ -55,11 +52,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write(model: Model, folder: Path, layout: str) -> Path:
+def write(wanted: Subject, folder: Path, layout: str) -> Path:
     """A checkpoint in bf16, block by block, so that it is never in memory as a whole unless it is one file."""
-    kernels = select(device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=HEAD_DIM)
+    kernels = select(device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=wanted.spec.head_dim)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in WanTransformer(model.config, kernels).state_dict().items()}
+        network = wanted.spec.build(wanted.config, kernels)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     files: dict[str, list[str]] = {}
     for name in shapes:
         split = name.split(".")
@@ -119,23 +117,22 @@ def forget(path: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(info: CheckpointInfo, device: torch.device, args: tuple[Tensor, ...], count: int, filed: int) -> dict[str, Any]:
+def run(info: CheckpointInfo, device: torch.device, given: Inputs, count: int, filed: int) -> dict[str, Any]:
     """Passes with `filed` blocks in their file."""
     memory = Memory()
     with memory.watched():
         left = load_transformer(
             info, Engine(dtype="bf16"), device, torch.device("cpu"), lambda network: left_in_file(network, filed)
         )
-        stream = BlockStream({"": left}, device, headers={"": info.header})
+        stream, passes = BlockStream({"": left}, device, headers={"": info.header}), Passes(left, given, given)
         times = []
         with stream.open(0, 1):
-            work = passing(stream, args)
-            out = work().cpu()
+            out = passes.streamed(stream, small=True).cpu()
             for cold in [True] * count + [False] * count:
                 if cold:
                     forget(info.path)
                 began = time.perf_counter()
-                work().cpu()
+                passes.streamed(stream, small=True).cpu()
                 times.append(time.perf_counter() - began)
         host = stream.host_bytes
         stream.release()
@@ -145,13 +142,12 @@ def run(info: CheckpointInfo, device: torch.device, args: tuple[Tensor, ...], co
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    device, model = torch.device(options.device), replace(MODELS[options.model], latents=SMALL)
+    device, wanted = torch.device(options.device), subject(options.model)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        info = identify(write(model, Path(folder), options.layout))
-        args = inputs(model, device)
-        count = model.config.num_layers
-        filed = run(info, device, args, options.passes, count)
-        whole = run(info, device, args, options.passes, 0)
+        info = identify(write(wanted, Path(folder), options.layout))
+        given, count = wanted.small().inputs(device), wanted.config.num_layers
+        filed = run(info, device, given, options.passes, count)
+        whole = run(info, device, given, options.passes, 0)
     size = info.header.nbytes
     right = torch.equal(filed["out"], whole["out"])
     result: dict[str, Any] = {"model": options.model, "layout": options.layout, "model_gb": round(size / GB, 3)}

@@ -18,6 +18,14 @@ from lightx2v.bench.engine import ALL, LOSSY
 
 # seconds: what each takes on an H100 at most, with the time to build weights and to compile.
 PARTS = {
+    # The whole comparison in brief, for when time on a GPU is short; not among the parts that run by default.
+    "brief": Plan(
+        "wan2.1-14b",
+        attention=("auto", "flash_attn3", LOSSY),
+        quant=("none", "fp8"),
+        peers=("diffusers", "diffusers-fa3", "comfyui"),
+        seconds=280,
+    ),
     # Every attention backend on bf16 weights, and the others as they are by default and with FlashAttention-3.
     "14b": Plan("wan2.1-14b", attention=(ALL,), peers=("diffusers", "diffusers-fa3", "comfyui"), seconds=240),
     "14b-fp8": Plan("wan2.1-14b", attention=(ALL,), quant=("fp8",), peers=("comfyui-fp8",), seconds=190),
@@ -64,16 +72,19 @@ PARTS = {
 }
 
 
-def plans(only: list[str], until: float, dry: bool) -> list[Plan]:
-    """The parts asked for; in a dry run at toy size. until: clock, after which none begins."""
-    chosen = [PARTS[name] for name in only or PARTS]
-    return [replace(plan, until=until, toy=dry, rounds=1 if dry else plan.rounds) for plan in chosen]
+def plans(only: list[str], until: float, dry: bool = False, rounds: int | None = None) -> list[Plan]:
+    """The parts asked for; in a dry run at toy size. until: clock, after which none begins. rounds: None: their own."""
+    chosen = [PARTS[name] for name in only or [name for name in PARTS if name != "brief"]]
+    rounds = 1 if dry else rounds
+    return [replace(plan, until=until, toy=dry, rounds=rounds or plan.rounds) for plan in chosen]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.h100", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], choices=PARTS)
     parser.add_argument("--seconds", type=float, default=540, help="of all parts; default: %(default)s")
+    parser.add_argument("--rounds", type=int, help="calls of each; default: 5, of the longest 3")
+    parser.add_argument("--no_profile", action="store_true", help="leave out where the time goes")
     parser.add_argument("--json", type=Path, metavar="FILE", required=True)
     parser.add_argument("--dry", action="store_true", help="all parts at toy size, on a CPU too")
     args = parser.parse_args(arguments)
@@ -81,7 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cpu" and not args.dry:
         parser.error(f"PyTorch {torch.__version__} sees no GPU: --dry runs all parts at toy size")
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen = plans(args.only, time.monotonic() + args.seconds, args.dry)
+    chosen = plans(args.only, time.monotonic() + args.seconds, args.dry, args.rounds)
+    if args.no_profile:
+        chosen = [replace(plan, profile=False) for plan in chosen]
     command = "python -m benchmarks.h100 " + " ".join(sys.argv[1:] if arguments is None else arguments)
     document = run_plans(chosen, device, PEERS, args.json, command=command)
     for result in document["results"]:

@@ -96,6 +96,11 @@ class Pick:
                 f"{astray[0]}={str(self.originals[astray[0]])!r}: {self.model_cls} has {count}: give "
                 f"{' and '.join(fitting)}, or choose another model_cls"
             )
+        if self.transformer_name and self.kind.family != HUNYUAN:
+            raise ValueError(
+                f"transformer_model_name={self.transformer_name!r}: only HunyuanVideo-1.5 has several in one folder; "
+                "leave it out"
+            )
         try:
             infos = self._quantised() if self.quantize.dit else self._plain()
         except MissingPartError as error:  # a file that is named later may take its place

@@ -38,7 +38,7 @@ TABLE = (
     Row("dit_original_ckpt high_noise_original_ckpt low_noise_original_ckpt", HONOURED, "as in LightX2VPipeline"),
     Row("dit_quantized dit_quantized_ckpt", HONOURED, "enable_quantize"),
     Row("high_noise_quantized_ckpt low_noise_quantized_ckpt", HONOURED, "enable_quantize"),
-    Row("dit_quant_scheme", HONOURED, "quant_scheme of enable_quantize, which compares it with the file"),
+    Row("dit_quant_scheme", HONOURED, "quant_scheme of enable_quantize: a kernel that it names runs or raises"),
     Row("t5_quantized t5_quantized_ckpt t5_quant_scheme", HONOURED, "enable_quantize, text_encoder_..."),
     Row("clip_quantized clip_quantized_ckpt clip_quant_scheme", HONOURED, "enable_quantize, image_encoder_..."),
     Row("cpu_offload offload_granularity vae_cpu_offload", HONOURED, "enable_offload"),

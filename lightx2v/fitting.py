@@ -1,10 +1,14 @@
 """Whether what is asked fits the model: task, images. Asked before any weight is read."""
 
+import logging
+
 from torch import Tensor
 
 from lightx2v.checkpoint import CheckpointError
+from lightx2v.hints import task_hint
 from lightx2v.identify import CheckpointInfo
 
+log = logging.getLogger(__name__)
 START_FROM_IMAGE = ("i2v", "flf2v")
 EITHER = ("t2v", "i2v")
 # Where a spec has no task, one layout is the text-to-video model as well as the image-to-video one.
@@ -22,11 +26,15 @@ def check_task(info: CheckpointInfo, task: str) -> None:
 
 
 def check_images(info: CheckpointInfo, *, start: bool, end: bool) -> None:
-    """Raise CheckpointError where a model needs an image that is not given, or could not see one that is.
+    """Raise CheckpointError where a model needs an image that is not given, or could not see one that is; warn where
+    only its name tells.
 
     start, end: whether an image of the first and of the last frame is given.
     """
     spec = info.spec
+    told = None if spec.task else task_hint(info.path, info.header.metadata)
+    if told in EITHER and (told == "i2v") != start:
+        log.warning("%s: its name says %s, and an image is %s", info.path, told, "given" if start else "not given")
     if spec.task in START_FROM_IMAGE and not (start or end):
         raise CheckpointError(
             f"{info.path}: this is {spec.title}, which starts from an image, and none is given: connect Image To Video "

@@ -11,7 +11,7 @@ from lightx2v.vae.loading import VAEInfo
 from lightx2v.vae.tae import KINDS, TAEConfig
 from lightx2v.vae.wan22 import Wan22VAEConfig
 
-# One umT5-xxl block widened to float32 (0.77 GB) and its products for 512 tokens.
+# One umT5-xxl block widened to float32 (0.77 GB) and its products for 512 tokens, or one of Qwen2.5-VL 7B (0.93 GB).
 TEXT_ENCODER_ACTIVATION_BYTES = 1_500_000_000
 
 
@@ -45,11 +45,11 @@ def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dt
         remembered = 3 * half / 4 + 3 * quarter / 16 + 3 * eighth / 64
         numbers = (4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24
     elif isinstance(config, Wan22VAEConfig):
-        numbers = 17.5 * config.decoder_channels + 30
+        numbers = 13.2 * config.decoder_channels + 30
     elif isinstance(config, HunyuanVAEConfig):  # keys and values are kept of every latent frame
-        numbers = 61.5 * config.widths[0] + latent_frames * config.widths[-1] / 128 + 30
+        numbers = 45.5 * config.widths[0] + latent_frames * config.widths[-1] / 128 + 30
     else:
-        numbers = 45.5 * config.base_channels + 30
+        numbers = 42 * config.base_channels + 30
     pixels = batch * height * rows * width * columns
     video = 12 * pixels * (4 * latent_frames - 3) if frames else 0
     return int(VAE_SLACK * numbers * pixels * dtype.itemsize) + video
@@ -61,9 +61,9 @@ def vae_encode_bytes(info: VAEInfo, height: int, width: int, dtype: torch.dtype)
     if isinstance(config, TAEConfig):
         numbers = 12 * (config.encoder_channels or 0) / KINDS[config.kind].patch ** 2 + 60
     elif isinstance(config, Wan22VAEConfig):
-        numbers = 10.5 * config.encoder_channels + 30
+        numbers = 7.6 * config.encoder_channels + 30
     elif isinstance(config, HunyuanVAEConfig):  # what is kept of 32 latent frames, 125 frames of the clip
-        numbers = 54 * config.widths[0] + config.widths[-1] / 4 + 30
+        numbers = 46 * config.widths[0] + config.widths[-1] / 4 + 30
     else:
-        numbers = 36 * config.base_channels + 30
+        numbers = 28.5 * config.base_channels + 30
     return int(VAE_SLACK * numbers * height * width * dtype.itemsize)

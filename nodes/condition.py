@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from lightx2v.config import one_of
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
+from lightx2v.offload.shortage import Shortage, caught
 from lightx2v.shapes import VideoShape, snap, to_latent
 
 from . import host
@@ -45,7 +46,12 @@ class LightX2VTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, encoder: LoadedTextEncoder, text: str) -> io.NodeOutput:
         device = host.on_gpu(encoder.handle, TEXT_ENCODER_ACTIVATION_BYTES)
-        found = encoder.encoder.condition(text, on_block=host.progress()).to(mm.intermediate_device())
+        made = caught(lambda: encoder.encoder.condition(text, on_block=host.progress()))
+        if isinstance(made, Shortage):
+            host.log.warning("Too little GPU memory for the text encoder: it runs on the CPU")
+            host.make_room()
+            made, device = encoder.encoder.condition(text, on_block=host.progress()), encoder.handle.offload_device
+        found = made.to(mm.intermediate_device())
         host.log.debug("encoded %d rows on %s", found.context.shape[1], device)
         extras: dict[str, Any] = {"pooled_output": None}
         if found.glyphs is not None:

@@ -8,6 +8,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from lightx2v.config import one_of
+from lightx2v.decoding import tighter
+from lightx2v.offload import DoesNotFitError
+from lightx2v.offload.shortage import Shortage, caught
 from lightx2v.report import Watch
 from lightx2v.vae.tiling import Tiling, decode_tiled
 
@@ -101,12 +104,12 @@ class LightX2VDecode(io.ComfyNode):
         samples, tiling = latent["samples"], Tiling(tile_size, overlap, tile_frames)
         watch = Watch(getattr(vae, "device", None) or mm.get_torch_device())
         with watch.stage("decode") as lines:
-            if mode == "auto" and not _fits(vae, samples):
-                mode = "tiled"
-            frames = None if mode == "tiled" else _whole(vae, samples, mode)
-            lines.append(f"decoded {'whole frames' if frames is not None else f'tiles of {tile_size} pixels'}")
+            tiled = mode == "tiled" or (mode == "auto" and not _fits(vae, samples))
+            frames, words = (None if tiled else _whole(vae, samples, mode)), "whole frames"
             if frames is None:
-                frames = _tiled(vae, samples, tiling)
+                frames, tiling = _in_tiles(vae, samples, tiling, once_more=tiled and mode == "auto")
+                words = f"tiles of {tiling.size} pixels"
+            lines.append(f"decoded {words}")
         reported = {**latent, KEY: so_far(latent).then(*watch.stages)}
         return io.NodeOutput(frames.flatten(0, 1) if frames.ndim == 5 else frames, reported)
 
@@ -132,6 +135,23 @@ def _whole(vae: comfy.sd.VAE, samples: Tensor, mode: str) -> Tensor | None:
             raise
         host.log.warning("Too little GPU memory to decode whole frames; decoding in tiles")
     return None
+
+
+def _in_tiles(vae: comfy.sd.VAE, samples: Tensor, tiling: Tiling, *, once_more: bool) -> tuple[Tensor, Tiling]:
+    """Frames, and the tiles that they were made of: where memory runs out and these may be others, smaller ones."""
+    made = caught(lambda: _tiled(vae, samples, tiling))
+    smaller = tighter(tiling, None) if once_more else None
+    if isinstance(made, Shortage) and smaller is not None:
+        host.log.warning("Too little GPU memory for tiles of %d pixels; taking %d", tiling.size, smaller.size)
+        host.make_room()
+        tiling = smaller
+        made = caught(lambda: _tiled(vae, samples, tiling))
+    if isinstance(made, Shortage):
+        raise DoesNotFitError(
+            f"GPU memory ran out while decoding in tiles of {tiling.size} pixels ({made.said}): set mode to tiled and "
+            f"tile_size to {max(64, tiling.size // 32 * 16)}, or take a tiny autoencoder"
+        )
+    return made, tiling
 
 
 def _tiled(vae: comfy.sd.VAE, samples: Tensor, tiling: Tiling) -> Tensor:

@@ -16,7 +16,17 @@ from tiny_hunyuan import CONFIG, State, make_tiny, to_diffusers
 from tiny_vae import tiny_vae15
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "infer_steps": 2}
-FITTING = replace(CONFIG, num_layers=1, text_dim=encoders.QWEN.hidden_size, image_dim=encoders.SIGLIP.hidden_size)
+GLYPHS = replace(encoders.BYT5, hidden_size=96, head_dim=16)
+FITTING = replace(
+    CONFIG,
+    num_layers=1,
+    ffn_size=256,
+    refiner_ffn_size=256,
+    text_dim=encoders.QWEN.hidden_size,
+    glyph_dim=GLYPHS.hidden_size,
+    glyph_size=64,
+    image_dim=encoders.SIGLIP.hidden_size,
+)
 PLACES = {
     "original": {
         "transformer": "transformer/480p_t2v/diffusion_pytorch_model.safetensors",
@@ -68,7 +78,7 @@ def write_folder(root: Path, layout: str = "original", config: HunyuanConfig = F
         language = {name.removeprefix("model."): t for name, t in language.items() if name.startswith("model.")}
     write(language, folder / places["language"])
     encoders.write_tokenizer(folder / places["tokenizer"])
-    write(encoders.byt5_state(), folder / places["glyphs"])
+    write(encoders.byt5_state(GLYPHS), folder / places["glyphs"])
     write(encoders.siglip_state(), folder / places["siglip"])
     write(tiny_vae15().state_dict(), folder / places["vae"])
     return folder

@@ -79,7 +79,7 @@ def read_into(header: Header, name: str, target: Tensor) -> None:
     is gone or ends too early.
     """
     info = header.tensors[name]
-    if info.span is None or info.packed is not None or info.encoding or info.dtype != target.dtype:
+    if info.span is None or info.packed is not None or info.dtype != target.dtype or info.span[1] != target.nbytes:
         ((_, tensor),) = read_tensors(header, [name], target.device)
         target.copy_(tensor)
         return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.checkpoint import Header, read_into
+from lightx2v.lora.branch import is_linear
 from lightx2v.offload.lane import Buffer, pin
 from lightx2v.offload.parts import parts_of, spread
 from lightx2v.offload.slab import Slab, host_memory
@@ -37,17 +38,14 @@ class Filed:
 
 
 def left_in_file(network: nn.Module, count: int) -> frozenset[str]:
-    """Names of the weights of `count` blocks, evenly spread, that can stay in the file: the matrices.
+    """Names of the weights of `count` blocks, evenly spread, that can stay in the file: those of linear layers.
 
     What is small stays in RAM, where LoRAs may change it.
     """
     blocks = parts_of(network)[0]
-    chosen = {id(parameter) for index in spread(len(blocks), count) for parameter in blocks[index].parameters()}
-    return frozenset(
-        name
-        for name, parameter in network.named_parameters()
-        if id(parameter) in chosen and parameter.ndim >= 2 and name.endswith(".weight")
-    )
+    chosen = {id(module) for index in spread(len(blocks), count) for module in blocks[index].modules()}
+    found = network.named_modules()
+    return frozenset(f"{name}.weight" for name, module in found if id(module) in chosen and is_linear(module))
 
 
 def filed(network: nn.Module, header: Header | None) -> dict[int, Filed]:

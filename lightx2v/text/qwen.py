@@ -21,7 +21,7 @@ from lightx2v.layout import plain_dtype
 from lightx2v.library import from_transformers
 from lightx2v.quant import find_packed
 from lightx2v.text.chat import ChatTokenizer, find_tokenizer
-from lightx2v.text.resting import Widened, before_blocks, stay_packed
+from lightx2v.text.resting import Rename, Widened, before_blocks, stay_packed
 
 if TYPE_CHECKING:
     from transformers import Qwen2Model
@@ -164,12 +164,7 @@ def load(
     header, found = open_encoder(path)
     words = find_tokenizer(header.path, tokenizer, found.vocab_size)
     model = empty(found)
-
-    def used(name: str) -> str | None:
-        block = _BLOCK.match(name)
-        return name if name == EMBEDDING or (block and int(block[1]) < len(model.layers)) else None
-
-    rename: Callable[[str], str | None] = used
+    rename = used_by(model)
     restored = {name for name, info in header.tensors.items() if info.packed}
     if dtype is None:
         header, rename = stay_packed(model, header, rename)
@@ -183,6 +178,16 @@ def load(
         model.layers[index] = Widened(block)
     model.rotary_emb.to(device)
     return Qwen(header.path, model.eval().requires_grad_(False), words)
+
+
+def used_by(model: "Qwen2Model") -> Rename:
+    """The network's name of a tensor; None for the vision tower, the head, and what follows the last block in use."""
+
+    def used(name: str) -> str | None:
+        block = _BLOCK.match(name)
+        return name if name == EMBEDDING or (block and int(block[1]) < len(model.layers)) else None
+
+    return used
 
 
 def empty(found: Sizes) -> "Qwen2Model":

@@ -79,7 +79,9 @@ def convolve_beside_past(
 
 
 def _last(frames: Tensor, past: Tensor | None, count: int) -> Tensor:
-    """A copy of the last `count` frames, with those of the past where there are fewer."""
+    """The last `count` frames by themselves, with those of the past where there are fewer."""
+    if frames.shape[2] == count:
+        return frames
     if frames.shape[2] < count:
         before = torch.zeros_like(frames[:, :, :1]).expand(-1, -1, count, -1, -1) if past is None else past
         frames = torch.cat([before[:, :, frames.shape[2] :], frames], 2)

@@ -21,7 +21,7 @@ from lightx2v.checkpoint import CheckpointError, Header, read_header
 from lightx2v.kinds import in_words
 from lightx2v.latents import HUNYUAN15
 from lightx2v.vae.fused import convolve_causally, frame_kernels
-from lightx2v.vae.layers import RMSNorm, State, convolve
+from lightx2v.vae.layers import Head, RMSNorm, State, convolve, run
 from lightx2v.vae.layouts import PREFIXES
 from lightx2v.vae.stream import fill
 
@@ -244,10 +244,8 @@ class Decoder(nn.Module):
     def forward(self, raw: Tensor, state: State | None = None) -> Tensor:
         x = self.conv_in(raw, state)
         x = x + repeated(raw, x.shape[1])
-        for stage in (self.mid, *self.up):
-            x = stage(x, state)
-        out: Tensor = self.conv_out(x, state, norm=self.norm_out)
-        return out
+        last = Head(self.norm_out, nn.SiLU(), self.conv_out)
+        return run([self.mid, *self.up, last], x, state)
 
 
 class HunyuanVAE(nn.Module):

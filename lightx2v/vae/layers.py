@@ -7,11 +7,15 @@ and the dict that a call has filled continues it. Both ways compute the same num
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightx2v.vae.fused import convolve_causally, frame_kernels
+
+AT_ONCE = 2  # frames: as many as a convolution over three looks back on
 
 State = dict[nn.Module, Tensor]
 """Frames (B, C, 1 or 2, h, w) that a layer needs again with the next chunk, keyed by the layer.
@@ -187,6 +191,19 @@ def advance(layer: nn.Module, x: Tensor, state: State | None) -> Tensor:
     return layer(x) if isinstance(layer, STATELESS) else layer(x, state)
 
 
+def run(stages: Sequence[nn.Module], x: Tensor, state: State | None) -> Tensor:
+    """x through all stages in a row, where it has many frames `AT_ONCE` of them all the way.
+
+    The stages may double frames but not halve them. To a causal network that makes no difference; it takes the less
+    memory the larger its frames become, and what a convolution needs again is what it was just given.
+    """
+    for index, stage in enumerate(stages):
+        if state is not None and x.shape[2] > AT_ONCE:
+            return torch.cat([run(stages[index:], part, state) for part in x.split(AT_ONCE, 2)], 2)
+        x = advance(stage, x, state)
+    return x
+
+
 class Encoder(nn.Module):
     """widths: channels of frames, at the start and the end of `downsamples`, and of what comes out."""
 
@@ -203,9 +220,16 @@ class Encoder(nn.Module):
         return [self.conv1, *self.downsamples, *self.middle, self.head]
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        for stage in self.stages():
+        stages = self.stages()
+        large = next(index for index, stage in enumerate(stages) if halves_frames(stage))
+        x = run(stages[:large], x, state)
+        for stage in stages[large:]:
             x = advance(stage, x, state)
         return x
+
+
+def halves_frames(stage: nn.Module) -> bool:
+    return any(isinstance(layer, Downsample) and layer.time_conv is not None for layer in stage.modules())
 
 
 class Decoder(nn.Module):
@@ -220,8 +244,7 @@ class Decoder(nn.Module):
         self.head = head(last, out)
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        x = self.middle(self.conv1(x, state), state)
-        return self.head(self.upsamples(x, state), state)
+        return run([self.conv1, *self.middle, *self.upsamples, self.head], x, state)
 
 
 def middle(channels: int) -> Chain:

@@ -130,9 +130,6 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     tower = _tower(model)
     restored = {name for name, info in header.tensors.items() if info.packed}
 
-    def used(name: str) -> str | None:
-        return None if name.startswith("head.") or name.endswith("position_ids") else name
-
     def held(name: str) -> torch.dtype | None:
         return dtype or (plain_dtype(header) if name in restored else None)
 
@@ -144,6 +141,11 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     for index, layer in enumerate(tower.encoder.layers):
         tower.encoder.layers[index] = Widened(layer)
     return ImageEncoder(header.path, size, model.eval().requires_grad_(False))
+
+
+def used(name: str) -> str | None:
+    """The network's name of a tensor; None for the pooling head and for numbers that older files carry."""
+    return None if name.startswith("head.") or name.endswith("position_ids") else name
 
 
 def empty(size: Sizes) -> "SiglipVisionModel":

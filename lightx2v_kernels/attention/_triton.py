@@ -247,8 +247,9 @@ def attend(
             q_tile, factor, k, v, k_scale, batch, head, token_strides[1], token_strides[2], keys, BLOCK_M, BLOCK_N,
             DIM, INT8, TMA, TAIL, AHEAD, STAGES, SPECIALIZE,
         )  # fmt: skip
-        sane = tl.abs(tl.sum(acc, 1) + total) < float("inf")
-        again = tl.min(sane.to(tl.int32), 0) == 0
+        # In one reduction: of two in a row Triton 3.6 fails to compile the second for sm_100.
+        sane = tl.abs(acc + total[:, None]) < float("inf")
+        again = tl.min(sane.to(tl.int32)) == 0
     else:
         acc, total = tl.zeros([BLOCK_M, DIM], tl.float32), tl.zeros([BLOCK_M], tl.float32)
         again = True

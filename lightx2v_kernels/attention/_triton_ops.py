@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 # rows are for measuring (`python -m benchmarks.attention --tune`); the others are tiles that fit and do not spill.
 EXACT = {
     (9, 0): Config(128, 128, warps=8, stages=2, tma=True),
-    (10, 0): Config(128, 64, warps=4, stages=3, tma=True),
+    (10, 0): Config(128, 64, warps=8, stages=3, tma=True),
     (8, 0): Config(128, 64, warps=8, stages=3),
 }
 INT8 = {
     (9, 0): Config(64, 128, warps=4, stages=2, tma=True),
-    (10, 0): Config(128, 64, warps=4, stages=3, tma=True),
+    (10, 0): Config(128, 64, warps=8, stages=3, tma=True),
     (8, 0): Config(128, 64, warps=8, stages=3),
 }
 SMALL_MEMORY = Config(128, 64, warps=8, stages=2)

@@ -55,7 +55,9 @@ def test_a_checkpoint_that_nobody_measured_is_refused_with_what_to_do(checkpoint
         with pytest.raises(ValueError, match=r"own\.v2\.safetensors: no cache figures are known.*lightx2v calibrate"):
             choose(Cache(method), [checkpoint])
     assert choose(Cache("none"), [checkpoint]) is None
-    with pytest.raises(ValueError, match=r"figures='wan9' is neither a \.cache\.json nor one of wan2\.1_t2v_1\.3b"):
+    with pytest.raises(
+        ValueError, match=r"figures='wan9' is neither a \.cache\.json nor one of hunyuan1\.5_480p_i2v, "
+    ):
         choose(Cache("teacache", figures="wan9"), [checkpoint])
     with pytest.raises(ValueError, match=r"TI2V 5B, published: no MagCache ratios; measure them"):
         run(wan(), choose(Cache("magcache", figures="wan2.2_ti2v_5b"), [checkpoint]))

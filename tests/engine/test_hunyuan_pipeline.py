@@ -14,9 +14,12 @@ import tiny_encoders15
 from closeness import relative_error
 from lightx2v import LightX2VPipeline
 from lightx2v.checkpoint import CheckpointError
+from lightx2v.config import Sampling
+from lightx2v.diffuse import Model, Start, diffuse
 from lightx2v.frames import whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.latents import HUNYUAN15
+from lightx2v.models import specs
 from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
 from lightx2v.models.hunyuan_video_15.sizes import size_for_image
 from lightx2v.shapes import VideoShape
@@ -59,11 +62,13 @@ def test_other_folders_draw_the_same(layout: str, made, tmp_path) -> None:
     assert relative_error(video(pipeline(write_folder(tmp_path, layout))), made) < 1e-5
 
 
-def test_pictures(folder, made, picture, tmp_path) -> None:
+def test_pictures(folder, made, picture, tmp_path, caplog) -> None:
     pipe = LightX2VPipeline(folder, "hunyuan_video_1.5", "t2v", support_tasks=["i2v"])
     pipe.create_generator(height=32, width=48, num_frames=5, infer_steps=2, resize_mode="fixed_shape")
     assert torch.equal(video(pipe), made)
+    assert "its name says" not in caplog.text
     started = video(pipe, task="i2v", image_path=picture)
+    assert "480p_t2v: its name says t2v, and an image is given" in caplog.text
     assert (started - made).abs().max() > 0.01
     Image.effect_noise((60, 40), 20).convert("RGB").save(tmp_path / "other.png")
     assert (video(pipe, task="i2v", image_path=tmp_path / "other.png") - started).abs().max() > 0.01
@@ -189,6 +194,32 @@ def test_sizes_are_diffusers_buckets(image: tuple[int, int], side: int) -> None:
     assert size_for_image(side**2, image) == tuple(expected)
 
 
+class Told(torch.nn.Module):
+    """In place of a transformer: notes what it is asked, and sees no change to make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[float, float, torch.Tensor | None]] = []
+
+    def forward(self, latents, timestep, context, run, *, image, step_end):
+        self.asked.append((float(timestep), float(step_end), context.glyphs))
+        return torch.zeros_like(latents)
+
+
+def test_each_step_of_a_distilled_model_is_told_its_end_and_each_pass_its_glyphs() -> None:
+    (spec,) = (spec for spec in specs() if spec.name == "hunyuan1.5_step_distilled")
+    network, glyphs = Told(), torch.ones(1, 2, 3)
+    sampling = Sampling(scheduler="distilled", shift=5.0, cfg_scale=2.0)
+    cond, uncond = (Conditioning(torch.zeros(1, 4, 8), torch.zeros(1, 33, 1, 2, 2), None, glyphs * n) for n in (1, 2))
+    model = Model(spec, torch.device("cpu"), lambda: network)
+    diffuse(model, Start(torch.zeros(1, 32, 1, 2, 2)), sampling, cond, uncond)
+    levels = [1000.0, 937.5, 2500 / 3, 625.0, 0.0]
+    for index, (timestep, end, seen) in enumerate(network.asked):
+        assert (timestep, end) == pytest.approx((levels[index // 2], levels[index // 2 + 1]))
+        assert torch.equal(seen, glyphs * (1 + index % 2))
+    assert len(network.asked) == 8
+
+
 def test_caches(folder) -> None:
     pipe = pipeline(folder, infer_steps=10, num_frames=1, guidance_scale=1)
     every = video(pipe)
@@ -206,3 +237,29 @@ def test_caches(folder) -> None:
     finally:
         for file in files:
             file.unlink()
+
+
+def test_loras_go_on_and_come_off(folder, made, tmp_path) -> None:
+    """ComfyUI's names, q, k and v in one; merged and beside the weights."""
+    generator = torch.Generator().manual_seed(7)
+    size, pairs = FITTING.hidden_size, {}
+    for layer, rows in (("img_attn.qkv", 3 * size), ("txt_mlp.0", FITTING.ffn_size)):
+        name = f"diffusion_model.double_blocks.0.{layer}"
+        pairs[f"{name}.lora_down.weight"] = torch.randn(4, size, generator=generator) / 4
+        pairs[f"{name}.lora_up.weight"] = torch.randn(rows, 4, generator=generator)
+    write(pairs, tmp_path / "lora.safetensors")
+    pipe = pipeline(folder)
+    pipe.enable_lora([{"path": tmp_path / "lora.safetensors", "strength": 1.0}])
+    merged = video(pipe)
+    assert (merged - made).abs().max() > 0.01
+    pipe.enable_lora([{"path": tmp_path / "lora.safetensors"}], lora_dynamic_apply=True)
+    assert relative_error(video(pipe), merged) < 1e-4
+    pipe.switch_lora("")
+    assert torch.equal(video(pipe), made)
+
+
+def test_without_siglip_there_are_no_pictures(folder, picture, tmp_path) -> None:
+    blind = copied(folder, tmp_path / "blind")
+    shutil.rmtree(blind / "vision_encoder")
+    with pytest.raises(CheckpointError, match="no image encoder here; looked for vision_encoder/siglip/image_encoder"):
+        video(pipeline(blind, task="i2v"), image_path=picture)

@@ -65,8 +65,8 @@ def test_what_only_lightx2v_has_is_refused_in_words(folder: Path, caplog: pytest
     with pytest.raises(NotImplementedError, match=r"src_video='a\.mp4'"):
         pipe.generate(src_video="a.mp4")  # type: ignore[call-arg]
     video(pipe, audio_path=None, src_ref_images="", target_shape=[])
-    with pytest.raises(NotImplementedError, match="transformer_model_name='480p_t2v': only HunyuanVideo"):
-        LightX2VPipeline(folder, transformer_model_name="480p_t2v")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="transformer_model_name='480p_t2v': only HunyuanVideo"):
+        LightX2VPipeline(folder, transformer_model_name="480p_t2v")
     LightX2VPipeline(folder, transformer_model_name=None, sf_model_path=None)  # type: ignore[call-arg]
     with pytest.raises(NotImplementedError, match="several GPUs is not supported yet: cfg_p_size=2, seq_p_size=4"):
         pipe.enable_parallel(cfg_p_size=2, seq_p_size=4)

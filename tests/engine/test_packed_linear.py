@@ -24,11 +24,12 @@ from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import load_transformer, with_attention
 from lightx2v.lora import Lora, apply_loras, remove_loras
 from lightx2v.models.hunyuan_video_15.transformer import Conditioning
+from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.plan import measure
 from lightx2v.offload.stream import BlockStream
 from lightx2v.quant.feeding import agreed
 from lightx2v.quant.linear import GgufLinear, ScaledLinear
-from lightx2v.quant.packing import quantise_weight
+from lightx2v.quant.packing import filling, quantise_weight
 from lightx2v_kernels import UnsupportedBackendError
 from lightx2v_kernels.quantize.reference import quantize
 
@@ -196,6 +197,20 @@ def test_streamed_equals_resident(scheme: str, lora: bool, resident: int) -> Non
     with stream.open(resident, 1):
         found = velocity(stream.bring(), info, run=stream.around(run_blocks, None))
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("path", [T2V, HIGH_NOISE], ids=["quantised as it is read", "as stored"])
+def test_weights_that_stay_in_the_file_are_packed_on_their_way(path: Path) -> None:
+    info = identify(path)
+    engine = Engine(quant="fp8")
+    wanted = velocity(load_transformer(info, engine, CPU), info)
+    network = load_transformer(info, engine, CPU, left=lambda network: left_in_file(network, 2))
+    assert sum(layer.weight.is_meta for layer in packed(network).values()) == 20
+    stream = BlockStream({"": network}, CPU, headers={"": filling(network, info.header, CPU)})
+    with stream.open(1, 1):
+        for _ in range(2):
+            assert torch.equal(velocity(stream.bring(), info, run=stream.around(run_blocks, None)), wanted)
+    stream.release()
 
 
 def test_another_attention_shares_packed_weights_and_loras() -> None:

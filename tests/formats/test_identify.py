@@ -19,7 +19,7 @@ KERNELS = select(device=torch.device("cpu"), dtype=torch.float32, head_dim=128)
 WAN = [name for name, words in PUBLISHED.items() if words.startswith("transformer wan ")]
 HUNYUAN = [name for name, words in PUBLISHED.items() if words.startswith("transformer hunyuan1.5 ")]
 HUNYUAN.remove("hunyuan15_dit_sr")
-FOREIGN = [name for name in PUBLISHED if name not in WAN]
+FOREIGN = [name for name in PUBLISHED if name not in WAN + HUNYUAN]
 BLOCK_SPLIT = [name for name in WAN if "block_split" in manifest(name)]
 MARKS = ("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale")
 
@@ -101,7 +101,7 @@ def test_what_is_no_model_to_run_is_named(name: str, models: Path) -> None:
     path = lay_out(name, models)
     with pytest.raises(CheckpointError, match=r"this file is an? |this file is the |this file is ") as caught:
         identify(path)
-    assert str(path) in str(caught.value) and "Supported here: Wan2.1 T2V 1.3B" in str(caught.value)
+    assert str(path) in str(caught.value) and "Supported here: HunyuanVideo-1.5, " in str(caught.value)
     assert "of a model that is not known" not in str(caught.value)
 
 

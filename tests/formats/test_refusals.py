@@ -220,7 +220,7 @@ def test_half_a_model(tmp_path: Path) -> None:
 
 def test_nothing_known(tmp_path: Path) -> None:
     path = write({"a": {"dtype": "F32", "shape": [2]}}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"not known \(1 tensors\). Supported here: Wan2.1 T2V 1.3B"):
+    with pytest.raises(CheckpointError, match=r"not known \(1 tensors\). Supported here: HunyuanVideo-1.5"):
         identify(path)
 
 

@@ -138,6 +138,24 @@ def test_tiles_once_memory_has_run_out(host, names: dict[str, str]) -> None:
     assert "the fixture's" in host.run(keep(graph, "auto")).expect("error").message
 
 
+def test_smaller_tiles_once_memory_has_run_out_for_tiles(host, names: dict[str, str]) -> None:
+    graph = {
+        **base(names["vae"], width=40),
+        "cramped": node("FixtureCrampedVae", vae_in=["vae", 0], says=True, columns=24),
+        "auto": ours("cramped", tile_size=256, overlap=64),
+        "report": node("LightX2VReport", latent=["auto", 1]),
+    }
+    result = host.run(keep(graph, "auto")).expect()
+    assert "Too little GPU memory for tiles of 256 pixels; taking 192" in host.log()
+    assert "decoded tiles of 192 pixels" in result.text("report")
+    graph["auto"] = ours("cramped", mode="tiled", tile_size=256, overlap=64)
+    message = host.run(keep(graph, "auto")).expect("error").message
+    assert (
+        "ran out while decoding in tiles of 256 pixels (the fixture's): set mode to tiled and tile_size to 128"
+        in message
+    )
+
+
 def test_tiles_that_make_no_sense_are_refused(host, names: dict[str, str]) -> None:
     graph = {**base(names["vae"]), "bad": ours(mode="tiled", tile_size=64, overlap=64)}
     message = host.run(keep(graph, "bad")).expect("error").message

@@ -24,7 +24,7 @@ MODEL, QWEN, BYT5, SIGLIP = (f"tiny_hunyuan_{part}.safetensors" for part in ("t2
 LANGUAGE = replace(encoders.QWEN, vocab_size=152064, hidden_size=64, num_layers=4)
 EYES = replace(encoders.SIGLIP, hidden_size=1152, num_layers=2, grid=2)
 SIZE = {"width": 128, "height": 96, "length": 9, "batch_size": 1}
-PROMPT = 'a cat and a sign "OPEN"'
+PROMPT, AVOID = 'a cat and a sign "OPEN"', 'a blurred "logo"'
 
 
 def conversation(prompt: str) -> str:
@@ -60,7 +60,7 @@ def base() -> Graph:
         "native": node("ModelSamplingSD3", model=["unet", 0], shift=SHIFT),
         "encoder": node("LightX2VLoadTextEncoder", text_encoder=QWEN, text_encoder_2=BYT5),
         "positive": node("LightX2VTextEncode", encoder=["encoder", 0], text=PROMPT),
-        "negative": node("LightX2VTextEncode", encoder=["encoder", 0], text=""),
+        "negative": node("LightX2VTextEncode", encoder=["encoder", 0], text=AVOID),
         "empty": node("LightX2VEmptyLatent", family="hunyuan1.5", **SIZE),
     }
 
@@ -69,7 +69,8 @@ def native_text() -> Graph:
     return {
         "clip": node("FixtureHunyuanClip", language=QWEN, glyphs=BYT5),
         "native_positive": node("CLIPTextEncode", clip=["clip", 0], text=PROMPT),
-        "native_negative": node("CLIPTextEncode", clip=["clip", 0], text=""),
+        "native_negative": node("CLIPTextEncode", clip=["clip", 0], text=AVOID),
+        "native_avoided": node("CLIPTextEncode", clip=["clip", 0], text=conversation(AVOID)),
         "native_asked": node("CLIPTextEncode", clip=["clip", 0], text=conversation(PROMPT)),
         "native_nothing": node("CLIPTextEncode", clip=["clip", 0], text=conversation(" ")),
     }
@@ -97,15 +98,16 @@ def test_text_both_ways(host, files) -> None:
         "native_on_native_text": native_sampler(**links),
         "ours_on_native_text": our_sampler(**links),
     }
-    texts = ("positive", "negative", "native_asked", "native_nothing")
+    graph["nothing"] = node("LightX2VTextEncode", encoder=["encoder", 0], text="")
+    texts = ("positive", "negative", "nothing", "native_asked", "native_avoided", "native_nothing")
     result = host.run(
         keep(graph, *texts, "all_native", "all_ours", "native_on_native_text", "ours_on_native_text")
     ).expect()
     kept = {name: result.kept(f"keep_{name}")[0] for name in texts}
-    for ours, native in (("positive", "native_asked"), ("negative", "native_nothing")):
+    for ours, native in (("positive", "native_asked"), ("negative", "native_avoided"), ("nothing", "native_nothing")):
         assert_equal(kept[ours][1], kept[native][1], ours, 1e-4)
         torch.testing.assert_close(kept[ours][0], kept[native][0], rtol=1e-4, atol=1e-4)
-    assert "conditioning_byt5small" in kept["positive"][1] and "conditioning_byt5small" not in kept["negative"][1]
+    assert ["conditioning_byt5small" in kept[name][1] for name in texts[:3]] == [True, True, False]
     assert_same(samples(result, "all_ours"), samples(result, "all_native"))
     assert_same(samples(result, "ours_on_native_text"), samples(result, "native_on_native_text"))
     difference = samples(result, "ours_on_native_text") - samples(result, "all_ours")

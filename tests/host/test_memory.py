@@ -39,6 +39,41 @@ def test_memory_that_runs_out_twice_is_an_error_in_words(host, tiny_models) -> N
     host.run(keep({**base(tiny_models), "sample": our_sampler(seed=24)}, "sample")).expect()
 
 
+def test_a_text_encoder_without_room_computes_on_the_cpu(host, tiny_models) -> None:
+    graph = {
+        "text": node("LightX2VLoadTextEncoder", text_encoder=tiny_models.text_encoder),
+        "plain": node("LightX2VTextEncode", encoder=["text", 0], text="a red circle"),
+        "failing": node("FixtureFailingEncoder", encoder=["text", 0]),
+        "other": node("LightX2VTextEncode", encoder=["failing", 0], text="a red circle"),
+    }
+    expected = host.run(keep(graph, "plain")).expect().kept("keep_plain")
+    found = host.run(keep(graph, "other")).expect().kept("keep_other")
+    assert torch.equal(found[0][0], expected[0][0])
+    assert "Too little GPU memory for the text encoder: it runs on the CPU" in host.log()
+
+
+def test_weights_that_ram_cannot_hold_stay_in_their_file(host, tiny_models) -> None:
+    """And come back as a whole, when there is room again or ComfyUI moves the model."""
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    block = {"offload": "block", "seed": 26}
+    graph = {
+        **base(tiny_models),
+        "little": node("FixtureFreeRam", latent_in=["empty", 0], megabytes=100),
+        "a": our_sampler("little", **block),
+        "report": node("LightX2VReport", latent=["a", 0]),
+        "b": our_sampler("little", **block, attention="reference"),
+        "much": node("FixtureFreeRam", latent_in=["b", 0], megabytes=-1),
+        "c": our_sampler("empty", seed=26),
+    }
+    first = host.run(keep(graph, "a", "b", "much")).expect()
+    assert "2 blocks are read from the file as they are needed" in first.text("report")
+    plain = host.run(keep({**graph, "d": our_sampler("empty", **block)}, "c", "d")).expect()
+    kept = {**{name: first for name in "ab"}, **{name: plain for name in "cd"}}
+    samples = {name: each.kept(f"keep_{name}")["samples"] for name, each in kept.items()}
+    assert torch.equal(samples["a"], samples["c"]) and torch.equal(samples["d"], samples["c"])
+    torch.testing.assert_close(samples["b"], samples["c"], rtol=0, atol=1e-4)
+
+
 def test_flags_about_memory_are_not_in_the_way(host, tiny_models, tmp_path) -> None:
     """They ask for what only a GPU has; --lowvram and --gpu-only exclude --cpu."""
     graph = keep({**base(tiny_models), "sample": our_sampler(steps=1, seed=25)}, "sample")

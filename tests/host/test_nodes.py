@@ -28,7 +28,7 @@ NODES = {
         ["LIGHTX2V_MODEL"],
     ),
     "LightX2VLoRA": (["lora_name", "strength", "expert"], ["lora"], ["LIGHTX2V_LORA"]),
-    "LightX2VLoadTextEncoder": (["text_encoder"], [], ["LIGHTX2V_TEXT_ENCODER"]),
+    "LightX2VLoadTextEncoder": (["text_encoder"], ["text_encoder_2"], ["LIGHTX2V_TEXT_ENCODER"]),
     "LightX2VTextEncode": (["encoder", "text"], [], ["CONDITIONING"]),
     "LightX2VEmptyLatent": (["width", "height", "length", "family", "batch_size"], [], ["LATENT"]),
     "LightX2VLoadImageEncoder": (["image_encoder"], [], ["LIGHTX2V_IMAGE_ENCODER"]),

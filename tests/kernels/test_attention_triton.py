@@ -151,10 +151,9 @@ def test_rounding_is_to_nearest(rounding: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["all-channels", "per-head"])
-@pytest.mark.parametrize(("length", "head_dim"), [(1, 64), (63, 128), (150, 64)])
-def test_rotary_attention(length: int, head_dim: int, per_head: bool, ops: ModuleType) -> None:
+@pytest.mark.parametrize(("length", "heads", "head_dim"), [(1, 1, 64), (9, 10, 64), (63, 2, 128), (150, 2, 64)])
+def test_rotary_attention(length: int, heads: int, head_dim: int, per_head: bool, ops: ModuleType) -> None:
     """From projections (the q and k of a fused one, so strided) to the result of norm, rope and attention in turn."""
-    heads = 2
     q, k, v = (3 * torch.randn(1 if length > 100 else 2, length, 3, heads * head_dim)).to(DEVICE, WIDE).unbind(2)
     k += 5 * torch.randn(heads * head_dim).to(DEVICE, WIDE)
     v = v.unflatten(-1, (heads, head_dim))

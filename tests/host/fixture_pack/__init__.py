@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
 from .hunyuan import FixtureHunyuanClip
-from .memory import FixtureFailingModel, FixtureHoldMemory, FixtureLoadedModels
+from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
 from .vision import FixtureCellVae, FixtureClipVision, FixturePicture, FixtureTightVae
 
@@ -17,7 +17,9 @@ class FixtureExtension(ComfyExtension):
         return [
             FixtureClipVision,
             FixtureCrampedVae,
+            FixtureFailingEncoder,
             FixtureFailingModel,
+            FixtureFreeRam,
             FixtureHoldMemory,
             FixtureHunyuanClip,
             FixtureKeep,

@@ -9,6 +9,8 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
+from lightx2v.offload import placing
+
 
 class FixtureHoldMemory(io.ComfyNode):
     """Load a model of so many MB on the compute device and keep it there, as a node of another pack would."""
@@ -60,6 +62,54 @@ class FixtureFailingModel(io.ComfyNode):
 
         hook = model.model.network.blocks[-1].register_forward_pre_hook(fail)
         return io.NodeOutput(model)
+
+
+class FixtureFailingEncoder(io.ComfyNode):
+    """Let GPU memory run out at the first call of a text encoder's first block."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixtureFailingEncoder",
+            category="tests",
+            not_idempotent=True,
+            inputs=[io.Custom("LIGHTX2V_TEXT_ENCODER").Input("encoder")],
+            outputs=[io.Custom("LIGHTX2V_TEXT_ENCODER").Output("failing")],
+        )
+
+    @classmethod
+    def execute(cls, encoder: object) -> io.NodeOutput:
+        def fail(*_: object) -> None:
+            hook.remove()
+            raise torch.OutOfMemoryError("the test's")
+
+        hook = encoder.encoder.model.encoder.block[0].register_forward_pre_hook(fail)
+        return io.NodeOutput(encoder)
+
+
+class FixtureFreeRam(io.ComfyNode):
+    """Passes a LATENT on; from then on so many MB of RAM look free, or as many as there are for -1."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixtureFreeRam",
+            category="tests",
+            not_idempotent=True,
+            inputs=[io.Latent.Input("latent_in"), io.Int.Input("megabytes", min=-1)],
+            outputs=[io.Latent.Output("latent")],
+        )
+
+    @classmethod
+    def execute(cls, latent_in: dict, megabytes: int) -> io.NodeOutput:
+        real = getattr(placing.ram_bytes, "real", placing.ram_bytes)
+
+        def looks() -> tuple[int, int]:
+            return megabytes * 10**6, real()[1]
+
+        looks.real = real
+        placing.ram_bytes = real if megabytes < 0 else looks
+        return io.NodeOutput(latent_in)
 
 
 class FixtureLoadedModels(io.ComfyNode):
