@@ -1,6 +1,7 @@
 """The command line: `python -m lightx2v generate | calibrate | quantize | inspect | doctor | bench`."""
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,6 @@ from lightx2v.bench.command import run as run_bench
 from lightx2v.cache.calibration import PROMPTS
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import DTYPES, OFFLOADS, SCHEDULERS
-from lightx2v.identify import recognise
 from lightx2v.schedules import parse_step_list
 from lightx2v_kernels import UnsupportedBackendError
 
@@ -158,38 +158,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def inspect(args: argparse.Namespace) -> None:
-    """What a checkpoint is, from its header."""
-    for path in args.path:
-        found = recognise(path)
-        print(f"{path}: {found.describe()}")
-        told = {"kind": found.kind, "family": found.family, "task": found.task, "format": found.layout.format}
-        if found.model is not None:
-            told["variant"] = found.model.spec.name
-        print("  " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
-        if found.model is not None:
-            print(f"  {found.model.config}")
-        for reason, names in _grouped(found.layout.unused).items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            print(f"  not needed: {names[0]}{more} ({reason})")
-
-
-def _grouped(unused: Mapping[str, str]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for name, reason in unused.items():
-        grouped.setdefault(reason, []).append(name)
-    return grouped
-
-
-def doctor(args: argparse.Namespace) -> None:
-    """What this machine has, which kernels can run on it, and what a model folder holds."""
-    from lightx2v.doctor import backends, machine, parts
-
-    for part in (machine(), backends(), *(parts(path) for path in args.path)):
-        for line in part:
-            print(line)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightx2v", description="Video diffusion with Wan2.1 and Wan2.2.", epilog=EPILOG
@@ -226,13 +194,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    command = commands.add_parser("inspect", help="say what a checkpoint is")
-    command.set_defaults(run=inspect)
-    command.add_argument("path", nargs="+", type=Path)
-
-    command = commands.add_parser("doctor", help="say what this machine can run, and what a model folder holds")
-    command.set_defaults(run=doctor)
-    command.add_argument("path", nargs="*", type=Path, help="model folders to look through")
+    reports = {
+        "inspect": "say what a checkpoint is",
+        "config": "say what one of LightX2V's JSON files becomes, key by key",
+        "doctor": "say what this machine can run, and what a model folder holds",
+        "workflow": "queue a workflow on a ComfyUI server and fetch what it makes",
+    }
+    for name, what in reports.items():
+        command = commands.add_parser(name, help=what)
+        module = importlib.import_module(f"lightx2v.commands.{name}")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
 
     command = commands.add_parser("bench", help="time a network with random weights: no checkpoint is needed")
     command.set_defaults(run=run_bench)

@@ -1,8 +1,9 @@
-"""What this machine has, which kernels can run on it, and which parts a model folder holds."""
+"""What this machine has, which kernels run on it, which models fit it, and which parts a model folder holds."""
 
 import os
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightx2v.folder import ModelFolder
 from lightx2v.identify import recognise
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22
 from lightx2v.models.hunyuan_video_15 import encoders as hunyuan
+from lightx2v.offload.placing import ram_bytes
 from lightx2v_kernels import registry
 
 NEEDED = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
@@ -26,43 +28,110 @@ Search = tuple[str, Callable[[], Path | None]]  # a part, and where it is
 HEAD_DIM = 128  # of every Wan and HunyuanVideo-1.5
 
 
-def machine() -> Iterator[str]:
-    """Versions and devices, a line each."""
-    yield f"lightx2v {__version__}, Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores"
-    for package in (*NEEDED, *OPTIONAL):
-        try:
-            yield f"  {package:<15} {version(package)}"
-        except PackageNotFoundError:
-            yield f"  {package:<15} not installed{'' if package in NEEDED else ' (optional)'}"
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        found = torch.cuda.get_device_properties(index)
-        capability = f"compute capability {found.major}.{found.minor}"
-        yield f"  {f'cuda:{index}':<15} {found.name}, {found.total_memory / 1e9:.1f} GB, {capability}"
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        why = f"torch is built for {built}, but it finds no GPU" if built else "torch is built without CUDA"
-        yield f"  {'device':<15} cpu ({why})"
+@dataclass(frozen=True)
+class GPU:
+    """name: of the card. total, free: bytes. capability: of CUDA."""
+
+    device: str
+    name: str
+    total: int
+    free: int
+    capability: str
 
 
-def backends() -> Iterator[str]:
-    """For every op each backend, best first: whether it runs here, or why not; then which one is taken."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    place = (device, dtype, HEAD_DIM)
+@dataclass(frozen=True)
+class Machine:
+    """packages: name -> version, None where it is not installed. why_cpu: why there is no GPU; "" where there is one.
+    driver: the newest CUDA that the NVIDIA driver can run; None where there is none. ram, free_ram: bytes."""
+
+    lightx2v: str
+    python: str
+    system: str
+    cores: int
+    ram: int
+    free_ram: int
+    driver: str | None
+    gpus: tuple[GPU, ...]
+    why_cpu: str
+    packages: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """why_not: why it cannot run here; "" where it can. self_test: "passed", "failed", or "not run" where it cannot.
+    max_error: of a lossy one, against fp32. taken_by: "auto", and "exact" of an op that knows it."""
+
+    op: str
+    name: str
+    why_not: str
+    self_test: str
+    max_error: float | None
+    taken_by: tuple[str, ...]
+
+
+def machine() -> Machine:
+    """Versions, memory and devices."""
+    free, total = ram_bytes()
+    there = torch.cuda.is_available()
+    built = torch.version.cuda or torch.version.hip
+    why = "" if there else f"torch is built for {built}, but finds no GPU" if built else "torch is built without CUDA"
+    return Machine(
+        lightx2v=__version__,
+        python=platform.python_version(),
+        system=platform.platform(),
+        cores=os.cpu_count() or 1,
+        ram=total,
+        free_ram=free,
+        driver=_driver() if there else None,
+        gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count() if there else 0)),
+        why_cpu=why,
+        packages={package: _version(package) for package in (*NEEDED, *OPTIONAL)},
+    )
+
+
+def _gpu(index: int) -> GPU:
+    found = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    return GPU(f"cuda:{index}", found.name, total, free, f"{found.major}.{found.minor}")
+
+
+def _driver() -> str | None:
+    code: int
+    code = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()  # 13000 of CUDA 13.0
+    return f"{code // 1000}.{code % 1000 // 10}" if code else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def place() -> tuple[torch.device, torch.dtype]:
+    """The device that videos are made on if none is named, and the type they are computed in."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def backends() -> Iterator[BackendState]:
+    """For every op each backend, best first. Those that could run prove themselves: a few seconds on a new GPU."""
+    where = (*place(), HEAD_DIM)
     for op, found in sorted(registry.registries().items()):
-        yield f"{op} backends for {device}, {str(dtype).removeprefix('torch.')}, head_dim {HEAD_DIM}:"
-        for backend in found.ranked():
-            why = backend.why_not(*place) or found.fault(backend, *place)
-            lossy = "" if backend.max_error is None else f", lossy: within {backend.max_error:g} of fp32"
-            yield f"  {backend.name:<15} {f'cannot run: {why}' if why else f'can run{lossy}'}"
-        yield f"  {'auto takes':<15} {registry.select(op, 'auto', device, dtype, HEAD_DIM).name}"
+        taken = {"auto": registry.select(op, "auto", *where).name}
         for workload in found.workloads:
-            taken = registry.select(op, "exact", device, dtype, HEAD_DIM, workload).name
-            yield f"  {'exact takes':<15} {taken} for {workload}-{op}"
+            taken[f"exact for {workload}-{op}"] = registry.select(op, "exact", *where, workload).name
+        for backend in found.ranked():
+            cannot = backend.why_not(*where)
+            fault = None if cannot else found.fault(backend, *where)
+            state = "not run" if cannot else "failed" if fault else "passed"
+            chosen = tuple(who for who, name in taken.items() if name == backend.name)
+            yield BackendState(op, backend.name, cannot or fault or "", state, backend.max_error, chosen)
 
 
-def parts(path: Path) -> Iterator[str]:
-    """What a model folder holds, part by part. Raises CheckpointError for a path that is no folder."""
+def parts(path: Path) -> Iterator[tuple[str, str]]:
+    """What a model folder holds, part by part, in words. Raises CheckpointError for a path that is no folder."""
     folder = ModelFolder(path)
     yield f"{path}:"
     for part, search in _hunyuan(folder) if hunyuan.describes(folder) else _wan(folder):
@@ -71,6 +140,7 @@ def parts(path: Path) -> Iterator[str]:
 
 def _wan(folder: ModelFolder) -> tuple[Search, ...]:
     return (
+    searches: tuple[tuple[str, Callable[[], Path | None]], ...] = (
         ("transformer", folder.transformer),
         ("high-noise", lambda: folder.expert("high")),
         ("low-noise", lambda: folder.expert("low")),
@@ -98,6 +168,8 @@ def _hunyuan(folder: ModelFolder) -> tuple[Search, ...]:
         ("VAE", lambda: folder.vae(HUNYUAN15)),
         ("tiny", lambda: folder.tiny_vae(HUNYUAN15)),
     )
+    for part, search in searches:
+        yield part, _found(path, part, search)
 
 
 def _found(root: Path, part: str, search: Callable[[], Path | None]) -> str:

@@ -58,3 +58,11 @@ def test_every_backend_is_listed_best_first() -> None:
 def test_every_scheduler_is_listed() -> None:
     listed = [name for row in rows(document("sampling.md")) for name in code(row[0])]
     assert listed == list(SCHEDULERS)
+
+
+@pytest.mark.parametrize("name", ["doctor", "inspect"])
+def test_pictures_of_commands_are_small_and_ask_no_other_server(name: str) -> None:
+    drawn = (REPOSITORY / "docs" / "images" / f"{name}.svg").read_text(encoding="utf-8")
+    assert len(drawn) < 60_000 and f"images/{name}.svg" in document("command-line.md")
+    assert set(re.findall(r"https?://[^\"'\s)]*", drawn)) == {"http://www.w3.org/2000/svg"}
+    assert f"lightx2v&#160;{name}" in drawn
