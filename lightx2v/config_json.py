@@ -1,7 +1,4 @@
-"""LightX2V's JSON files: what each key means here, and a file as arguments of the pipeline's methods.
-
-`TABLE` has a verdict for every key that LightX2V's own files or its code know; docs/config-json.md shows it.
-"""
+"""LightX2V's JSON files as arguments of the pipeline's methods; what each key means stands in config_keys.py."""
 
 import json
 import logging
@@ -11,161 +8,45 @@ from pathlib import Path
 from typing import Any
 
 from lightx2v.arguments import nearest
+from lightx2v.config_keys import (
+    CACHE_KEYS,
+    CACHE_METHODS,
+    DEAD,
+    HUNYUAN,
+    KEYS,
+    LISTS,
+    MODEL,
+    NEAREST,
+    NUMBERS,
+    ORIGINALS,
+    QUANT_PATHS,
+    QUANT_SWITCHES,
+    QWEN_SCHEME,
+    REFUSED,
+    RENAMED,
+    SCHEDULER_TYPES,
+    SIDES,
+    STALE,
+    SWITCHES,
+    UNDONE_BY,
+    WHOLE,
+)
 from lightx2v.identify import CheckpointInfo
 from lightx2v.models.hunyuan_video_15.sizes import size_for_image
+from lightx2v.quantized import format_of
 from lightx2v_kernels import registry
 
+__all__ = ["UNDONE_BY", "ConfigError", "Reading", "Told", "is_comment", "model_facts", "read_config", "read_told"]
 log = logging.getLogger(__name__)
-HONOURED, MODEL, DEAD, REFUSED = "honoured", "model", "dead", "refused"
-# What the verdicts mean.
-VERDICTS = {
-    HONOURED: "does what it says",
-    MODEL: "the checkpoint's header decides; a warning where the file says something else",
-    DEAD: "accepted, changes nothing, and is named in the one warning of the file",
-    REFUSED: "an error, unless it is switched off (false, null, 0, empty)",
-}
 
 
-@dataclass(frozen=True)
-class Row:
-    """keys: separated by blanks; `block.key` is inside a block. says: what it becomes, or why it becomes nothing."""
+class ConfigError(ValueError):
+    """A key that cannot be honoured. key: which. reason: why, and what would be, without the file's name.
+    absent: whether all that is wrong is a file that is not there."""
 
-    keys: str
-    verdict: str
-    says: str
-
-
-SPARSE = "setting of a sparse attention, which is not there"
-OFFLOADED = "encoders wait in RAM between their turns, whatever this says"
-TABLE = (
-    Row("infer_steps", HONOURED, "infer_steps of create_generator; a distilled model's steps are denoising_step_list"),
-    Row("target_height target_width", HONOURED, "height, width"),
-    Row("target_video_length", HONOURED, "num_frames"),
-    Row("sample_guide_scale", HONOURED, "guidance_scale: one number, or those of the high- and low-noise expert"),
-    Row("enable_cfg", HONOURED, "false: guidance_scale 1"),
-    Row("sample_shift fps boundary boundary_step_index denoising_step_list resize_mode", HONOURED, "by that name"),
-    Row("scheduler_type", HONOURED, "WanStepDistillScheduler: scheduler distilled; WanScheduler: unipc"),
-    Row("self_attn_1_type", HONOURED, "attn_mode; sage_attn and sage_attn2_k_int8_v_fp8 mean sage_attn2"),
-    Row("cross_attn_1_type cross_attn_2_type", HONOURED, "one attention computes all: the name must be the same"),
-    Row("dit_original_ckpt high_noise_original_ckpt low_noise_original_ckpt", HONOURED, "as in LightX2VPipeline"),
-    Row("dit_quantized dit_quantized_ckpt", HONOURED, "enable_quantize"),
-    Row("high_noise_quantized_ckpt low_noise_quantized_ckpt", HONOURED, "enable_quantize"),
-    Row(
-        "dit_quant_scheme",
-        HONOURED,
-        "quant_scheme of enable_quantize: a kernel that it names runs or raises; fp8 takes the best",
-    ),
-    Row("t5_quantized t5_quantized_ckpt t5_quant_scheme", HONOURED, "enable_quantize, text_encoder_..."),
-    Row("clip_quantized clip_quantized_ckpt clip_quant_scheme", HONOURED, "enable_quantize, image_encoder_..."),
-    Row("cpu_offload offload_granularity vae_cpu_offload", HONOURED, "enable_offload"),
-    Row("lora_configs lora_dynamic_apply", HONOURED, "enable_lora"),
-    Row("feature_caching", HONOURED, "enable_cache: Tea, Mag, NoCaching; other methods are refused"),
-    Row("coefficients teacache_thresh use_ret_steps", HONOURED, "enable_cache"),
-    Row("magcache_K magcache_thresh magcache_retention_ratio", HONOURED, "enable_cache"),
-    Row("magcache_ratios magcache_calibration", HONOURED, "enable_cache"),
-    Row("use_lightvae use_tae vae_path tae_path", HONOURED, "enable_lightvae"),
-    Row("use_tiling_vae", HONOURED, "true: enable_vae_tiling; false: whole frames where they fit"),
-    Row("in_dim out_dim dim ffn_dim num_heads num_layers freq_dim eps model_type", MODEL, "the network"),
-    Row("num_channels_latents vae_stride text_len use_image_encoder patch_size", MODEL, "latents and encoders"),
-    Row("parallel", REFUSED, "several GPUs are not supported yet; sizes of 1 are accepted"),
-    Row("changing_resolution", REFUSED, "steps at another resolution are not supported; use a cache for speed"),
-    Row("enable_dynamic_cfg", REFUSED, "models that read their guidance as an input are not supported"),
-    Row("video_frame_interpolation", REFUSED, "frames are not interpolated; interpolate the saved video"),
-    Row("video_super_resolution", REFUSED, "videos are not enlarged; enlarge the saved video"),
-    Row("disagg_mode", REFUSED, "all stages run in one process"),
-    Row("use_prompt_enhancer", REFUSED, "prompts are taken as they are; write the longer prompt yourself"),
-    Row("do_mm_calib", REFUSED, "linear layers are not calibrated"),
-    Row("lightvae_pruning_rate lightvae_encoder_vae_pth lightvae_encoder_path", REFUSED, "MG-LightVAE cannot be read"),
-    Row("transformer_model_name", HONOURED, "of HunyuanVideo-1.5: which of the folder's transformers; 480p or 720p"),
-    Row("attn_type", HONOURED, "of HunyuanVideo-1.5: attn_mode"),
-    Row("aspect_ratio", HONOURED, "of HunyuanVideo-1.5: height and width at the size of its transformer"),
-    Row("qwen25vl_quantized qwen25vl_quantized_ckpt qwen25vl_quant_scheme", HONOURED, "text_encoder_... as of t5"),
-    Row("qwen25vl_cpu_offload siglip_cpu_offload byt5_cpu_offload", DEAD, OFFLOADED),
-    Row("t5_cpu_offload clip_cpu_offload", DEAD, OFFLOADED),
-    Row("offload_ratio vae_offload_cache clean_cuda_cache num_disk_workers", DEAD, "memory is planned here"),
-    Row("lazy_load unload_modules", DEAD, "weights that RAM cannot hold are read from the file as needed, by plan"),
-    Row("t5_lazy_load empty_cache_min_free_gib empty_cache_min_reclaimable_gib", DEAD, "memory is planned here"),
-    Row("rope_type rope_chunk rope_chunk_size rotary_chunk", DEAD, "kernels are chosen by themselves"),
-    Row("rms_norm_type layer_norm_type modulate_type", DEAD, "kernels are chosen by themselves"),
-    Row("tp_mm_type tp_rms_norm_type mxfp8_fuse_enable", DEAD, "kernels are chosen by themselves"),
-    Row("nvfp4_ffn_split_n_workaround", DEAD, "kernels are chosen by themselves"),
-    Row("clip_attn_type", DEAD, "the image encoder has its own attention"),
-    Row("vae_dtype vae_weight_dtype", DEAD, "float32 on a CPU, bfloat16 on a GPU"),
-    Row("vae_name vae_type need_scaled", DEAD, "told from the VAE's file"),
-    Row("use_stream_vae", DEAD, "the VAE always works chunk by chunk"),
-    Row("use_bfloat16", DEAD, "dtype of create_generator decides"),
-    Row("t5_original_ckpt t5_tokenizer_path clip_original_ckpt", DEAD, "found in model_path"),
-    Row("use_compile", DEAD, "nothing is compiled; the video is the same"),
-    Row("enable_reuse", DEAD, "each video encodes its own prompt; the video is the same"),
-    Row("max_area resolution fixed_area align_single_card_shape", DEAD, "target_height and target_width decide"),
-    Row("cfg_scale", DEAD, "of enable_dynamic_cfg"),
-    Row("changing_resolution_steps resolution_rate", DEAD, "of changing_resolution"),
-    Row("downsample_factor residual_diff_threshold", DEAD, "of caches that are not there"),
-    Row("sub_servers", DEAD, "no other server is asked"),
-    Row("disagg_config rdma_buffer_slot_size clip_embed_dim", DEAD, "of disagg_mode"),
-    Row("seq_parallel cfg_parallel", DEAD, "of parallel"),
-    Row("seed image_path model_path model_cls task", DEAD, "give it to LightX2VPipeline or generate"),
-    Row("sparge sparge_ckpt draft_attn_sparsity_ratio", DEAD, SPARSE),
-    Row("dynamic_sparse_attn_setting general_sparse_attn_setting nbhd_attn_setting", DEAD, SPARSE),
-    Row("rainfusion_attn_setting sol_attn_setting sparge_attn_setting", DEAD, SPARSE),
-    Row("spas_flash_attn4_setting spas_sage_attn2_setting spas_sage_attn3_setting", DEAD, SPARSE),
-    Row("radial_attn_setting svg_attn_setting svg2_attn_setting", DEAD, SPARSE),
-)
-KEYS = {key: row for row in TABLE for key in row.keys.split()}
-# Attention names of LightX2V whose kernels have another name here, or had another one there.
-STALE = {"sage_attn": "sage_attn2", "sage_attn2_k_int8_v_fp8": "sage_attn2", "spas_sage_attn": "spas_sage_attn2"}
-RENAMED = {
-    "infer_steps": "infer_steps",
-    "target_height": "height",
-    "target_width": "width",
-    "target_video_length": "num_frames",
-    "sample_shift": "sample_shift",
-    "fps": "fps",
-    "boundary": "boundary",
-    "boundary_step_index": "boundary_step_index",
-    "denoising_step_list": "denoising_step_list",
-    "resize_mode": "resize_mode",
-}
-SCHEDULER_TYPES = {"WanStepDistillScheduler": "distilled", "WanScheduler": "unipc"}
-CACHE_METHODS = {"Tea": "Tea", "Mag": "Mag", "NoCaching": "None"}
-CACHE_KEYS = (
-    *("coefficients", "teacache_thresh", "use_ret_steps"),
-    *("magcache_calibration", "magcache_K", "magcache_thresh", "magcache_retention_ratio", "magcache_ratios"),
-)
-QUANT_PATHS = {
-    "dit_quantized_ckpt": "dit_quantized_ckpt",
-    "high_noise_quantized_ckpt": "high_noise_quantized_ckpt",
-    "low_noise_quantized_ckpt": "low_noise_quantized_ckpt",
-    "t5_quantized_ckpt": "text_encoder_quantized_ckpt",
-    "clip_quantized_ckpt": "image_encoder_quantized_ckpt",
-    "qwen25vl_quantized_ckpt": "text_encoder_quantized_ckpt",
-}
-QUANT_SWITCHES = {
-    "dit_quantized": "dit_quantized",
-    "t5_quantized": "text_encoder_quantized",
-    "clip_quantized": "image_encoder_quantized",
-    "qwen25vl_quantized": "text_encoder_quantized",
-}
-# What undoes a method that a file called, where the next file says nothing about it; {} where its defaults do.
-UNDONE_BY: Mapping[str, Mapping[str, Any]] = {
-    "enable_offload": {"offload_granularity": "auto"},
-    "enable_lora": {"lora_configs": ()},
-    "enable_cache": {"cache_method": "None"},
-    "enable_vae_tiling": {"mode": "auto"},
-}
-SWITCHES = frozenset(
-    "enable_cfg cpu_offload vae_cpu_offload dit_quantized t5_quantized clip_quantized qwen25vl_quantized use_lightvae "
-    "use_tae use_tiling_vae use_ret_steps magcache_calibration lora_dynamic_apply".split()
-)
-WHOLE = frozenset(
-    "infer_steps target_height target_width target_video_length fps boundary_step_index magcache_K".split()
-)
-NUMBERS = WHOLE | frozenset("sample_shift boundary teacache_thresh magcache_thresh magcache_retention_ratio".split())
-LISTS = frozenset("denoising_step_list lora_configs coefficients magcache_ratios".split())
-HUNYUAN = "hunyuan1.5"
-SIDES = {"480p": 640, "720p": 960}  # pixels of the square that such a HunyuanVideo-1.5 was trained on
-QWEN_SCHEME = "qwen25vl_quant_scheme"
-ORIGINALS = ("dit_original_ckpt", "high_noise_original_ckpt", "low_noise_original_ckpt")
+    def __init__(self, where: Path, key: str, reason: str, *, absent: bool = False) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.key, self.reason, self.absent = key, reason, absent
 
 
 @dataclass(frozen=True)
@@ -228,40 +109,46 @@ class Reading:
     given: Collection[str] = ()
 
     def translate(self) -> Told:
-        """Raises ValueError for a key that is not known or is refused, naming the file, the key and what would work."""
-        settings = {key: value for key, value in self.settings.items() if not _is_comment(key)}
+        """Raises ConfigError for a key that is not known or is refused, with file, key and what would work."""
+        settings = {key: value for key, value in self.settings.items() if not is_comment(key)}
         for key, value in settings.items():
             self._check(key, value)
         originals = {key: path for key in ORIGINALS if (path := self._path(key)) is not None}
-        if name := self.settings.get("transformer_model_name"):
-            originals.setdefault("dit_original_ckpt", self._transformer(str(name)))
+        name = self.settings.get("transformer_model_name")
+        if name and not self.settings.get("dit_original_ckpt") and not self.settings.get("dit_quantized"):
+            originals["dit_original_ckpt"] = self._transformer(str(name))
         calls = {**self._quantize(), **self._offload(), **self._lora(), **self._cache(), **self._vae()}
-        return Told(dict(self._generator()), originals, calls, tuple(self._unused()))
+        unused = tuple(f"{named} ({why})" for _, named, why in self.unused())
+        return Told(dict(self._generator()), originals, calls, unused)
+
+    def _error(self, key: str, reason: str, *, absent: bool = False) -> ConfigError:
+        return ConfigError(self.where, key, reason, absent=absent)
 
     def _check(self, key: str, value: Any) -> None:
         if key not in KEYS:
-            raise ValueError(f"{self.where}: {key!r} is no key of these files{nearest(key, KEYS)}")
+            raise self._error(key, f"{key!r} is no key of these files{nearest(key, KEYS)}")
         row = KEYS[key]
         if value is not None and (wanted := _wanted(key, value)):
-            raise ValueError(f"{self.where}: {key}={value!r}: expected {wanted}")
+            raise self._error(key, f"{key}={value!r}: expected {wanted}")
         if key == "parallel" and isinstance(value, dict):
             value = [name for name, size in value.items() if name.endswith("p_size") and size != 1]
         if row.verdict == REFUSED and value:
-            raise ValueError(f"{self.where}: {key}={self.settings[key]!r}: {row.says}; remove {key} from the file")
+            raise self._error(key, f"{key}={self.settings[key]!r}: {row.says}; remove {key} from the file")
 
-    def _unused(self) -> Iterator[str]:
+    def unused(self) -> Iterator[tuple[str, str, str]]:
+        """Of each key that changes nothing: the key, how to name it, and why."""
         for key, value in self.settings.items():
-            if _is_comment(key):
+            if is_comment(key):
                 continue
             row = KEYS[key]
             if row.verdict == DEAD:
-                yield f"{key} ({row.says})"
+                yield key, key, row.says
             elif row.verdict == MODEL and key in self.facts and value != self.facts[key]:
-                yield f"{key}={value!r} (the checkpoint has {self.facts[key]!r})"
+                yield key, f"{key}={value!r}", f"the checkpoint has {self.facts[key]!r}"
             elif key == "aspect_ratio" and self._proportions() is None:
-                yield f"aspect_ratio={value!r} (the size is told otherwise)"
+                yield key, f"aspect_ratio={value!r}", "the size is told otherwise"
             elif key == "text_len" and value != 512:
-                yield f"text_len={value!r} (umT5 is read to 512 tokens)"
+                yield key, f"text_len={value!r}", "umT5 is read to 512 tokens"
 
     def _generator(self) -> Iterator[tuple[str, Any]]:
         for key, name in RENAMED.items():
@@ -281,7 +168,8 @@ class Reading:
 
     def _transformer(self, name: str) -> Path:
         if self.facts.get("family", HUNYUAN) != HUNYUAN:
-            raise ValueError(f"{self.where}: transformer_model_name={name!r} is of HunyuanVideo-1.5: remove it")
+            key = "transformer_model_name"
+            raise self._error(key, f"{key}={name!r} is of HunyuanVideo-1.5: remove it")
         return self._path("transformer_model_name", f"transformer/{name}")  # type: ignore[return-value]
 
     def _proportions(self) -> tuple[int, int] | None:
@@ -292,7 +180,7 @@ class Reading:
         told = str(self.settings.get("aspect_ratio") or "16:9")
         width, _, height = told.partition(":")
         if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-            raise ValueError(f"{self.where}: aspect_ratio={told!r}: expected width:height, such as 16:9")
+            raise self._error("aspect_ratio", f"aspect_ratio={told!r}: expected width:height, such as 16:9")
         return int(height), int(width)
 
     def _attention(self) -> str | None:
@@ -303,21 +191,17 @@ class Reading:
         for key, name in named.items():
             if name not in known:
                 why = elsewhere.get(name, f"no attention of that name is registered here{nearest(name, known)}")
-                raise ValueError(
-                    f"{self.where}: {key}={self.settings[key]!r}: {why}; write one of {', '.join(known)}, {else_}"
-                )
-        if len(set(named.values())) > 1:
-            raise ValueError(
-                f"{self.where}: {', '.join(f'{key}={name!r}' for key, name in named.items())}: one attention computes "
-                f"all of them here; write the same name, {else_}"
-            )
-        return next(iter(named.values()), None)
+                raise self._error(key, f"{key}={self.settings[key]!r}: {why}; write one of {', '.join(known)}, {else_}")
+        first = next(iter(named.values()), None)
+        if other := next((key for key, name in named.items() if name != first), None):
+            told = ", ".join(f"{key}={name!r}" for key, name in named.items())
+            raise self._error(other, f"{told}: one attention computes all of them here; write the same name, {else_}")
+        return first
 
     def _one_of(self, key: str, value: str, known: Mapping[str, str]) -> str:
         if value not in known:
-            raise ValueError(
-                f"{self.where}: {key}={value!r} is not supported; known: {', '.join(known)}{nearest(value, known)}"
-            )
+            like = f"; the nearest is {NEAREST[value]!r}" if value in NEAREST else nearest(value, known)
+            raise self._error(key, f"{key}={value!r} is not supported; known: {', '.join(known)}{like}")
         return known[value]
 
     def _path(self, key: str, value: object = None) -> Path | None:
@@ -326,13 +210,25 @@ class Reading:
         if not text:
             return None
         if text.startswith(("/path/to", "/path to", "path/to", "path to")):
-            raise ValueError(f"{self.where}: {key}={text!r} is a placeholder: write the real path, or remove {key}")
+            asks = f"{key}={text!r} is a placeholder: write the real path, or remove {key}"
+            raise self._error(key, asks, absent=True)
         tried = [Path(text), *(folder / text for folder in self.folders)]
         found = next((path for path in tried if path.exists()), None)
         if found is None:
             places = ", ".join(str(path) for path in tried)
-            raise ValueError(f"{self.where}: {key}={text!r}: there is no such file; looked for {places}")
+            raise self._error(key, f"{key}={text!r}: there is no such file; looked for {places}", absent=True)
         return found
+
+    def _scheme(self, *keys: str) -> str | None:
+        """The first of these that is told."""
+        key = next((key for key in keys if self.settings.get(key)), None)
+        if key is None:
+            return None
+        try:
+            format_of(str(self.settings[key]))
+        except ValueError as error:
+            raise self._error(key, f"{key}: {error}") from None
+        return str(self.settings[key])
 
     def _quantize(self) -> dict[str, Mapping[str, Any]]:
         switches = {name: False for name in QUANT_SWITCHES.values()}
@@ -343,9 +239,9 @@ class Reading:
         on |= {"high", "low"} if "dit" in on else set()
         paths = {QUANT_PATHS[key]: self._path(key) for key in QUANT_PATHS if key.partition("_")[0] in on}
         schemes = {
-            "quant_scheme": self.settings.get("dit_quant_scheme"),
-            "text_encoder_quant_scheme": self.settings.get("t5_quant_scheme") or self.settings.get(QWEN_SCHEME),
-            "image_encoder_quant_scheme": self.settings.get("clip_quant_scheme"),
+            "quant_scheme": self._scheme("dit_quant_scheme"),
+            "text_encoder_quant_scheme": self._scheme("t5_quant_scheme", QWEN_SCHEME),
+            "image_encoder_quant_scheme": self._scheme("clip_quant_scheme"),
         }
         return {
             "enable_quantize": {**switches, **paths, **{name: scheme for name, scheme in schemes.items() if scheme}}
@@ -405,7 +301,8 @@ def read_told(path: str | Path, model_path: Path, infos: Sequence[CheckpointInfo
     return told
 
 
-def _is_comment(key: str) -> bool:
+def is_comment(key: str) -> bool:
+    """Whether a key of a file is its writer's own."""
     return key.lstrip("_").startswith(("comment", "//"))
 
 

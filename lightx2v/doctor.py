@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,6 +22,7 @@ OPTIONAL = (
     *("triton", "flash-attn", "flash-attn-4", "flash-attn-3", "fa3-fwd", "sageattention", "sageattn3"),
     *("sgl-kernel", "vllm", "torchao", "comfy-kitchen"),
 )
+Search = tuple[str, Callable[[], Path | None]]  # a part, and where it is
 HEAD_DIM = 128  # of every Wan and HunyuanVideo-1.5
 
 
@@ -63,26 +65,39 @@ def parts(path: Path) -> Iterator[str]:
     """What a model folder holds, part by part. Raises CheckpointError for a path that is no folder."""
     folder = ModelFolder(path)
     yield f"{path}:"
-    searches: tuple[tuple[str, Callable[[], Path | None]], ...] = (
+    for part, search in _hunyuan(folder) if hunyuan.describes(folder) else _wan(folder):
+        yield f"  {part:<15} {_found(path, part, search)}"
+
+
+def _wan(folder: ModelFolder) -> tuple[Search, ...]:
+    return (
         ("transformer", folder.transformer),
         ("high-noise", lambda: folder.expert("high")),
         ("low-noise", lambda: folder.expert("low")),
         ("text encoder", folder.text_encoder),
         ("tokenizer", folder.tokenizer),
         ("image encoder", folder.image_encoder),
-        ("Qwen2.5-VL", lambda: folder.find("text encoder", hunyuan.LANGUAGE)),
-        ("byT5", lambda: folder.find("glyph encoder", hunyuan.GLYPHS)),
-        ("SigLIP", lambda: folder.find("image encoder", hunyuan.SIGLIP)),
         ("Wan2.1 VAE", lambda: folder.vae(WAN21)),
         ("Wan2.2 VAE", lambda: folder.vae(WAN22)),
-        ("Hunyuan1.5 VAE", lambda: folder.vae(HUNYUAN15)),
         ("LightVAE", lambda: folder.light_vae(WAN21)),
         ("Wan2.1 tiny", lambda: folder.tiny_vae(WAN21)),
         ("Wan2.2 tiny", lambda: folder.tiny_vae(WAN22)),
-        ("Hunyuan1.5 tiny", lambda: folder.tiny_vae(HUNYUAN15)),
     )
-    for part, search in searches:
-        yield f"  {part:<15} {_found(path, part, search)}"
+
+
+def _hunyuan(folder: ModelFolder) -> tuple[Search, ...]:
+    several = hunyuan.transformers(folder)
+    one: Search = ("transformer", lambda: folder.find("transformer", hunyuan.TRANSFORMER))
+    return (
+        *(("transformer", partial(Path, path)) for path in several),
+        *(() if several else (one,)),
+        ("text encoder", lambda: folder.find("text encoder", hunyuan.LANGUAGE)),
+        ("tokenizer", lambda: hunyuan.tokenizer(folder)),
+        ("glyph encoder", lambda: folder.find("glyph encoder", hunyuan.GLYPHS)),
+        ("image encoder", lambda: folder.find("image encoder", hunyuan.SIGLIP)),
+        ("VAE", lambda: folder.vae(HUNYUAN15)),
+        ("tiny", lambda: folder.tiny_vae(HUNYUAN15)),
+    )
 
 
 def _found(root: Path, part: str, search: Callable[[], Path | None]) -> str:

@@ -96,6 +96,11 @@ def fit_frames(image: Tensor, height: int, width: int) -> Tensor:
     return cover(pixels, height, width).movedim(0, 1)[None] * 2 - 1
 
 
+def as_cut(image: Tensor, video: VideoShape) -> Tensor:
+    """Pictures (F, H', W', 3) in [0, 1] -> (F, H, W, 3): as they stand in a video of that size."""
+    return (fit_frames(image, video.height, video.width)[0].movedim(0, -1) + 1) / 2
+
+
 def cover(x: Tensor, height: int, width: int) -> Tensor:
     """(N, C, H, W) -> (N, C, height, width): cut centrally to the new proportions, then resized bilinearly.
 

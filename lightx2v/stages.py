@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lightx2v.config import Request
 from lightx2v.decoding import Decoding, decode_video
 from lightx2v.diffuse import Hooks, Start
-from lightx2v.frames import Encode, whole_clips
+from lightx2v.frames import Encode, as_cut, whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.media import to_frames
 from lightx2v.models import ModelSpec
@@ -41,8 +41,8 @@ def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None
     image = clip = None
     given = [picture for picture in (start, end) if picture is not None]
     if spec.reads_clip and given:
-        sees = parts.image_encoder()
-        clip = parts.visit(sees.model, lambda: torch.cat([sees.encode(picture) for picture in given], 1).cpu())
+        sees, shown = parts.image_encoder(), [as_cut(picture, video) for picture in given] if spec.shows_cut else given
+        clip = parts.visit(sees.model, lambda: torch.cat([sees.encode(picture) for picture in shown], 1).cpu())
     if spec.image_input is not None:
         shape = begin.latents.shape
         known = spec.image_input.condition(_padded(parts), video, spec.latents, start=start, end=end)

@@ -84,8 +84,10 @@ def write_folder(root: Path, layout: str = "original", config: HunyuanConfig = F
     return folder
 
 
-def pipeline(folder: Path, model_cls: str = "hunyuan_video_1.5", task: str = "t2v", **changes: Any) -> LightX2VPipeline:
-    pipe = LightX2VPipeline(folder, model_cls, task)
+def pipeline(
+    folder: Path, model_cls: str = "hunyuan_video_1.5", task: str = "t2v", device: str = "cpu", **changes: Any
+) -> LightX2VPipeline:
+    pipe = LightX2VPipeline(folder, model_cls, task, device=device)
     pipe.create_generator(**{**SMALL, **changes})
     return pipe
 

@@ -84,6 +84,7 @@ class ModelSpec:
     arguments: Callable[..., Mapping[str, Any]]  # Conditioning of a batch, step_end= -> what the network is called with
     image_input: ImageInput | None = None  # input channels beside the latents; None: the model has none
     reads_clip: bool = False  # has a place for an image encoder's tokens
+    shows_cut: bool = False  # the image encoder sees a picture as it is cut for the video
     image_states: str = "penultimate_hidden_states"  # which of ComfyUI's CLIP_VISION_OUTPUT they are
     keeps_frames: bool = False  # a given frame is kept clean among the latents, at timestep 0 (Wan2.2 TI2V)
     fps: int = 16  # frames a second that it was trained on

@@ -35,10 +35,10 @@ def modulate(kernels: Kernels, reads: Reads, x: Tensor, shift: Tensor, scale: Te
     return kernels.modulate_quantize(x, shift, scale, eps, reads)
 
 
-def gelu_between(kernels: Kernels, first: nn.Module, gelu: nn.Module, second: nn.Module, tokens: Tokens) -> Tensor:
-    """A feed-forward: second(gelu(first(tokens))), with what is between in the form that `second` wants."""
+def gelu_between(kernels: Kernels, whole: nn.Module, first: nn.Module, second: nn.Module, tokens: Tokens) -> Tensor:
+    """The feed-forward `whole`, second(gelu(first(tokens))), with what is between in the form that `second` wants."""
     if (reads := agreed(second)) is None:
-        return second(gelu(first(tokens)))
+        return whole(tokens)
     return second(kernels.gelu_quantize(first(tokens), reads))
 
 

@@ -36,7 +36,8 @@ class Tiles:
     warps: int
 
 
-@triton.jit
+# Compiled once a layer, not again for each size of frames.
+@triton.jit(do_not_specialize=["frames", "height", "width"])
 def _conv3d(
     x,  # (B, t, H', W', C) contiguous
     past,  # (B, kt - 1, H', W', C) contiguous

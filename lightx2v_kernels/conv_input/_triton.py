@@ -13,7 +13,8 @@ from lightx2v_kernels.conv_input import reference
 ELEMENTS = 4096  # pixels x channels of one program
 
 
-@triton.jit
+# Compiled once a layer, not again for each size of frames.
+@triton.jit(do_not_specialize=["frames", "height", "width", "out_height", "out_width"])
 def _line(
     x,  # (B, t, H, W, C) by strides, C contiguous
     gamma,

@@ -97,6 +97,7 @@ def test_published_ratios_skip_half_of_50_steps() -> None:
 def test_published_figures_are_whole() -> None:
     found = published()
     assert set(found) == {
+        "hunyuan1.5_480p_i2v",
         "wan2.1_t2v_1.3b",
         "wan2.1_t2v_14b",
         "wan2.1_i2v_14b_480p",
@@ -106,10 +107,13 @@ def test_published_figures_are_whole() -> None:
     lengths = {name: (len(f.tea), len(f.tea_projected), len(f.mag), len(f.mag_uncond)) for name, f in found.items()}
     assert lengths["wan2.1_t2v_1.3b"] == (5, 5, 50, 50) and lengths["wan2.1_i2v_14b_480p"] == (5, 5, 40, 40)
     assert lengths["wan2.2_ti2v_5b"] == (6, 0, 0, 0)
+    assert lengths["hunyuan1.5_480p_i2v"] == (0, 0, 50, 50)
     # Sums of the published tables: one wrong digit shows.
     small, big = found["wan2.1_t2v_1.3b"], found["wan2.1_i2v_14b_480p"]
     assert (sum(small.mag), sum(small.mag_uncond)) == pytest.approx((48.98687, 49.00448), abs=1e-9)
     assert (sum(big.mag), sum(big.mag_uncond)) == pytest.approx((38.99195, 38.99595), abs=1e-9)
+    hunyuan = found["hunyuan1.5_480p_i2v"]
+    assert (sum(hunyuan.mag), sum(hunyuan.mag_uncond)) == pytest.approx((49.36323, 49.37886), abs=1e-9)
 
 
 # What is added on a skipped step --------------------------------------------------------------------------------------

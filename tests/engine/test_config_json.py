@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dev import config_table
 from dev.environment import REPOSITORY
-from lightx2v import config_json
-from lightx2v.config_json import DEAD, HONOURED, KEYS, MODEL, REFUSED, TABLE, VERDICTS, Reading, read_config, read_told
+from lightx2v import LightX2VPipeline, config_json
+from lightx2v.config_json import Reading, read_config, read_told
+from lightx2v.config_keys import DEAD, HONOURED, KEYS, MODEL, REFUSED, TABLE, VERDICTS
+from lightx2v.config_survey import ABSENT, CANNOT, IDLE, NEEDS, RUNS, survey
+from lightx2v_kernels import registry
 
 CONFIGS = REPOSITORY.parent / "shared" / "reference" / "configs"
 WHERE = Path("config.json")
@@ -41,17 +46,73 @@ needs_configs = pytest.mark.skipif(not CONFIGS.is_dir(), reason=f"LightX2V's own
 
 
 @needs_configs
-def test_every_published_file_is_translated_or_refused_in_words() -> None:
-    verdicts = {path: refusal(path) for path in published()}
-    accepted = [path for path, why in verdicts.items() if not why]
-    assert len(accepted) > 45, "the files of one GPU, without paths of their own"
-    known = (
-        r"parallel=.*several GPUs|changing_resolution=|enable_dynamic_cfg=|video_frame_interpolation=|"
-        r"video_super_resolution=|"
-        r"feature_caching='(Ada|Custom|DualBlock|FirstBlock)' is not supported; known: Tea, Mag, NoCaching|"
-        r"='[^']*' is a placeholder: write the real path|='[^']*': there is no such file; looked for"
-    )
-    assert not [(path, why) for path, why in verdicts.items() if why and not re.search(known, why)]
+def test_what_each_key_of_a_published_file_becomes() -> None:
+    """Compared with the table: where a change is meant, `python dev.py run -m dev.config_table` writes it anew."""
+    assert config_table.text(CONFIGS).splitlines() == config_table.TABLE.read_text(encoding="utf-8").splitlines()
+
+
+def table() -> dict[str, tuple[str, dict[str, str]]]:
+    """File -> its verdict, and key -> what it becomes."""
+    _, _, listed = config_table.TABLE.read_text(encoding="utf-8").partition("\n\n")
+    files = {}
+    for line in listed.splitlines():
+        name, verdict, keys = line.split(": ", 2)
+        files[name] = (verdict, dict(key.split(" -> ", 1) for key in keys.split(" | ")))
+    return files
+
+
+def test_the_table_says_what_every_file_becomes() -> None:
+    files = table()
+    verdicts = Counter(verdict for verdict, _ in files.values())
+    assert len(files) >= 104 and verdicts.keys() == {RUNS, NEEDS, CANNOT} and verdicts[RUNS] >= 42
+    said = {(key, what) for _, keys in files.values() for key, what in keys.items()}
+    assert {key for key, _ in said} <= KEYS.keys()
+    for key, what in said:  # a key that is honoured names a method that is there
+        for method in re.findall(r"(?:^|; )(\w+)\(", what if KEYS[key].verdict == HONOURED else ""):
+            assert method == "LightX2VPipeline" or hasattr(LightX2VPipeline, method), (key, what)
+    refused = {
+        key for verdict, keys in files.values() if verdict == CANNOT for key, what in keys.items() if "=" in what
+    }
+    assert {"parallel", "feature_caching", "self_attn_1_type", "changing_resolution"} <= refused
+
+
+def test_a_file_is_surveyed_beyond_what_cannot_be_honoured(tmp_path: Path) -> None:
+    settings = {
+        **SIZES,
+        "target_heigth": 480,
+        "parallel": {"seq_p_size": 4},
+        "feature_caching": "Custom",
+        "teacache_thresh": 0.2,
+        "t5_cpu_offload": True,
+        "num_layers": 40,
+        "enable_cfg": True,
+        "self_attn_1_type": "torch_sdpa",
+        "cross_attn_1_type": "torch_sdpa",
+        "dit_original_ckpt": "/path/to/dit",
+        "dit_quantized": True,
+        "dit_quant_scheme": "nvfp4",
+        "sample_guide_scale": [3.5, 4],
+        "comment": "mine",
+    }
+    found = survey(Reading(WHERE, settings))
+    assert found.verdict == CANNOT
+    by_key = {each.key: each for each in found.findings}
+    assert list(by_key) == [key for key in settings if key != "comment"], "in the file's order"
+    refused = {"target_heigth", "parallel", "feature_caching", "dit_quant_scheme"}
+    assert {each.key for each in found.of(REFUSED)} == refused
+    assert "did you mean 'target_height'" in by_key["target_heigth"].becomes
+    assert "the nearest is 'Tea'" in by_key["feature_caching"].becomes
+    assert "files of this scheme cannot be read" in by_key["dit_quant_scheme"].becomes
+    assert by_key["target_height"].becomes == "create_generator(height=480)"
+    assert by_key["self_attn_1_type"].becomes == "create_generator(attn_mode='torch_sdpa')"
+    assert by_key["sample_guide_scale"].becomes == "create_generator(guidance_scale=[3.5, 4])"
+    kinds = {key: by_key[key].verdict for key in ("dit_original_ckpt", "t5_cpu_offload", "num_layers", "enable_cfg")}
+    assert list(kinds.values()) == [ABSENT, DEAD, MODEL, IDLE]
+    assert by_key["teacache_thresh"].verdict == IDLE, "of a cache that is refused"
+    usable = {key: value for key, value in settings.items() if key not in refused}
+    assert survey(Reading(WHERE, usable)).verdict == NEEDS
+    (tmp_path / "dit").touch()
+    assert survey(Reading(WHERE, {**usable, "dit_original_ckpt": str(tmp_path / "dit")})).verdict == RUNS
 
 
 @needs_configs
@@ -83,7 +144,7 @@ def test_what_published_files_say_is_what_is_asked_for() -> None:
 
 @needs_configs
 def test_an_attention_that_is_not_registered_is_refused_by_name() -> None:
-    known = config_json.registry.choices("attention")
+    known = registry.choices("attention")
     for path in published():
         name = read_config(path).get("self_attn_1_type")
         if name and name not in known and not refusal(path):

@@ -6,16 +6,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
 
 import tiny_encoders15
 from closeness import relative_error
+from formats.test_hunyuan_layouts import packed_fp8
 from lightx2v import LightX2VPipeline
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import Sampling
 from lightx2v.diffuse import Model, Start, diffuse
+from lightx2v.doctor import parts
 from lightx2v.frames import whole_clips
 from lightx2v.guidance import Conditioning
 from lightx2v.latents import HUNYUAN15
@@ -23,6 +26,7 @@ from lightx2v.models import specs
 from lightx2v.models.hunyuan_video_15.conditioning import arguments, image_condition, to_model_input
 from lightx2v.models.hunyuan_video_15.sizes import size_for_image
 from lightx2v.shapes import VideoShape
+from tiny_hunyuan import make_tiny
 from tiny_hunyuan_folder import FITTING, pipeline, video, write, write_folder
 
 QUOTED = 'a red cat says "MEOW"'
@@ -63,7 +67,7 @@ def test_other_folders_draw_the_same(layout: str, made, tmp_path) -> None:
 
 
 def test_pictures(folder, made, picture, tmp_path, caplog) -> None:
-    pipe = LightX2VPipeline(folder, "hunyuan_video_1.5", "t2v", support_tasks=["i2v"])
+    pipe = LightX2VPipeline(folder, "hunyuan_video_1.5", "t2v", support_tasks=["i2v"], device="cpu")
     pipe.create_generator(height=32, width=48, num_frames=5, infer_steps=2, resize_mode="fixed_shape")
     assert torch.equal(video(pipe), made)
     assert "its name says" not in caplog.text
@@ -74,6 +78,18 @@ def test_pictures(folder, made, picture, tmp_path, caplog) -> None:
     assert (video(pipe, task="i2v", image_path=tmp_path / "other.png") - started).abs().max() > 0.01
     with pytest.raises(CheckpointError, match="can start from an image but not end on one"):
         video(pipe, task="i2v", image_path=picture, last_frame_path=picture)
+
+
+def test_the_image_encoder_sees_the_picture_as_it_is_cut(folder, tmp_path) -> None:
+    """What is cut off at both sides for a square video changes nothing."""
+    pixels = numpy.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=numpy.uint8)
+    videos = []
+    for index in range(2):
+        pixels[:, :16], pixels[:, 48:] = 60 * index, 200 * index
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        pipe = pipeline(folder, task="i2v", width=32, resize_mode="fixed_shape")
+        videos.append(video(pipe, image_path=tmp_path / f"{index}.png"))
+    assert torch.equal(*videos)
 
 
 def test_a_distilled_one_reads_where_each_step_goes(folder, tmp_path) -> None:
@@ -90,7 +106,7 @@ def test_a_distilled_one_reads_where_each_step_goes(folder, tmp_path) -> None:
 
 @pytest.mark.parametrize("granularity", ["block", "model"])
 def test_offloaded_is_the_same(folder, made, granularity: str) -> None:
-    pipe = LightX2VPipeline(folder, "hunyuan_video_1.5", "t2v")
+    pipe = LightX2VPipeline(folder, "hunyuan_video_1.5", "t2v", device="cpu")
     pipe.enable_offload(cpu_offload=True, offload_granularity=granularity, vae_offload=True)
     pipe.create_generator(height=32, width=48, num_frames=5, infer_steps=2)
     assert torch.equal(video(pipe), made)
@@ -108,9 +124,19 @@ def test_quantised_files(folder, made, tmp_path) -> None:
             packed[name] = tensor.half()
     path = tmp_path / "hy15_qwen25vl_llm_encoder_fp8_e4m3_lightx2v.safetensors"
     write(packed, path)
+    dit = tmp_path / "hy15_480p_t2v_fp8_e4m3_lightx2v.safetensors"
+    write(packed_fp8(make_tiny(FITTING).state_dict(), rows=True), dit)
     pipe = pipeline(folder)
-    pipe.enable_quantize(text_encoder_quantized=True, text_encoder_quantized_ckpt=path, quant_scheme="fp8-sgl")
+    pipe.enable_quantize(
+        quant_scheme="fp8-sgl",
+        dit_quantized=True,
+        dit_quantized_ckpt=dit,
+        text_encoder_quantized=True,
+        image_encoder_quantized=False,
+        text_encoder_quantized_ckpt=path,
+    )
     found = video(pipe)
+    assert pipe._info.path == dit
     assert 1e-5 < relative_error(found, made) < 0.5
     model = pipe._parts.text_encoder().model
     assert {p.dtype for name, p in model.named_parameters() if "q_proj.weight" in name} == {fp8}, "they rest packed"
@@ -263,3 +289,10 @@ def test_without_siglip_there_are_no_pictures(folder, picture, tmp_path) -> None
     shutil.rmtree(blind / "vision_encoder")
     with pytest.raises(CheckpointError, match="no image encoder here; looked for vision_encoder/siglip/image_encoder"):
         video(pipeline(blind, task="i2v"), image_path=picture)
+
+
+def test_doctor_names_the_parts(folder) -> None:
+    told = {line.split()[0]: line for line in parts(folder) if line.startswith("  ")}
+    assert "transformer/480p_t2v: HunyuanVideo-1.5 (" in told["transformer"]
+    places = {"text": "text_encoder/llm", "glyph": "Glyph-SDXL-v2", "image": "vision_encoder/siglip", "VAE": "vae:"}
+    assert all(place in told[part] for part, place in places.items())

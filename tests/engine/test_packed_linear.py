@@ -52,14 +52,15 @@ def packed(network: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def velocity(network: nn.Module, info: CheckpointInfo, **options: object) -> Tensor:
+def velocity(network: nn.Module, info: CheckpointInfo, device: torch.device = CPU, **options: object) -> Tensor:
     """Of one step in the middle."""
     generator, config = torch.Generator().manual_seed(0), info.config
     latents = torch.randn(1, config.in_channels, 2, 8, 8, generator=generator)
     context = torch.randn(1, 24, config.text_dim, generator=generator)
     if config.image_dim:
         options["clip"] = torch.randn(1, 4, config.image_dim, generator=generator)
-    return network(latents, torch.tensor([500.0]), context, **options)
+    options = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in options.items()}
+    return network(latents.to(device), torch.tensor([500.0], device=device), context.to(device), **options)
 
 
 @pytest.mark.parametrize("path", [HIGH_NOISE, I2V], ids=["a scale a row", "a scale a tensor"])
@@ -281,3 +282,35 @@ def test_hunyuan_multiplies_in_8_bits(scheme: str, most: float, tmp_path: Path) 
     with torch.inference_mode():
         found, wanted = (each(latents, torch.tensor([500.0]), asked) for each in (network, tiny))
     assert 0 < relative_error(found, wanted) < most
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("path", [HIGH_NOISE, I2V, T2V], ids=["fp8 a row", "fp8 a tensor", "int8 as it is read"])
+def test_a_gpu_multiplies_what_the_file_packs(path: Path) -> None:
+    """With "auto", and as near to restored weights as rounding the tokens explains; streamed, to the bit."""
+    gpu = torch.device("cuda")
+    if path != T2V and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs sm_89 or newer")
+    info, engine = identify(path), Engine(dtype="bf16", quant="int8" if path == T2V else "auto")
+    network, restored = (
+        load_transformer(info, engine, gpu),
+        load_transformer(info, Engine(dtype="bf16", quant="none"), gpu),
+    )
+    assert len(packed(network)) == 10 * info.config.num_layers
+    found = velocity(network, info, gpu)
+    assert relative_error(found, velocity(restored, info, gpu)) < 0.06
+    stream = BlockStream({"": load_transformer(info, engine, gpu, CPU)}, gpu)
+    with stream.open(2, 1):
+        assert torch.equal(velocity(stream.bring(), info, gpu, run=stream.around(run_blocks, None)), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0], ids=lambda kind: kind.name)
+def test_a_gpu_restores_ggml_blocks_as_it_multiplies(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    gpu, info = torch.device("cuda"), identify(_gguf(tmp_path / f"demo-{kind.name}.gguf", kind))
+    network = load_transformer(info, Engine(dtype="bf16"), gpu)
+    assert {type(layer) for layer in packed(network).values()} == {GgufLinear}
+    restored = load_transformer(info, Engine(dtype="bf16", quant="none"), gpu)
+    assert relative_error(velocity(network, info, gpu), velocity(restored, info, gpu)) < 0.01

@@ -36,13 +36,29 @@ SIGLIP = (
 QUANTISED_LANGUAGE = ("*qwen25vl*{0}*.safetensors", "qwen_2.5_vl_7b*{0}*.safetensors", "text_encoders/qwen*{0}*")
 
 
+def describes(folder: ModelFolder) -> bool:
+    """Whether a folder has encoders that only this family has."""
+    marks = ("text_encoder/llm", "text_encoder_2", "qwen_2.5_vl_7b*.safetensors", "hy15_qwen25vl*.safetensors")
+    return any(any(folder.path.glob(mark)) for mark in marks)
+
+
+def transformers(folder: ModelFolder) -> list[Path]:
+    """Those of Tencent's folder, which holds several."""
+    found = (folder.path / TRANSFORMERS).glob("*")
+    return sorted(path for path in found if path.is_dir() and any(path.glob("*.safetensors")))
+
+
+def tokenizer(folder: ModelFolder) -> Path | None:
+    """Qwen's; None where the folder has none: then it is looked for beside the text encoder."""
+    return next((folder.path / name for name in TOKENIZERS if is_tokenizer(folder.path / name)), None)
+
+
 def find_transformer(folder: ModelFolder, task: str, name: str | None) -> Path:
     """The folder or file of the transformer. name: of one of Tencent's, such as "480p_t2v".
 
     Raises MissingPartError where there is none, CheckpointError for a name that is not there and where several fit.
     """
-    within = folder.path / TRANSFORMERS
-    several = sorted(path for path in within.glob("*") if path.is_dir() and any(path.glob("*.safetensors")))
+    within, several = folder.path / TRANSFORMERS, transformers(folder)
     names = [path.name for path in several]
     if name is not None and name not in names:
         raise CheckpointError(
@@ -63,12 +79,11 @@ def find_transformer(folder: ModelFolder, task: str, name: str | None) -> Path:
 def read_text(folder: ModelFolder, given: Path | None) -> hunyuan15.HunyuanText:
     """byT5 may be missing as long as no prompt quotes text."""
     language = given or folder.find("text encoder", LANGUAGE)
-    tokenizer = next((folder.path / name for name in TOKENIZERS if is_tokenizer(folder.path / name)), None)
     try:
         glyphs = folder.find("glyph encoder", GLYPHS)
     except MissingPartError:
         glyphs = None
-    return hunyuan15.load(language, glyphs, tokenizer=tokenizer)
+    return hunyuan15.load(language, glyphs, tokenizer=tokenizer(folder))
 
 
 def read_image(folder: ModelFolder, given: Path | None) -> siglip.ImageEncoder:

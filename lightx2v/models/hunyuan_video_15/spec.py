@@ -105,6 +105,7 @@ def _spec(name: str, title: str, step_distilled: bool) -> ModelSpec:
         arguments=partial(arguments, reads_step_end=step_distilled),
         image_input=ImageInput(image_condition, to_model_input),
         reads_clip=True,
+        shows_cut=True,
         image_states="last_hidden_state",
         fps=24,
         usual=usual,

@@ -113,11 +113,11 @@ class DoubleBlock(nn.Module):
     def _finish(self, stream: str, x: Tensor, heads: Tensor, change: Tensor) -> Tensor:
         """The stream's tokens after what attention gave them, heads (B, L, H, D), and after the feed-forward."""
         attended = self._part(stream, "attn_proj")(rearrange(heads, "b l h d -> b l (h d)"))
-        fc1, act, fc2 = (self._part(stream, f"mlp.{part}") for part in ("fc1", "act", "fc2"))
+        mlp, fc1, fc2 = (self._part(stream, part) for part in ("mlp", "mlp.fc1", "mlp.fc2"))
         x, modulated = residual_modulate(
             self._kernels, agreed(fc1), x, attended, change[2], change[3], change[4], self.eps
         )
-        return self._kernels.gated_residual(x, gelu_between(self._kernels, fc1, act, fc2, modulated), change[5])
+        return self._kernels.gated_residual(x, gelu_between(self._kernels, mlp, fc1, fc2, modulated), change[5])
 
     def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
         """x (B, L, D), the video's tokens and then the text's -> (B, L, D)"""

@@ -135,7 +135,7 @@ class WanBlock(nn.Module):
         x, normed = self._add_and_norm(x, attended, gate, agreed(text.q))
         described = text(normed, args.context, image=args.image)
         x, modulated = self._add_and_modulate(x, described, ffn_shift, ffn_scale, agreed(ffn[0]))
-        return self._add(x, gelu_between(self._kernels, ffn[0], ffn[1], ffn[2], modulated), ffn_gate)
+        return self._add(x, gelu_between(self._kernels, ffn, ffn[0], ffn[2], modulated), ffn_gate)
 
 
 def _runs(x: Tensor, per_run: Tensor) -> Tensor:
