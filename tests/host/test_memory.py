@@ -56,22 +56,20 @@ def test_weights_that_ram_cannot_hold_stay_in_their_file(host, tiny_models) -> N
     """And come back as a whole, when there is room again or ComfyUI moves the model."""
     host.post("/free", {"unload_models": True, "free_memory": True})
     block = {"offload": "block", "seed": 26}
-    graph = {
-        **base(tiny_models),
-        "little": node("FixtureFreeRam", latent_in=["empty", 0], megabytes=100),
-        "a": our_sampler("little", **block),
-        "report": node("LightX2VReport", latent=["a", 0]),
-        "b": our_sampler("little", **block, attention="reference"),
-        "much": node("FixtureFreeRam", latent_in=["b", 0], megabytes=-1),
-        "c": our_sampler("empty", seed=26),
-    }
-    first = host.run(keep(graph, "a", "b", "much")).expect()
+    start = base(tiny_models)
+    little = node("FixtureFreeRam", latent_in=["empty", 0], megabytes=100)
+    much = node("FixtureFreeRam", latent_in=["empty", 0], megabytes=-1)
+    a, b = our_sampler("little", **block), our_sampler("little", **block, attention="reference")
+    report = node("LightX2VReport", latent=["a", 0])
+    first = host.run(keep({**start, "little": little, "a": a, "report": report}, "a")).expect()
+    other = host.run(keep({**start, "little": little, "b": b}, "b")).expect()
+    c, d = our_sampler("much", seed=26), our_sampler("much", **block)
+    plain = host.run(keep({**start, "much": much, "c": c, "d": d}, "c", "d")).expect()
     assert "2 blocks are read from the file as they are needed" in first.text("report")
-    plain = host.run(keep({**graph, "d": our_sampler("empty", **block)}, "c", "d")).expect()
-    kept = {**{name: first for name in "ab"}, **{name: plain for name in "cd"}}
-    samples = {name: each.kept(f"keep_{name}")["samples"] for name, each in kept.items()}
-    assert torch.equal(samples["a"], samples["c"]) and torch.equal(samples["d"], samples["c"])
-    torch.testing.assert_close(samples["b"], samples["c"], rtol=0, atol=1e-4)
+    expected = plain.kept("keep_c")["samples"]
+    assert torch.equal(first.kept("keep_a")["samples"], expected)
+    assert torch.equal(plain.kept("keep_d")["samples"], expected)
+    torch.testing.assert_close(other.kept("keep_b")["samples"], expected, rtol=0, atol=1e-4)
 
 
 def test_flags_about_memory_are_not_in_the_way(host, tiny_models, tmp_path) -> None:
