@@ -133,14 +133,12 @@ def backends() -> Iterator[BackendState]:
 def parts(path: Path) -> Iterator[tuple[str, str]]:
     """What a model folder holds, part by part, in words. Raises CheckpointError for a path that is no folder."""
     folder = ModelFolder(path)
-    yield f"{path}:"
     for part, search in _hunyuan(folder) if hunyuan.describes(folder) else _wan(folder):
-        yield f"  {part:<15} {_found(path, part, search)}"
+        yield part, _found(path, part, search)
 
 
 def _wan(folder: ModelFolder) -> tuple[Search, ...]:
     return (
-    searches: tuple[tuple[str, Callable[[], Path | None]], ...] = (
         ("transformer", folder.transformer),
         ("high-noise", lambda: folder.expert("high")),
         ("low-noise", lambda: folder.expert("low")),
@@ -168,8 +166,6 @@ def _hunyuan(folder: ModelFolder) -> tuple[Search, ...]:
         ("VAE", lambda: folder.vae(HUNYUAN15)),
         ("tiny", lambda: folder.tiny_vae(HUNYUAN15)),
     )
-    for part, search in searches:
-        yield part, _found(path, part, search)
 
 
 def _found(root: Path, part: str, search: Callable[[], Path | None]) -> str:
