@@ -12,6 +12,7 @@ from lightx2v.folder import EXPERTS, TRANSFORMER, ModelFolder
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.models import Encoders
 from lightx2v_kernels import UnsupportedBackendError
+from lightx2v_kernels.machine import importable
 
 log = logging.getLogger(__name__)
 GGUF_TYPES = "Q8_0 Q6_K Q5_K_S Q5_K_M Q5_0 Q5_1 Q4_K_S Q4_K_M Q4_0 Q4_1 Q3_K_S Q3_K_M"
@@ -27,6 +28,8 @@ KERNELS = {
     "fp8": {"sgl": "sgl", "vllm": "vllm", "triton": "triton", "torchao": "torch_scaled_mm", "pertensor": "auto"},
     "int8": {"sgl": "sgl", "vllm": "vllm", "triton": "triton", "torchao": "torch_int_mm"},
 }
+# LightX2V's files and examples name these two by habit: where the package is not installed, the format is what counts.
+PACKAGES = {"sgl": "sgl_kernel", "vllm": "vllm"}
 NOT_READ = (*"nvfp4 mxfp4 mxfp6-mxfp8 mxfp8 fp8-b128-deepgemm int4-g128-marlin".split(),)
 VENDORS = ("musa", "hygon-dcu", "tmo", "npu", "intel-xpu", "iluvatar")
 
@@ -68,7 +71,8 @@ class Quantize:
 
 
 def _kernel(scheme: str, stored: str) -> str:
-    """The backend that a scheme names for the format of a file; "auto" where it names none."""
+    """The backend that a scheme names for the format of a file; "auto" where it names none, or none that is installed
+    (PACKAGES)."""
     stated, _, name = scheme.partition("-")
     known = KERNELS.get(stored)
     if not name or known is None or stated not in KERNELS:  # GGUF names a type of block
@@ -78,6 +82,12 @@ def _kernel(scheme: str, stored: str) -> str:
             f"quant_scheme={scheme!r}: the kernels of {name} are not known here; use {stored!r} for the best that is "
             f"installed, or {', '.join(f'{stored}-{other}' for other in known)}"
         )
+    if name in PACKAGES and not importable(PACKAGES[name]):
+        log.warning(
+            "quant_scheme=%r: the package %s is not installed; the fastest %s kernel that is here takes its place",
+            *(scheme, PACKAGES[name], stored),
+        )
+        return "auto"
     return known[name]
 
 

@@ -104,9 +104,9 @@ def test_a_config_that_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = asked(capsys, "config", sparse, "--device", "cpu", status=1)
     assert found["verdict"] == "cannot run on this machine" and "'flash_attn3' cannot run on cpu" in found["here"]
     assert asked(capsys, "config", sparse, "--device", "cpu", "--attn_mode", "auto")["verdict"] == "runs"
-    packed = written(tmp_path, dit_quantized=True, dit_quant_scheme="fp8-sgl")
+    packed = written(tmp_path, dit_quantized=True, dit_quant_scheme="fp8-triton")
     found = asked(capsys, "config", packed, "--model_path", str(BASE), "--device", "cpu", status=1)
-    assert found["verdict"] == "cannot run on this machine" and "backend 'sgl' cannot run on cpu" in found["here"]
+    assert found["verdict"] == "cannot run on this machine" and "backend 'triton' cannot run on cpu" in found["here"]
     assert main(["config", sparse, "--task", "v2v"]) == 1
     assert "task of wan2.1='v2v' is not supported" in capsys.readouterr().err
 

@@ -292,7 +292,7 @@ def test_without_siglip_there_are_no_pictures(folder, picture, tmp_path) -> None
 
 
 def test_doctor_names_the_parts(folder) -> None:
-    told = {line.split()[0]: line for line in parts(folder) if line.startswith("  ")}
+    told = {part.split()[0]: found for part, found in parts(folder)}
     assert "transformer/480p_t2v: HunyuanVideo-1.5 (" in told["transformer"]
     places = {"text": "text_encoder/llm", "glyph": "Glyph-SDXL-v2", "image": "vision_encoder/siglip", "VAE": "vae:"}
     assert all(place in told[part] for part, place in places.items())

@@ -171,7 +171,6 @@ def clip(pipe: Small) -> torch.Tensor:
 def check_refusals(code: str, refused: list[str]) -> None:
     """Kernels of packages and GPUs that are not here raise by name, and say what would run."""
     named = re.findall(r'attn_mode="(?!auto)(\w+)"', code)
-    named += ["sgl"] if "dit_quantized=True" in code and 'quant_scheme="fp8-sgl"' in code else []
     assert len(refused) == len(named), refused
     for name, why in zip(named, refused, strict=True):
         assert f"backend '{name}' cannot run on cpu" in why and "needs an NVIDIA GPU" in why and "use auto" in why

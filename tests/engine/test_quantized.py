@@ -17,6 +17,7 @@ from host.tiny_models import Input, write_transformer
 from lightx2v import LightX2VPipeline
 from lightx2v.checkpoint import CheckpointError
 from lightx2v_kernels import UnsupportedBackendError
+from lightx2v_kernels.machine import importable
 from tiny_wan import DIT, SMALL, T5, pipeline, quantised, video, write_folder
 
 WIDTH = tiny_clip.SIZES.hidden_size
@@ -104,9 +105,9 @@ def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> N
             "no gguf transformer here; looked for .*give dit_quantized_ckpt",
         ),
         (
-            {"dit_quantized": True, "quant_scheme": "fp8-sgl"},
+            {"dit_quantized": True, "quant_scheme": "fp8-triton"},
             UnsupportedBackendError,
-            "fp8_linear backend 'sgl' cannot run on cpu.*'sgl_kernel' is not installed",
+            "fp8_linear backend 'triton' cannot run on cpu",
         ),
         (
             {"dit_quantized": True, "quant_scheme": "int8-q8f"},
@@ -186,3 +187,13 @@ def test_the_image_encoder_is_looked_for_where_there_is_one(
         assert not torch.equal(video(pipe, image_path=picture), seen)
     finally:
         (folder / plain.name).unlink()
+
+
+def test_a_scheme_of_a_package_that_is_not_here_is_its_format(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in LightX2V's own examples, which say fp8-sgl of every file."""
+    named, plain = pipeline(folder), pipeline(folder)
+    named.enable_quantize(dit_quantized=True, quant_scheme="fp8-sgl")
+    plain.enable_quantize(dit_quantized=True, quant_scheme="fp8")
+    assert torch.equal(video(named), video(plain))
+    if not importable("sgl_kernel"):
+        assert "'fp8-sgl': the package sgl_kernel is not installed; the fastest fp8 kernel" in caplog.text
