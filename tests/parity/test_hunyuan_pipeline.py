@@ -52,8 +52,8 @@ def ours(folder: Path, prompt: str, negative: str, image: Path | None) -> Tensor
     request = replace(pipe._request, prompt=prompt, negative_prompt=negative)
     request = replace(request, sampling=replace(request.sampling, seed=SEED))
     spec = pipe._info.spec
-    cond, uncond, begin = encode(pipe._parts, spec, request, None if image is None else read_image(image), None)
-    return spec.latents.normalize(pipe._sample(request, cond, uncond, begin, Hooks()))
+    encoded = encode(pipe._parts, spec, request, None if image is None else read_image(image), None)
+    return spec.latents.normalize(pipe._sample(request, encoded, Hooks))
 
 
 def language(folder: Path) -> nn.Module:
