@@ -170,7 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command.add_argument_group("model"))
     request = command.add_argument_group("what to make")
     request.add_argument("--prompt", required=True)
-    request.add_argument("--save_result_path", default="lightx2v_gen_result.mp4", help="an .mp4")
+    saved = "an .mp4; FOLDER/ or clip_%%04d.png for a picture a frame; a .safetensors or .npy; default: %(default)s"
+    request.add_argument("--save_result_path", default="lightx2v_gen_result.mp4", help=saved)
     _add_request(request)
     _add_sampling(command.add_argument_group("how to make it"))
     _add_cache(command.add_argument_group("which steps may reuse earlier results"))

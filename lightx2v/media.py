@@ -1,11 +1,21 @@
 """Pictures from files, frames to files."""
 
+import json
 import os
+import re
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PICTURES = "frame_%05d.png"
+_NUMBER = re.compile(r"%(0?\d*)d")
 
 
 def to_frames(video: Tensor) -> Tensor:
@@ -33,40 +43,129 @@ def read_image(path: str | Path) -> Tensor:
     return raw.view(1, pixels.height, pixels.width, 3).float() / 255
 
 
-def require_mp4(path: str | Path, width: int, height: int) -> Path:
-    """The path, if a video of this size can be written there; ValueError with what to change if not."""
-    path = Path(path)
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"{path}: only .mp4 can be written; name the file something.mp4")
-    if height % 2 or width % 2:
-        raise ValueError(f"{width}x{height} px: H.264 with yuv420p needs an even width and height")
-    return path
+def require_writable(path: str | Path, width: int, height: int) -> Path:
+    """The path, if a video of this size can be written there in the form that its name asks for; see `save_video`.
 
-
-def save_mp4(frames: Tensor, path: str | Path, fps: int, *, comment: str = "") -> Path:
-    """Write (F, H, W, 3) float frames in [0, 1] as H.264 (yuv420p, CRF 18); the file appears whole or not at all.
-
-    comment: stored in the file's metadata. Raises ValueError for other shapes, suffixes and odd sizes.
+    Raises ValueError with what to change if not.
     """
-    import av
+    if _pattern(path) is not None:
+        return _require_empty(path)
+    if Path(path).suffix.lower() not in WRITERS:
+        raise ValueError(
+            f"{path}: name the file something{', '.join(WRITERS)}, or for pictures a folder, with / at its end, or a "
+            "pattern such as clip_%04d.png"
+        )
+    if Path(path).suffix.lower() == ".mp4" and (height % 2 or width % 2):
+        raise ValueError(f"{width}x{height} px: H.264 with yuv420p needs an even width and height")
+    return Path(path)
 
+
+def save_video(frames: Tensor, path: str | Path, fps: int, parameters: Mapping[str, Any]) -> Path:
+    """Write (F, H, W, 3) float frames in [0, 1]; what is written appears whole or not at all.
+
+    path: an .mp4; a .safetensors ("video", float32, as it is here) or .npy; a folder that exists or ends in "/", for
+        frame_00000.png and so on; or a pattern with a number, such as clip_%04d.png, for pictures of other names.
+    parameters: how it was made, kept as JSON in the file's metadata ("comment"; of pictures in each; .npy has none).
+    Raises ValueError for other shapes and names, odd sizes of an .mp4, and where such pictures are already there.
+    """
     if frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {tuple(frames.shape)}; expected (F, H, W, 3)")
     _, height, width, _ = frames.shape
-    path = require_mp4(path, width, height)
-    pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial.mp4")
+    target, comment = require_writable(path, width, height), json.dumps(parameters)
+    pattern = _pattern(path)
+    folder = pattern.parent if pattern is not None else target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if pattern is not None:
+        _write_pictures(frames, pattern, comment)
+        return Path(path)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix.lower()}")
     try:
-        with av.open(str(partial), "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
-            if comment:
-                container.metadata["comment"] = comment
-            stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for image in pixels:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-        partial.replace(path)
+        WRITERS[target.suffix.lower()](frames, partial, fps, comment)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-    return path
+    return target
+
+
+def _pattern(path: str | Path) -> Path | None:
+    """Folder and name of numbered pictures, where a path asks for them."""
+    if str(path).endswith(("/", os.sep)) or Path(path).is_dir():
+        return Path(path) / PICTURES
+    return Path(path) if Path(path).suffix.lower() == ".png" and _NUMBER.search(Path(path).name) else None
+
+
+def _named(pattern: Path) -> tuple[str, str, str]:
+    """What stands before the number, its digits as Python formats them, and what follows."""
+    found = _NUMBER.search(pattern.name)
+    assert found is not None
+    return pattern.name[: found.start()], found[1], pattern.name[found.end() :]
+
+
+def _require_empty(path: str | Path) -> Path:
+    """The path; ValueError where pictures of these names are there: those of a longer video would stay between."""
+    pattern = _pattern(path)
+    assert pattern is not None
+    before, _, after = _named(pattern)
+    names = re.compile(rf"{re.escape(before)}\d+{re.escape(after)}")
+    held = pattern.parent.iterdir() if pattern.parent.is_dir() else ()
+    if there := sorted(each.name for each in held if names.fullmatch(each.name)):
+        raise ValueError(f"{pattern.parent}: {there[0]} is already there: name another folder, or remove its pictures")
+    return Path(path)
+
+
+def _write_pictures(frames: Tensor, pattern: Path, comment: str) -> None:
+    """First beside each other under temporary names, then by their own."""
+    from PIL import Image, PngImagePlugin
+
+    told, written = PngImagePlugin.PngInfo(), []
+    before, digits, after = _named(pattern)
+    told.add_itxt("comment", comment)
+    try:
+        for index, image in enumerate(_bytes(frames)):
+            name = f"{before}{index:{digits}d}{after}"
+            partial = pattern.with_name(f".{name}.{os.getpid()}.partial.png")
+            written.append((partial, pattern.with_name(name)))
+            Image.fromarray(image).save(partial, pnginfo=told)
+        for partial, path in written:
+            partial.replace(path)
+    finally:
+        for partial, _ in written:
+            partial.unlink(missing_ok=True)
+
+
+def _bytes(frames: Tensor) -> "np.ndarray":
+    pixels: np.ndarray = (frames * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return pixels
+
+
+def _write_mp4(frames: Tensor, path: Path, fps: int, comment: str) -> None:
+    """H.264 (yuv420p, CRF 18)."""
+    import av
+
+    _, height, width, _ = frames.shape
+    with av.open(str(path), "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for image in _bytes(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_safetensors(frames: Tensor, path: Path, fps: int, comment: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"video": frames.float().cpu().contiguous()}, path, metadata={"comment": comment, "fps": str(fps)})
+
+
+def _write_npy(frames: Tensor, path: Path, fps: int, comment: str) -> None:
+    import numpy as np
+
+    np.save(path, frames.float().cpu().numpy())
+
+
+WRITERS: Mapping[str, Callable[[Tensor, Path, int, str], None]] = {
+    ".mp4": _write_mp4,
+    ".safetensors": _write_safetensors,
+    ".npy": _write_npy,
+}

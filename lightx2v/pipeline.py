@@ -26,7 +26,7 @@ from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import require_kernels
 from lightx2v.lora import Lora
-from lightx2v.media import read_image, require_mp4, save_mp4
+from lightx2v.media import read_image, require_writable, save_video
 from lightx2v.models import encoders_of
 from lightx2v.offload import Asked, Plan, budgeted, offloaded
 from lightx2v.parts import Parts
@@ -357,7 +357,7 @@ class LightX2VPipeline:
         request = replace(request, sampling=replace(request.sampling, seed=seed))
         request = self._sized(request, start if start is not None else end)
         if not return_result_tensor:
-            require_mp4(save_result_path, request.width, request.height)
+            require_writable(save_result_path, request.width, request.height)
         watch = Watch(self._parts.device)
         with watch.stage("encode"):
             encoded = encode(self._parts, self._info.spec, request, start, end)
@@ -366,13 +366,13 @@ class LightX2VPipeline:
             lines += self._parts.said(self.cache_reports)
         with watch.stage("decode"):
             frames = decode(self._parts, latents, self._decoding, progress)
+        model = {"model": self._info.spec.title, "model_cls": self._pick.model_cls, "task": task or self._task}
+        metadata = {**model, **described(request)}
         if not return_result_tensor:
             with watch.stage("save"):
-                save_mp4(frames, save_result_path, request.fps, comment=f"prompt: {prompt}\nseed: {seed}")
-        model = {"model": self._info.spec.title, "model_cls": self._pick.model_cls, "task": task or self._task}
-        metadata = {**model, **described(request), "seconds": watch.seconds}
+                save_video(frames, save_result_path, request.fps, metadata)
         self.report = Report(tuple(watch.stages))
-        return {"video": frames if return_result_tensor else None, "metadata": metadata}
+        return {"video": frames if return_result_tensor else None, "metadata": {**metadata, "seconds": watch.seconds}}
 
     @checked
     def describe(self, image_path: str | Path | None = None) -> str:
