@@ -22,7 +22,7 @@ SMALL: Mapping[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "infer_s
 class Small(LightX2VPipeline):
     """A pipeline that is asked for what a document asks for, and then makes a small video of it.
 
-    refused: what it raised for kernels that need a GPU or a package; it goes on with those that it has.
+    refused: what it raised for attention that needs a GPU or a package; it goes on with "auto".
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,13 +38,6 @@ class Small(LightX2VPipeline):
             kwargs["attn_mode"] = "auto"
             super().create_generator(*args, **kwargs)
         super().create_generator(*args, **{**kwargs, **SMALL})
-
-    def enable_quantize(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().enable_quantize(*args, **kwargs)
-        except UnsupportedBackendError as error:
-            self.refused.append(str(error))
-            super().enable_quantize(*args, **{**kwargs, "quant_scheme": "fp8"})
 
 
 @dataclass(frozen=True)
