@@ -11,13 +11,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from lightx2v.text import byt5, qwen
+from lightx2v.text import qwen
 from lightx2v.text.chat import END, SYSTEM, TURN
+from lightx2v.text.layout import Sizes
+from lightx2v.text.umt5 import empty_network
 from lightx2v.vision import siglip
 
 State = dict[str, Tensor]
 QWEN = qwen.Sizes(vocab_size=1280, hidden_size=256, num_heads=2, num_kv_heads=1, ffn_size=96, num_layers=5)
-BYT5 = byt5.Sizes(
+BYT5 = Sizes(
     vocab_size=384, hidden_size=1472, num_heads=2, head_dim=192, ffn_size=48, num_layers=3, num_buckets=32
 )  # its width and that of its queries are what ComfyUI knows it by
 SIGLIP = siglip.Sizes(hidden_size=144, ffn_size=80, num_layers=3, patch_size=14, grid=4)
@@ -51,9 +53,9 @@ def qwen_state(size: qwen.Sizes = QWEN, *, seed: int = 0) -> State:
     return drawn(shapes.items(), seed) | {"visual.patch_embed.proj.weight": torch.randn(16, 3, 2, 14, 14)}
 
 
-def byt5_state(size: byt5.Sizes = BYT5, *, seed: int = 1) -> State:
+def byt5_state(size: Sizes = BYT5, *, seed: int = 1) -> State:
     """As in ComfyUI's file."""
-    return drawn(((name, tuple(tensor.shape)) for name, tensor in byt5.empty(size).state_dict().items()), seed)
+    return drawn(((name, tuple(tensor.shape)) for name, tensor in empty_network(size, "T5").state_dict().items()), seed)
 
 
 def siglip_state(size: siglip.Sizes = SIGLIP, *, seed: int = 2) -> State:

@@ -3,7 +3,6 @@ form of Glyph-SDXL-v2."""
 
 import logging
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch import Tensor
 from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
 from lightx2v.kinds import in_words
 from lightx2v.layout import plain_dtype
-from lightx2v.library import from_transformers
 from lightx2v.quant import find_packed
-from lightx2v.text.resting import Widened, before_blocks
+from lightx2v.text.layout import Sizes
+from lightx2v.text.resting import OnBlock, Widened, before_blocks
+from lightx2v.text.umt5 import empty_network
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -33,23 +33,7 @@ BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 NEEDED = "use byt5_small_glyphxl_fp16.safetensors (ComfyUI), Glyph-SDXL-v2's byt5_model.pt or diffusers' text_encoder_2"
 _BLOCK = re.compile(r"^encoder\.block\.(\d+)\.")
 
-# Called before each block with (index, number of blocks); raise from it to cancel.
-OnBlock = Callable[[int, int], None]
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the shapes in a header say about the encoder."""
-
-    vocab_size: int
-    hidden_size: int
-    num_heads: int
-    head_dim: int
-    ffn_size: int
-    num_layers: int
-    num_buckets: int  # of relative positions
 
 
 @dataclass(frozen=True)
@@ -138,7 +122,7 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> ByT5:
     Raises CheckpointError, before any weight is read, for a file that is damaged or another model.
     """
     header, found = open_encoder(path)
-    model = empty(found)
+    model = empty_network(found, "T5")
     restored = {name for name, info in header.tensors.items() if info.packed}
 
     def used(name: str) -> str | None:
@@ -152,23 +136,3 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> ByT5:
     for index, block in enumerate(model.encoder.block):
         model.encoder.block[index] = Widened(block)
     return ByT5(header.path, model.eval().requires_grad_(False))
-
-
-def empty(found: Sizes) -> "T5EncoderModel":
-    """The network on the meta device, without the second name of its tied embedding."""
-    make_config, make_network = from_transformers("T5Config", "T5EncoderModel")
-    config = make_config(
-        vocab_size=found.vocab_size,
-        d_model=found.hidden_size,
-        d_kv=found.head_dim,
-        d_ff=found.ffn_size,
-        num_layers=found.num_layers,
-        num_heads=found.num_heads,
-        relative_attention_num_buckets=found.num_buckets,
-        feed_forward_proj="gated-gelu",
-        attn_implementation="eager",  # read by PreTrainedConfig
-    )
-    with torch.device("meta"):
-        model = make_network(config)
-    model.encoder.set_input_embeddings(None)
-    return model

@@ -6,7 +6,6 @@ Its vision tower, its head and its last two blocks have no part in the features,
 
 import logging
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from lightx2v.layout import plain_dtype
 from lightx2v.library import from_transformers
 from lightx2v.quant import find_packed
 from lightx2v.text.chat import ChatTokenizer, find_tokenizer
-from lightx2v.text.resting import Rename, Widened, before_blocks, stay_packed
+from lightx2v.text.resting import OnBlock, Rename, Widened, before_blocks, stay_packed
 
 if TYPE_CHECKING:
     from transformers import Qwen2Model
@@ -42,9 +41,6 @@ NEEDED = (
     "HunyuanVideo-1.5, or hy15_qwen25vl_llm_encoder_fp8_e4m3_lightx2v.safetensors"
 )
 _BLOCK = re.compile(r"^layers\.(\d+)\.")
-
-# Called before each block with (index, number of blocks); raise from it to cancel.
-OnBlock = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from lightx2v.quant.scale import unpack
 
 SCALE = "_scale"  # the scale of a packed `weight` is the buffer `weight_scale` beside it
 Rename = Callable[[str], str | None]
+# Called before each block with (index, number of blocks); raise from it to cancel.
+OnBlock = Callable[[int, int], None]
 
 
 class Widened(nn.Module):

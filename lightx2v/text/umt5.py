@@ -1,11 +1,10 @@
 """umT5, the text encoder of Wan2.1: transformers' UMT5EncoderModel, fed and framed as Wan was trained."""
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from lightx2v.layout import plain_dtype
 from lightx2v.library import from_transformers
 from lightx2v.quant import find_packed
 from lightx2v.text.layout import Sizes, renames, sizes
-from lightx2v.text.resting import Widened, before_blocks, stay_packed
+from lightx2v.text.resting import OnBlock, Widened, before_blocks, stay_packed
 from lightx2v.text.tokenizer import Tokenizer, clean, find_tokenizer
 
 if TYPE_CHECKING:
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 512  # text_len of every Wan2.1 config (Wan-Video/Wan2.1, wan/configs/shared_config.py)
 FINAL_NORM = "encoder.final_layer_norm.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Called before each encoder block with (index, number of blocks); raise from it to cancel.
-OnBlock = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +128,10 @@ def load(
     return UMT5(header.path, model.eval().requires_grad_(False), words)
 
 
-def empty_network(found: Sizes) -> "UMT5EncoderModel":
-    """The network on the meta device, without the second name of its tied embedding."""
-    make_config, make_network = from_transformers("UMT5Config", "UMT5EncoderModel")
+def empty_network(found: Sizes, family: str = "UMT5") -> Any:
+    """The network on the meta device, without the second name of its tied embedding: UMT5EncoderModel, or the
+    T5EncoderModel of family "T5"."""
+    make_config, make_network = from_transformers(f"{family}Config", f"{family}EncoderModel")
     config = make_config(
         vocab_size=found.vocab_size,
         d_model=found.hidden_size,

@@ -12,7 +12,9 @@ from torch import nn
 
 from lightx2v.checkpoint import CheckpointError, places
 from lightx2v.text import byt5, qwen
+from lightx2v.text.layout import Sizes
 from lightx2v.text.resting import stay_packed
+from lightx2v.text.umt5 import empty_network
 from lightx2v.vision import siglip
 
 QWEN_FILES = (
@@ -47,8 +49,8 @@ def test_qwen(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BYT5_FILES)
 def test_byt5(name: str, tmp_path: Path) -> None:
     header, size = byt5.open_encoder(laid_out(name, tmp_path))
-    assert size == byt5.Sizes(1510, 1472, 6, 64, 3584, 12, 32)
-    model = byt5.empty(size)
+    assert size == Sizes(1510, 1472, 6, 64, 3584, 12, 32)
+    model = empty_network(size, "T5")
     assert set(places(model, header).values()) == set(model.state_dict())
 
 
