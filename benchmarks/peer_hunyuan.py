@@ -61,7 +61,7 @@ def _arguments(setting: Setting, config: HunyuanConfig) -> dict[str, Tensor]:
     known = torch.ones(1, text.shape[1], dtype=torch.long, device=device)
     return {
         "hidden_states": torch.cat([given.latents, given.more["image"]], 1).to(setting.dtype),
-        "timestep": given.timestep,
+        "timestep": given.timestep.to(setting.dtype),  # as its pipeline does
         "encoder_hidden_states": F.pad(text, (0, 0, 0, TEXT_ROWS - text.shape[1])),
         "encoder_attention_mask": F.pad(known, (0, TEXT_ROWS - text.shape[1])),
         "encoder_hidden_states_2": text.new_zeros(1, GLYPH_ROWS, config.glyph_dim),

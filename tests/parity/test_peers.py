@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from benchmarks import h100, peers, plot
+from closeness import relative_error
+from lightx2v.bench import engine
 from lightx2v.bench.command import Plan, run_plans
+from lightx2v.bench.subjects import subject
 
 CPU = torch.device("cpu")
 TOY = Plan("wan2.1-1.3b", toy=True, rounds=1, profile=False)
@@ -33,6 +36,16 @@ def test_a_peer_of_the_other_family_agrees() -> None:
     found = rows(replace(TOY, model="hunyuan-1.5", peers=("diffusers", "comfyui")))
     assert found["diffusers"]["error"] < 1e-4
     assert "only Wan is run" in found["ComfyUI"]["failed"]
+
+
+@pytest.mark.parametrize("model", ["wan2.1-1.3b", "hunyuan-1.5"])
+def test_a_peer_runs_in_the_type_of_a_gpu(model: str) -> None:
+    """Where everything is in bfloat16, one argument in float32 stops a network."""
+    setting = engine.prepare(subject(model, "480p", None).toy(), CPU, torch.bfloat16, "plain")
+    ours, theirs = engine.entries(setting, ["none"], ["torch_sdpa"])[0].make(), peers.PEERS["diffusers"](setting).make()
+    with torch.no_grad():
+        found, expected = theirs.call(), ours.call()
+    assert found.dtype == torch.bfloat16 and relative_error(found, expected) < 0.05
 
 
 def test_a_peer_with_other_weights_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
