@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ import torch
 from dev.comfyui import PACK_NAME, demo_models, find_comfyui
 from dev.environment import REPOSITORY
 from dev.launch_comfyui import admit_torchvision
+
+# Triton reads this when it is first imported, by whichever test: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # What a server needs is imported with the first server: the kernels' tests run on machines that have none of it.
 if TYPE_CHECKING:

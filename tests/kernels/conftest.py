@@ -1,13 +1,7 @@
 """The devices and dtypes that every kernel test walks."""
 
-import os
-
 import pytest
 import torch
-
-# Triton reads this when it is first imported: without a GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 CUDA = pytest.param(
     "cuda",
