@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.cases_linear import PACKED, flops, gguf, scaled
 from benchmarks.size import CPU_SIZES, CUDA_SIZES, CUDA_TOKENWISE_SIZES, HEAD_DIM, Size
-from benchmarks.tokenwise import TOKENWISE, bytes_moved, variants
-from lightx2v_kernels import registry
+from benchmarks.tokenwise import bytes_moved, variants
+from lightx2v_kernels import TOKENWISE, registry
 from lightx2v_kernels.quantized import tensors
 
 TEXT_TOKENS = 512

@@ -19,8 +19,7 @@ from rich.table import Table
 from benchmarks.cases import Case, tokenwise
 from benchmarks.size import CUDA_TOKENWISE_SIZES, HEAD_DIM, Size
 from benchmarks.timing import machine, median_ms, report
-from benchmarks.tokenwise import TOKENWISE
-from lightx2v_kernels import registry, tiles
+from lightx2v_kernels import TOKENWISE, registry, tiles
 from lightx2v_kernels.tiles import Tile
 
 SIZES = {size.name: size for size in CUDA_TOKENWISE_SIZES}

@@ -14,23 +14,6 @@ Make = Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 EPS = 1e-6
 BITS8 = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
-TOKENWISE = (
-    "rms_norm",
-    "layer_norm",
-    "modulate",
-    "gated_residual",
-    "rope",
-    "norm_rope",
-    "residual_modulate",
-    "residual_layer_norm",
-    "quantize",
-    "gelu_quantize",
-    "layer_norm_quantize",
-    "modulate_quantize",
-    "residual_modulate_quantize",
-    "residual_layer_norm_quantize",
-)
-
 # How often a Wan block runs each op over the video's tokens. In 8 bits every linear layer reads quantised tokens:
 # those of attention (twice) by themselves, all others from the op before. GELU in bfloat16 is not counted.
 IN_BF16 = {"modulate": 1, "norm_rope": 2, "residual_layer_norm": 1, "rms_norm": 1, "residual_modulate": 1}

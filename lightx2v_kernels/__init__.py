@@ -116,8 +116,8 @@ def rotary_attention(attention: AttentionFn, norm_rope: Callable[..., Tensor]) -
     return attend
 
 
-_OPS = (
-    "attention",
+# The ops on each token by itself.
+TOKENWISE = (
     "rms_norm",
     "layer_norm",
     "modulate",
@@ -133,3 +133,4 @@ _OPS = (
     "residual_modulate_quantize",
     "residual_layer_norm_quantize",
 )
+_OPS = ("attention", *TOKENWISE)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.tokenwise import TOKENWISE
 from closeness import assert_close
-from lightx2v_kernels import registry
+from lightx2v_kernels import TOKENWISE, registry
 from lightx2v_kernels.quantized import LARGEST, Quantized, tensors
 
 pytest.importorskip("triton")
