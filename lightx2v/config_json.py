@@ -222,8 +222,8 @@ class Reading:
         tried = [Path(text), *(folder / text for folder in self.folders)]
         found = next((path for path in tried if _exists(path)), None)
         if found is None:
-            places = ", ".join(str(path) for path in tried)
-            raise self._error(key, f"{key}={text!r}: there is no such file; looked for {places}", absent=True)
+            named, places = readable(text, 200), readable(", ".join(map(str, tried)), 2000)
+            raise self._error(key, f"{key}={named!r}: there is no such file; looked for {places}", absent=True)
         return found
 
     def _scheme(self, *keys: str) -> str | None:

@@ -172,7 +172,7 @@ def _distilled(header: Header, family: str) -> str | None:
 def _task(header: Header, kind: Kind, layout: Layout) -> str | None:
     if kind.name != "transformer":
         return None
-    if layout.header.shape("img_in.proj.weight") and layout.header.tensors["img_in.proj.weight"].shape[1] == 98:
+    if (layout.header.shape("img_in.proj.weight") or ())[1:2] == (98,):
         return "sr"
     return task_hint(header.path, header.metadata)
 

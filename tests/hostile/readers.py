@@ -198,6 +198,10 @@ def _folder_config(dice: Dice) -> Case:
     return Case({**corpus.blocks(), "config.json": json_bytes(dice, {"num_layers": 1, "dim": 128})}, "config.json")
 
 
+def _valid_folder() -> tuple[Case, ...]:
+    return (Case({**corpus.blocks(), "config.json": b'{"num_layers": 1}'}, "config.json"),)
+
+
 def _read_folder(path: Path) -> None:
     _open_model(path.parent)
 
@@ -260,7 +264,7 @@ READERS: dict[str, Reader] = {
     "image": _of_tables(_numbered(corpus.image_encoders, ".safetensors"), _safetensors, corpus.plain, clip.load),
     "lora": _of_tables(_numbered(corpus.loras, ".safetensors"), _safetensors, corpus.plain, _apply_lora),
     "index": Reader(_index, _valid_index, _open_model),
-    "folder": Reader(_folder_config, lambda: (), _read_folder),
+    "folder": Reader(_folder_config, _valid_folder, _read_folder),
     "peft": Reader(_peft, _valid_peft, lambda path: _apply_lora(path.parent)),
     "config": Reader(_config, lambda: (_with_files(written(corpus.CONFIG).encode()),), _read_config, CONFIG_ERRORS),
     "figures": _json_reader("m.cache.json", corpus.FIGURES, _read_figures, ValueError),
