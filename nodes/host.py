@@ -334,6 +334,8 @@ def picture_of(space: LatentFormat, own: Colours | None) -> Callable[[Tensor], T
             return tiny_to_rgb(x0, tiny)
         except mm.OOM_EXCEPTION:
             log.warning("Too little GPU memory for a TAESD preview; showing colours")
+        except FloatingPointError as error:  # of the tiny autoencoder alone: the estimate itself is finite
+            log.warning("No TAESD preview, showing colours: %s", error)
         return plain(x0)
 
     return picture
