@@ -31,7 +31,7 @@ from dev.environment import REPOSITORY
 SLOW = 20  # seconds for one file
 BESIDE = 1 << 30  # bytes of addresses that reading may take, beside what the process has before the first file
 CLEAR = ("read", "refused")
-FAST = Path("/dev/shm")
+FAST = Path("/dev/shm")  # noqa: S108 - memory, in which each file gets a folder of its own
 
 
 class TooSlow(BaseException):

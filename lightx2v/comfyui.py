@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 from lightx2v import strict_json
 from lightx2v.messages import readable
 
+JSON_BODY = {"Content-Type": "application/json"}
+MAX_ANSWER = 256 << 20  # bytes; a history holds whole graphs
 TIMEOUT = 30  # seconds for one answer
 LISTS = ("images", "video", "gifs", "audio")  # of a node's outputs
 MISSING_FILE, MISSING_NODE = "value_not_in_list", ("invalid_prompt", "missing_node_type")
@@ -69,23 +73,27 @@ class Server:
         try:
             answer = self._json("/prompt", {"prompt": graph})
         except urllib.error.HTTPError as error:
-            raise ServerError(_refused(self.url, graph, error)) from error
-        if answer.get("node_errors"):
-            raise ServerError("\n".join(_problems(graph, answer["node_errors"])))
-        return str(answer["prompt_id"])
+            with self._understood():
+                raise ServerError(_refused(self.url, graph, error)) from error
+        with self._understood():
+            if answer.get("node_errors"):
+                raise ServerError("\n".join(_problems(graph, answer["node_errors"])))
+            return str(answer["prompt_id"])
 
     def before(self, prompt: str) -> int | None:
         """How many graphs run before it; 0 while it runs, None where it is no longer queued."""
         queued = self._json("/queue")
-        if any(entry[1] == prompt for entry in queued["queue_running"]):
-            return 0
-        waiting = [entry[1] for entry in sorted(queued["queue_pending"])]
-        return len(queued["queue_running"]) + waiting.index(prompt) if prompt in waiting else None
+        with self._understood():
+            if any(entry[1] == prompt for entry in queued["queue_running"]):
+                return 0
+            waiting = [entry[1] for entry in sorted(queued["queue_pending"])]
+            return len(queued["queue_running"]) + waiting.index(prompt) if prompt in waiting else None
 
     def ended(self, prompt: str) -> Mapping[str, Any] | None:
         """What the history says of it; None until it has ended."""
         found: Mapping[str, Any] = self._json(f"/history/{prompt}")
-        return found.get(prompt)
+        with self._understood():
+            return found.get(prompt)
 
     def follow(self, prompt: str, said: Callable[[str], None], every: float = 1.0) -> Mapping[str, Any]:
         """The outputs of a queued graph, node id -> what the node gave, once it has ended.
@@ -96,7 +104,8 @@ class Server:
         while True:
             ended = self.ended(prompt)
             if ended is not None:
-                return _outputs(ended)
+                with self._understood():
+                    return _outputs(ended)
             place = self.before(prompt)
             if place is None and self.ended(prompt) is None:
                 raise ServerError(f"{self.url}: the graph is no longer queued and has no history: it was cancelled")
@@ -114,9 +123,11 @@ class Server:
     def fetch(self, outputs: Mapping[str, Any], folder: Path) -> Iterator[Path]:
         """Every file that was saved, written into the folder under its own name; each appears whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in _saved(outputs):
+        with self._understood():
+            saved = list(_saved(outputs))
+        for entry in saved:
             query = urllib.parse.urlencode({key: entry.get(key, "") for key in ("filename", "subfolder", "type")})
-            path = folder / Path(entry["filename"]).name
+            path = folder / entry["filename"]
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
             try:
                 with self._open(f"/view?{query}") as answer, partial.open("wb") as file:
@@ -129,17 +140,29 @@ class Server:
 
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         with self._open(path, body) as answer:
-            text = answer.read()
+            text = answer.read(MAX_ANSWER + 1)
         try:
+            if len(text) > MAX_ANSWER:
+                raise ValueError(f"more than {MAX_ANSWER} bytes")
             return json.loads(text) if text else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServerError(f"{self.url}{path} answers no JSON: is this a ComfyUI server?") from error
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """While an answer is looked into: one that is JSON of another shape becomes an error in words."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ServerError(f"{self.url} answers something else: is this a ComfyUI server? ({error!r})") from error
 
     def _open(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         try:
-            request = urllib.request.Request(self.url.rstrip("/") + path, data, {"Content-Type": "application/json"})
-            return urllib.request.urlopen(request, timeout=TIMEOUT)
+            if not self.url.startswith(("http://", "https://")):
+                raise ValueError("it does not begin with http:// or https://")
+            request = urllib.request.Request(self.url.rstrip("/") + path, data, JSON_BODY)  # noqa: S310 - as above
+            return urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
         except urllib.error.HTTPError as error:
             if path == "/prompt":
                 raise
@@ -202,5 +225,10 @@ def _outputs(ended: Mapping[str, Any]) -> Mapping[str, Any]:
 def _saved(outputs: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
     """Files in the server's output folder; previews are left there."""
     for given in outputs.values():
-        for key in LISTS:
-            yield from (entry for entry in given.get(key) or () if entry.get("type") == "output")
+        for entry in (entry for key in LISTS for entry in given.get(key) or () if entry.get("type") == "output"):
+            name = entry["filename"]
+            if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name) or len(name) > 200:
+                raise ServerError(
+                    f"the server names a file {str(name)[:100]!r}, which is no name of a file in a folder"
+                )
+            yield entry

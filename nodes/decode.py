@@ -121,9 +121,9 @@ def _require_finite(frames: Tensor, vae: comfy.sd.VAE) -> None:
     if isinstance(vae, EngineVAE) or bool(frames.sum(dtype=torch.float32).isfinite()):
         return
     raise FloatingPointError(
-        f"decoding gave NaN or infinity (weights in {getattr(vae, 'vae_dtype', 'an unknown type')}): the latents or the "
-        "VAE's file hold them, or the type is too narrow; sample again, load the VAE with LightX2VLoadVAE, or start "
-        "ComfyUI with --bf16-vae"
+        f"decoding gave NaN or infinity (weights in {getattr(vae, 'vae_dtype', 'an unknown type')}): the latents or "
+        "the VAE's file hold them, or the type is too narrow; sample again, load the VAE with LightX2VLoadVAE, or "
+        "start ComfyUI with --bf16-vae"
     )
 
 
