@@ -20,14 +20,17 @@ from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.names import to_diffusers
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.preview import COLOURS_KEY
+from lightx2v.text import qwen
 from lightx2v.text.layout import EMBEDDED_TOKENIZER, Sizes, to_original_layout
 from lightx2v.text.umt5 import empty_network
 from lightx2v.vae.tae import TAEConfig, TinyVAE
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
 from lightx2v.vae.wan22 import Wan22VAE, Wan22VAEConfig
-from lightx2v.vision import clip
+from lightx2v.vision import clip, siglip
 from lightx2v.vision.layout import Sizes as ImageSizes
 from lightx2v_kernels import references
+from tiny_encoders15 import byt5_state, qwen_state, siglip_state
+from tiny_umt5 import to_fast
 
 State = dict[str, Tensor]
 WAN = WanConfig(128, 16, 1, 16, 16, text_dim=16, freq_dim=16, patch_size=(1, 2, 2))
@@ -154,6 +157,28 @@ def text_encoders() -> tuple[Table, ...]:
 def image_encoders() -> tuple[Table, ...]:
     size = ImageSizes(hidden_size=80, ffn_size=16, num_layers=2, patch_size=4, grid=2, projection_size=8)
     return (Table.of(_drawn(clip.empty(size))),)
+
+
+@cache
+def encoders15() -> Mapping[str, Table]:
+    """Those of HunyuanVideo-1.5."""
+    words = Sizes(vocab_size=384, hidden_size=16, num_heads=2, head_dim=8, ffn_size=16, num_layers=2, num_buckets=4)
+    sight = siglip.Sizes(hidden_size=72, ffn_size=16, num_layers=2, patch_size=4, grid=2)
+    talk = qwen.Sizes(vocab_size=64, hidden_size=128, num_heads=1, num_kv_heads=1, ffn_size=16, num_layers=3)
+    return {
+        "byt5.safetensors": Table.of({name: t.bfloat16() for name, t in byt5_state(words).items()}),
+        "siglip.safetensors": Table.of({name: t.bfloat16() for name, t in siglip_state(sight).items()}),
+        "qwen.safetensors": Table.of(
+            {name: t.bfloat16() for name, t in qwen_state(talk).items() if "visual" not in name}
+        ),
+    }
+
+
+@cache
+def tokenizer_json() -> dict[str, Any]:
+    """A tokenizer.json of umT5's kind."""
+    found: dict[str, Any] = json.loads(to_fast(train_tokenizer()).to_str())
+    return found
 
 
 @cache

@@ -16,13 +16,14 @@ import torch
 from hostile import corpus
 from hostile.tables import Entry, Table, gguf, pth
 from lightx2v import strict_json
-from lightx2v.checkpoint import CheckpointError, read_header, read_tensors
+from lightx2v.checkpoint import CheckpointError, Header, read_header, read_tensors
 from lightx2v.checkpoint.single import MAX_HEADER_BYTES
 from lightx2v.comfyui import read_graph
 from lightx2v.config_json import ConfigError, Reading
 from lightx2v.identify import identify
 from lightx2v.lora import read_lora
 from lightx2v.messages import readable
+from lightx2v.text.tokenizer import find_tokenizer
 
 SMALL = Table.of({"a": torch.ones(4, 4), "b": torch.ones(4)})
 
@@ -246,6 +247,14 @@ def test_workflows(graph: str, tmp_path: Path) -> None:
     (tmp_path / "w.json").write_text(graph, encoding="utf-8")
     with pytest.raises(ValueError, match=r"w\.json is no workflow in API format"):
         read_graph(tmp_path / "w.json")
+
+
+def test_a_tokenizer_that_panics_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tokenizer.json"
+    told = {**corpus.tokenizer_json(), "normalizer": {"type": "Precompiled"}}
+    path.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        find_tokenizer(Header(path, {}, {}), path, 256)
 
 
 def test_json_is_bounded(tmp_path: Path) -> None:
