@@ -29,7 +29,6 @@ from typing import Any
 from dev.environment import REPOSITORY
 
 SLOW = 20  # seconds for one file
-BESIDE = 1 << 30  # bytes of addresses that reading may take, beside what the process has before the first file
 CLEAR = ("read", "refused")
 FAST = Path("/dev/shm")  # noqa: S108 - memory, in which each file gets a folder of its own
 
@@ -168,7 +167,7 @@ def _prepared(options: argparse.Namespace) -> _Tally:
             READERS[options.child].read(case.write(Path(folder)))
     signal.signal(signal.SIGALRM, _alarm)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * resource.getpagesize() + BESIDE
+    most = pages * resource.getpagesize() + READERS[options.child].memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     return _Tally(options.child, options.seed)
 

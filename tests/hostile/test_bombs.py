@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lightx2v.comfyui import read_graph
 from lightx2v.config_json import ConfigError, Reading
 from lightx2v.identify import identify
 from lightx2v.lora import read_lora
+from lightx2v.media import read_image
 from lightx2v.messages import readable
 from lightx2v.text.tokenizer import find_tokenizer
 
@@ -247,6 +249,24 @@ def test_workflows(graph: str, tmp_path: Path) -> None:
     (tmp_path / "w.json").write_text(graph, encoding="utf-8")
     with pytest.raises(ValueError, match=r"w\.json is no workflow in API format"):
         read_graph(tmp_path / "w.json")
+
+
+def test_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    raw = corpus.pictures()["a.png"]
+    for damaged, words in (
+        (raw[:16] + (40_000).to_bytes(4, "big") * 2 + raw[24:], "cannot be read as a picture"),
+        (raw[:40], "cannot be read as a picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "cannot be read as a picture"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=words) as caught:
+            read_image(path)
+        assert str(path) in str(caught.value)
+    huge = struct.pack(">II", 16_000, 9_000) + raw[24:29]
+    path.write_bytes(raw[:16] + huge + struct.pack(">I", zlib.crc32(raw[12:16] + huge)) + raw[33:])
+    with pytest.raises(ValueError, match="144,000,000 pixels, at most 134,217,728 are read"):
+        read_image(path)
 
 
 def test_a_tokenizer_that_panics_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
