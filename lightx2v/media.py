@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PICTURES = "frame_%05d.png"
-MAX_PIXELS = 1 << 27  # of a picture that is read: 12 bytes each in float32; photographs have up to 108 million
+MAX_PIXELS = 1 << 27  # of a picture that is read, 12 bytes each in float32
 _NUMBER = re.compile(r"%(0?\d*)d")
 
 
