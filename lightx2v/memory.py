@@ -8,7 +8,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.shapes import LatentShape, num_tokens
 from lightx2v.vae.hunyuan15 import HunyuanVAEConfig
 from lightx2v.vae.loading import VAEInfo
-from lightx2v.vae.tae import KINDS, TAEConfig
+from lightx2v.vae.tae import KINDS, TAEConfig, TinyVAE
 from lightx2v.vae.wan22 import Wan22VAEConfig
 
 # One umT5-xxl block widened to float32 (0.77 GB) and its products for 512 tokens, or one of Qwen2.5-VL 7B (0.93 GB).
@@ -32,7 +32,7 @@ VAE_SLACK = 1.2
 
 
 def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dtype, *, frames: bool = True) -> int:
-    """Peak of decoding raw latents (B, C, T, h, w) one latent frame at a time, in bytes: an upper estimate.
+    """Peak of decoding raw latents (B, C, T, h, w), as many at a time as the VAE says, in bytes: an upper estimate.
 
     frames: whether the decoded video, 12 bytes a pixel and frame, lies on the same device. The rest does not depend on
     T, or hardly: numbers a pixel of one frame, counted by running each network on tensors without contents
@@ -43,7 +43,8 @@ def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dt
     if isinstance(config, TAEConfig):
         eighth, quarter, half, full = config.decoder_channels
         remembered = 3 * half / 4 + 3 * quarter / 16 + 3 * eighth / 64
-        numbers = (4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24
+        at_once = min(TinyVAE.at_once, latent_frames)
+        numbers = at_once * ((4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24)
     elif isinstance(config, Wan22VAEConfig):
         numbers = 13.2 * config.decoder_channels + 30
     elif isinstance(config, HunyuanVAEConfig):  # keys and values are kept of every latent frame

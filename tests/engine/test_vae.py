@@ -133,7 +133,7 @@ def test_progress_and_cancel(vae: VAE) -> None:
 
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        decode(vae, random_latents(vae, 5).float(), on_chunk=cancel)
+        decode(vae, random_latents(vae, 5).float(), chunk=1, on_chunk=cancel)
     assert seen == [(1, 5)]
 
 
