@@ -270,7 +270,7 @@ def _repeated(
         return absolute, optimizer.apply()
 
     def captured(phase: Phase, prepare: Callable[[], None]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        if not kind.graph or run.device.type != "cuda":
+        if not kind.graph or not run.compile:
             return work
         place = training_clips(phase.batch, phase.window, run.generator(7))
         replay = capture(lambda: work(place), prepare, generator)
