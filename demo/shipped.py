@@ -28,15 +28,10 @@ class Shipped:
     generator: Mapping[str, Any] = field(default_factory=dict)
     lora: Path | None = None
     folder: Path = BASE
-    transformer: str | None = None  # its file, where the folder's layout does not name one
 
-    def pipeline(
-        self, model_path: Path | None = None, *, device: str | None = None, **changes: Any
-    ) -> LightX2VPipeline:
+    def pipeline(self, model_path: Path | None = None, **changes: Any) -> LightX2VPipeline:
         """Ready to generate; `changes` are arguments of create_generator."""
-        folder = model_path or self.folder
-        named = {} if self.transformer is None else {"dit_original_ckpt": folder / self.transformer}
-        pipe = LightX2VPipeline(folder, **self.model, **named, **({} if device is None else {"device": device}))
+        pipe = LightX2VPipeline(model_path or self.folder, **self.model)
         size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": FPS, "infer_steps": 20}
         pipe.create_generator(**{**size, "guidance_scale": 4.0, **self.generator, **changes})
         if self.lora is not None:
@@ -59,6 +54,5 @@ SHIPPED: Mapping[str, Shipped] = {
         {"model_cls": "hunyuan_video_1.5", "task": "t2v"},
         {"sample_shift": 5.0},
         folder=HUNYUAN,
-        transformer="hunyuanvideo1.5_128p_t2v-Q4_0.gguf",
     ),
 }
