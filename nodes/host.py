@@ -79,7 +79,8 @@ def _checkpoints(category: str) -> dict[str, str]:
                     found.setdefault(name, os.path.join(root, name))
         for name in sorted(folders):
             found.setdefault(name + "/", os.path.join(root, name))
-    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in sorted(DEMO.rglob("*.safetensors"))}
+    shipped = sorted(path for path in DEMO.rglob("*") if path.suffix in (".safetensors", ".gguf"))
+    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in shipped}
     return found | {DEMO_PREFIX + name: path for name, path in demo.items()}
 
 
