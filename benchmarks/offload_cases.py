@@ -19,7 +19,7 @@ from lightx2v.bench.weights import build
 from lightx2v.blocks import run_blocks
 from lightx2v.checkpoint import Header
 from lightx2v.identify import CheckpointInfo
-from lightx2v.memory import transformer_activation_bytes
+from lightx2v.memory import FUSED, transformer_activation_bytes
 from lightx2v.offload.plan import GB, Machine, Needs, Plan, Sizes, plan
 from lightx2v.offload.stream import BlockStream
 from lightx2v_kernels import Kernels
@@ -76,7 +76,8 @@ class Bench:
     def activations(self, subject: Subject | None = None) -> int:
         """As the product plans them."""
         asked = subject or self.subject
-        return transformer_activation_bytes(info_of(asked, self.dtype), latents_of(asked), self.dtype)
+        fused = all(self.kernels.names[op] == "triton" for op in FUSED)
+        return transformer_activation_bytes(info_of(asked, self.dtype), latents_of(asked), self.dtype, fused=fused)
 
     def plan(self, sizes: Sequence[Sizes], vram: float, *, least: bool = False, subject: Subject | None = None) -> Plan:
         """Within so many bytes of the device. Raises DoesNotFitError."""
