@@ -35,7 +35,7 @@ from lightx2v.offload import Asked, DoesNotFitError, Placing
 from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.lane import pin
 from lightx2v.offload.plan import GB, RAM_RESERVE, Plan, measure
-from lightx2v.offload.slab import host_memory
+from lightx2v.offload.slab import PAGE, host_memory
 from lightx2v.offload.stream import BlockStream
 
 LATE = "left out: the seconds are used up"
@@ -256,10 +256,11 @@ def _from_file(bench: Bench, row: Found, room: float, given: Any, truth: Tensor)
 
 
 def pinning(bench: Bench, shelf: Shelf, found: Found) -> None:
-    """Seconds a GB to touch fresh memory and to pin it, by so many threads."""
-    for threads in (1, 4, 16):
+    """Seconds a GB to touch fresh memory and to pin it: by one thread and by several, in small pages and large ones."""
+    size = int(bench.pin_gb * GB) // 16
+    for name, threads, large in (("1 thread, small", 1, False), ("8, small", 8, False), ("8, large", 8, True)):
         with torch.inference_mode(False):  # threads are not in it
-            pieces = [host_memory(int(bench.pin_gb * GB) // 16) for _ in range(16)]
+            pieces = [host_memory(size) if large else _small_pages(size) for _ in range(16)]
         began = now(bench.device)
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda piece: piece.fill_(1), pieces))
@@ -269,7 +270,14 @@ def pinning(bench: Bench, shelf: Shelf, found: Found) -> None:
         for each in pins:
             each.release()
         total = sum(piece.numel() for piece in pieces) / GB
-        found[f"{threads} threads"] = {
+        found[name] = {
             "touch_s_gb": round((touched - began) / total, 3),
             "pin_s_gb": round((ended - touched) / total, 3),
+            "unpin_s_gb": round((now(bench.device) - ended) / total, 3),
         }
+
+
+def _small_pages(nbytes: int) -> Tensor:
+    raw = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    start = -raw.data_ptr() % PAGE
+    return raw[start : start + nbytes]
