@@ -112,7 +112,9 @@ def rotary_attention(attention: AttentionFn, norm_rope: Callable[..., Tensor]) -
     def attend(
         q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> Tensor:
-        return attention(norm_rope(q, norm_q, cos, sin, eps), norm_rope(k, norm_k, cos, sin, eps), v)
+        q = norm_rope(q, norm_q, cos, sin, eps)  # each by its name, so that what came in may go
+        k = norm_rope(k, norm_k, cos, sin, eps)
+        return attention(q, k, v)
 
     return attend
 

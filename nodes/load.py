@@ -16,7 +16,7 @@ from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import build_transformer, compute_dtype, fill, with_attention
 from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
-from lightx2v.memory import transformer_activation_bytes
+from lightx2v.memory import fused_by, transformer_activation_bytes
 from lightx2v.models import TextEncoder
 from lightx2v.offload import Home, Placing, Plan
 from lightx2v.offload.disk import left_in_file
@@ -114,9 +114,8 @@ class LoadedTransformer(host.EngineHandle):
     def activation_bytes(self, samples: Tensor) -> int:
         """Beside the weights, for latents (B, C, T, H, W) or a batch of single frames (B, C, H, W)."""
         shape = samples.shape if samples.ndim == 5 else samples.unsqueeze(2).shape
-        return transformer_activation_bytes(
-            self.info, shape, compute_dtype(self.engine, self.info.dtype, self.load_device)
-        )
+        dtype = compute_dtype(self.engine, self.info.dtype, self.load_device)
+        return transformer_activation_bytes(self.info, shape, dtype, fused=fused_by(self.model.network))
 
 
 @dataclass(frozen=True)
