@@ -3,10 +3,6 @@
 In memory a line of pixels is one run of numbers, so the kw pixels under one row of the kernel are a run of kw C numbers
 that starts at the first of them. The matrix A of the product has such runs side by side, kt kh of them, for every
 place; nothing of it is stored.
-
-A layer of few channels would leave the matrix units half empty, and would read every pixel for each of the kernel's
-places again. So `FOLD` neighbours on a line are one place with FOLD O channels: they read one run of FOLD + kw - 1
-pixels, and each of them has the weights at its own offset into it, zeros before and after.
 """
 
 import functools
@@ -60,7 +56,6 @@ def _conv3d(
     PAST: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DOUBLED: tl.constexpr,
-    FOLD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MORE_N: tl.constexpr,
@@ -74,33 +69,27 @@ def _conv3d(
     # DOUBLED: x has a pixel on every side, and there is a kernel and a quarter of the result for each phase (0 or 1) of
     # its rows and columns.
     out_height = height - (2 if DOUBLED else KH - 1)
-    out_width = (width - (2 if DOUBLED else KW - 1)) // FOLD
+    out_width = width - (2 if DOUBLED else KW - 1)
     phase = tl.program_id(1) % 4 if DOUBLED else 0
     places = (number // frames) * BLOCK_M + tl.arange(0, BLOCK_M)
     kept = places < out_height * out_width
     held = tl.minimum(places, out_height * out_width - 1)
     first = tl.program_id(1) // (4 if DOUBLED else 1) * (BLOCK_N + MORE_N)
-    TAP: tl.constexpr = KW * C
-    RUN: tl.constexpr = TAP + (FOLD - 1) * C
+    RUN: tl.constexpr = KW * C
     STEPS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
 
     inner = tl.arange(0, BLOCK_K)
     frame_size = height * width * C
     from_x = x + (batch * frames + frame) * frame_size + (phase // 2 * width + phase % 2) * C
-    weight += phase * (OUT * KT * KH * TAP)
+    weight += phase * (OUT * KT * KH * RUN)
     from_past = past + (batch * (KT - 1) + frame) * frame_size
-    a_at = ((held // out_width) * width + held % out_width * FOLD)[:, None] * C + inner[None, :]
+    a_at = ((held // out_width) * width + held % out_width)[:, None] * C + inner[None, :]
     columns = first + tl.arange(0, BLOCK_N)
-    last: tl.constexpr = FOLD * OUT - 1
-    at_row = tl.minimum(columns, last)
-    shift = at_row // OUT * C  # how far into the run a place's own pixels begin
-    b_at = (at_row % OUT * (KT * KH * TAP) - shift)[None, :] + inner[:, None]
+    b_at = tl.minimum(columns, OUT - 1)[None, :] * (KT * KH * RUN) + inner[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if MORE_N > 0:
         more_columns = first + BLOCK_N + tl.arange(0, MORE_N)
-        more_row = tl.minimum(more_columns, last)
-        more_shift = more_row // OUT * C
-        more_at = (more_row % OUT * (KT * KH * TAP) - more_shift)[None, :] + inner[:, None]
+        more_at = tl.minimum(more_columns, OUT - 1)[None, :] * (KT * KH * RUN) + inner[:, None]
         more = tl.zeros((BLOCK_M, MORE_N), tl.float32)
 
     missing = tl.maximum(KT - 1 - frame, 0)  # frames under the kernel that lie before x
@@ -113,22 +102,16 @@ def _conv3d(
         if PAST:
             source = tl.where(time < missing, from_past + time * frame_size, source)
         source += (tap % KH) * (width * C) + inside
-        taken = weight + tap * TAP + inside
+        taken = weight + tap * RUN + inside
         if RUN % BLOCK_K:  # the last step of a run ends beyond it
             a = tl.load(source + a_at, mask=(inside + inner < RUN)[None, :], other=0.0)
-        else:
-            a = tl.load(source + a_at)
-        if FOLD > 1:
-            b = _shifted(taken + b_at, inside + inner, shift, TAP)
-        elif RUN % BLOCK_K:
             b = tl.load(taken + b_at, mask=(inside + inner < RUN)[:, None], other=0.0)
         else:
+            a = tl.load(source + a_at)
             b = tl.load(taken + b_at)
         total = tl.dot(a, b, total)
         if MORE_N > 0:
-            if FOLD > 1:
-                b = _shifted(taken + more_at, inside + inner, more_shift, TAP)
-            elif RUN % BLOCK_K:
+            if RUN % BLOCK_K:
                 b = tl.load(taken + more_at, mask=(inside + inner < RUN)[:, None], other=0.0)
             else:
                 b = tl.load(taken + more_at)
@@ -138,42 +121,27 @@ def _conv3d(
     if DOUBLED:
         row = (batch * frames + frame) * (2 * out_height) + places // out_width * 2 + phase // 2
         at = row * (2 * out_width) + places % out_width * 2 + phase % 2
-    _store(total, bias, residual, out, at, kept, columns, OUT, FOLD, RESIDUAL)
+    _store(total, bias, residual, out, at, kept, columns, OUT, RESIDUAL)
     if MORE_N > 0:
-        _store(more, bias, residual, out, at, kept, more_columns, OUT, FOLD, RESIDUAL)
+        _store(more, bias, residual, out, at, kept, more_columns, OUT, RESIDUAL)
 
 
 @triton.jit
-def _shifted(at, inner, shift, TAP: tl.constexpr):
-    """Weights (BLOCK_K, BLOCK_N): at `inner` of the run, those of a place whose pixels begin at `shift`."""
-    own = inner[:, None] - shift[None, :]
-    return tl.load(at, mask=(own >= 0) & (own < TAP), other=0.0)
-
-
-@triton.jit
-def _store(
-    total, bias, residual, out, at, kept, columns, OUT: tl.constexpr, FOLD: tl.constexpr, RESIDUAL: tl.constexpr
-):
-    mask = kept[:, None] & (columns < FOLD * OUT)[None, :]
-    to = at[:, None] * (FOLD * OUT) + columns[None, :]
-    total += tl.load(bias + columns % OUT, mask=columns < FOLD * OUT, other=0.0).to(tl.float32)[None, :]
+def _store(total, bias, residual, out, at, kept, columns, OUT: tl.constexpr, RESIDUAL: tl.constexpr):
+    mask = kept[:, None] & (columns < OUT)[None, :]
+    to = at[:, None] * OUT + columns[None, :]
+    total += tl.load(bias + columns, mask=columns < OUT, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
         total += tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)
 
 
-def folded(out_channels: int, kernel_width: int, width: int) -> int:
-    """How many neighbours on a line of the result, `width` long, are one place."""
-    most = 4 if out_channels <= 24 else 2 if out_channels <= 48 else 1
-    return 1 if kernel_width == 1 else next(fold for fold in (4, 2, 1) if fold <= most and width % fold == 0)
-
-
-def tiles(out_channels: int, run: int, memory: int) -> Tiles:
-    """The tiles for a layer, its places folded. run: numbers on a line that one of them reads. memory: bytes that the
-    threads of one program may share."""
+def tiles(channels: int, out_channels: int, kernel: tuple[int, int, int], memory: int) -> Tiles:
+    """The tiles for a layer. memory: bytes that the threads of one program may share."""
     size = (128, max(16, triton.next_power_of_2(out_channels)), 0)
     if out_channels > 64:
         size = min(SIZES, key=lambda size: -out_channels % sum(size[1:]))
+    run = kernel[2] * channels
 
     def held(depth: int) -> int:
         """Steps that fit."""
@@ -197,18 +165,16 @@ def shared_memory(device: torch.device) -> int:
 def _launch(
     x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]
 ) -> Tensor:
-    *sizes, fold = how
-    made = Tiles(*sizes)
+    made = Tiles(*how)
     (b, c, t, h, w), (o, _, kt, kh, kw) = x.shape, weight.shape
     rows, before, beside = (None if a is None else rows_of(a) for a in (x, past, residual))
     shape = (b, t, h - kh + 1, w - kw + 1, o)
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    places, channels = shape[2] * shape[3] // fold, made.channels + made.more_channels
-    grid = (triton.cdiv(places, made.places) * t, triton.cdiv(fold * o, channels), b)
+    grid = (triton.cdiv(shape[2] * shape[3], made.places) * t, triton.cdiv(o, made.channels + made.more_channels), b)
     _conv3d[grid](
         rows, rows if before is None else before, rows_of(weight), bias, out if beside is None else beside, out,
         t, h, w, C=c, OUT=o, KT=kt, KH=kh, KW=kw,
-        PAST=past is not None and kt > 1, RESIDUAL=residual is not None, DOUBLED=False, FOLD=fold,
+        PAST=past is not None and kt > 1, RESIDUAL=residual is not None, DOUBLED=False,
         BLOCK_M=made.places, BLOCK_N=made.channels, MORE_N=made.more_channels, BLOCK_K=made.depth, STAGES=made.stages,
         num_warps=made.warps,
     )  # fmt: skip
@@ -252,16 +218,14 @@ def conv3d(
     bias: Tensor,
     residual: Tensor | None,
     how: Tiles | None = None,
-    fold: int | None = None,
 ) -> Tensor:
-    """See the contract in `__init__`. how, fold: others than those of `tiles` and `folded`, for measuring."""
+    """See the contract in `__init__`. how: other tiles than those of `tiles`, for measuring."""
     if short := -weight.shape[1] % LEAST:
         more = (0, 0, 0, 0, 0, 0, 0, short)
         x, weight = F.pad(x, more), F.pad(weight, more)
         past = None if past is None else F.pad(past, more)
-    o, c, _, _, kw = weight.shape
-    fold = fold or folded(o, kw, x.shape[-1] - kw + 1)
-    how = how or tiles(fold * o, (kw - 1 + fold) * c, shared_memory(x.device))
-    fields = [how.places, how.channels, how.more_channels, how.depth, how.stages, how.warps, fold]
+    o, c, kt, kh, kw = weight.shape
+    how = how or tiles(c, o, (kt, kh, kw), shared_memory(x.device))
+    fields = [how.places, how.channels, how.more_channels, how.depth, how.stages, how.warps]
     out: Tensor = direct(_launch, _opaque)(x, past, weight, bias, residual, fields)
     return out

@@ -28,11 +28,11 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (b, c, t, h, w), o = x.shape, weight.shape[0]
     padded = rows_of(conv_input(x, None, (1, 1), False, 1))
     out = torch.empty((b, t, 2 * h, 2 * w, o), dtype=x.dtype, device=x.device)
-    made = tiles(o, 2 * c, shared_memory(x.device))
+    made = tiles(c, o, (1, 2, 2), shared_memory(x.device))
     grid = (triton.cdiv(h * w, made.places) * t, 4 * triton.cdiv(o, made.channels + made.more_channels), b)
     _conv3d[grid](
         padded, padded, by_phase(weight), weight.new_zeros(o) if bias is None else bias, out, out, t, h + 2, w + 2,
-        C=c, OUT=o, KT=1, KH=2, KW=2, PAST=False, RESIDUAL=False, DOUBLED=True, FOLD=1,
+        C=c, OUT=o, KT=1, KH=2, KW=2, PAST=False, RESIDUAL=False, DOUBLED=True,
         BLOCK_M=made.places, BLOCK_N=made.channels, MORE_N=made.more_channels, BLOCK_K=made.depth, STAGES=made.stages,
         num_warps=made.warps,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def test_triton_on_the_examples(op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 33, 62, 63, 1000])
+@pytest.mark.parametrize("width", [1, 33, 63, 1000])
 def test_lines_of_any_length(width: int, dtype: torch.dtype) -> None:
     """Also of every third pixel of a wider frame, and of one channel block that is not a power of two."""
     pytest.importorskip("triton")
@@ -99,8 +99,8 @@ def test_widths_of_the_vaes(channels: int, out: int) -> None:
     pytest.importorskip("triton")
     dtype = DTYPES[0]
     weight = rows(out, channels, 1, 3, 3, dtype=dtype) * (9 * channels) ** -0.5
-    x, bias = rows(2, channels, 2, 5, 10, dtype=dtype), torch.randn(out).to(PLACE, dtype)
-    check("conv3d", x, None, weight, bias, rows(2, out, 2, 3, 8, dtype=dtype))
+    x, bias = rows(2, channels, 2, 5, 8, dtype=dtype), torch.randn(out).to(PLACE, dtype)
+    check("conv3d", x, None, weight, bias, rows(2, out, 2, 3, 6, dtype=dtype))
     check("conv3d", x.contiguous(), None, weight.contiguous(), bias, None)
 
 
@@ -114,7 +114,7 @@ def test_gradients_and_shapes_of_the_opaque_ops() -> None:
     weight, bias = torch.randn(16, 16, 1, 3, 3).to(PLACE).requires_grad_(), torch.randn(16).to(PLACE).requires_grad_()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(preparation._opaque, (x, gamma, [1, 1], False, 1), test_utils=tests)
-    padded, tiles = x.new_ones(1, 16, 1, 4, 4), [16, 32, 0, 16, 2, 4, 2]
+    padded, tiles = x.new_ones(1, 16, 1, 4, 4), [16, 16, 0, 16, 2, 4]
     torch.library.opcheck(convolution._opaque, (padded, None, weight, bias, x, tiles), test_utils=tests)
     torch.library.opcheck(doubling._opaque, (x, weight[:, :, 0], bias), test_utils=tests)
     leaves = (x, gamma, weight, bias)
