@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from lightx2v_kernels import registry
 
 HALF = (torch.bfloat16, torch.float16)
-OPS = ("conv_input", "conv3d", "doubled_conv", "conv2d_relu")
+OPS = ("conv_input", "conv3d", "doubled_conv")
 CHANNELS = 128  # of the self-tests
 
 
 @dataclass(frozen=True)
 class FrameKernels:
-    """Contracts: lightx2v_kernels/conv_input, conv3d, doubled_conv and conv2d_relu."""
+    """Contracts: lightx2v_kernels/conv_input, conv3d and doubled_conv."""
 
     conv_input: Callable[[Tensor, Tensor | None, tuple[int, int], bool, int], Tensor]
     conv3d: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor]
     doubled_conv: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    conv2d_relu: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def frame_kernels(x: Tensor, weight: Tensor) -> FrameKernels | None:

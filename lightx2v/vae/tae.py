@@ -97,8 +97,7 @@ class Remember(nn.Module):
         before = None if state is None else state.get(self)
         conv, act, *rest = self.conv
         assert isinstance(conv, nn.Conv2d)
-        kernels = frame_kernels(x, conv.weight)
-        if kernels is not None:
+        if (kernels := frame_kernels(x, conv.weight)) is not None:
             y, last = convolve_beside_past(kernels, conv, unfold_time(x, batch), before)
             y = fold_time(y)[0]
         else:
@@ -109,9 +108,6 @@ class Remember(nn.Module):
         if state is not None:
             state[self] = last
         y = act(y)
-        if kernels is not None and isinstance(act, nn.ReLU):
-            second, third = ((layer.get_parameter("weight"), layer.get_parameter("bias")) for layer in rest[::2])
-            return kernels.conv2d_relu(kernels.conv2d_relu(y, *second, None), *third, x)
         for layer in rest:
             y = layer(y)
         result: Tensor = self.act(x + y)

@@ -21,13 +21,12 @@ from lightx2v.vae import fused, hunyuan15, layers, tae
 from lightx2v.vae.loading import VAE
 from lightx2v.vae.stream import decode, encode
 from lightx2v_kernels import registry
-from lightx2v_kernels.conv2d_relu.reference import conv2d_relu
 from lightx2v_kernels.conv3d.reference import conv3d
 from lightx2v_kernels.conv_input.reference import conv_input
 from lightx2v_kernels.doubled_conv.reference import doubled_conv
 from tiny_vae import tiny_tae, tiny_vae, tiny_vae15, tiny_vae22
 
-OPS = ("conv_input", "conv3d", "doubled_conv")  # those in Triton
+OPS = fused.OPS
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16) if torch.cuda.is_available() else (torch.float32, torch.float16)
 
@@ -57,14 +56,6 @@ def check(op: str, *args: Any) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_pytorch_s_own(op: str, name: str, device: torch.device, dtype: torch.dtype) -> None:
     assert registry.self_test(registry.registry(op).op, found(op, name), device, dtype, 128) is None
-
-
-@pytest.mark.parametrize("name", registry.names("conv2d_relu"))
-def test_convolution_and_relu(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    backend = found("conv2d_relu", name)
-    if why := backend.why_not(device, dtype, 128):
-        pytest.skip(f"{name}: {why}")
-    assert registry.self_test(registry.registry("conv2d_relu").op, backend, device, dtype, 128) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,7 +143,7 @@ def test_the_fused_way_is_the_plain_way(make: Any, chunk: int, monkeypatch: pyte
         calls.append("conv_input")
         return conv_input(*args)
 
-    use(fused.FrameKernels(prepare, conv3d, doubled_conv, conv2d_relu), monkeypatch)
+    use(fused.FrameKernels(prepare, conv3d, doubled_conv), monkeypatch)
     decoded, encoded = run()
     assert len(calls) > 30
     assert relative_error(decoded, plain[0]) < 1e-12 and relative_error(encoded, plain[1]) < 1e-7
@@ -164,7 +155,7 @@ def test_a_vae_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = torch.randn(1, 16, 2, 1, 1)
     wide = decode(tiny_vae(16).double(), raw, clamp=False)
     plain = decode(tiny_vae(16).to(DTYPES[0]), raw, clamp=False)
-    use(fused.FrameKernels(*(found(op).load() for op in OPS), conv2d_relu), monkeypatch)
+    use(fused.FrameKernels(*(found(op).load() for op in OPS)), monkeypatch)
     assert_close("decode", decode(vae, raw, clamp=False).cpu(), wide, plain)
 
 
