@@ -41,11 +41,13 @@ Result = TypeVar("Result")
 
 
 class Parts:
-    """folder: where encoders and VAE are. infos: of one transformer, or of the high- and the low-noise expert."""
+    """folder: where encoders and VAE are; None: somebody else has them. infos: of one transformer, or of the high- and
+    the low-noise expert."""
 
-    def __init__(self, folder: ModelFolder, infos: Sequence[CheckpointInfo], device: torch.device) -> None:
+    def __init__(self, folder: ModelFolder | None, infos: Sequence[CheckpointInfo], device: torch.device) -> None:
         self.device = device
-        self._folder, self._infos = folder, tuple(infos)
+        self._folder, self._infos = folder or ModelFolder(Path()), tuple(infos)
+        self._alone = folder is None
         self._encoders: tuple[Path | None, Path | None] = (None, None)
         self._text: TextEncoder | None = None
         self._image: ImageEncoder | None = None
@@ -282,6 +284,8 @@ class Parts:
 
     def _tile(self, plan: Plan, asked: Asked) -> int:
         """In which tiles the VAE will have to decode what is sampled."""
+        if self._alone:
+            return 0
         info = self._vaes.tiny or self._full()
         tiling = fitting(info, asked.shape, self._vae_dtype, plan.beside_weights - file_bytes(info.path))
         return tiling.size if tiling is not None else 0
