@@ -13,6 +13,7 @@ from lightx2v.config import EXCHANGES, Engine, Parallel
 from lightx2v.diffuse import Hooks
 from lightx2v.lora import Lora
 from lightx2v.parallel.devices import ALL, USES, Shared, devices_of, share
+from lightx2v.parallel.gain import Gain, facts, remember, remembered
 from lightx2v.parallel.jobs import Done, Job
 from lightx2v.parallel.workers import Workers
 
@@ -33,11 +34,7 @@ class Ranks(host.EngineHandle):
         super().__init__(host.Housed(nn.Module()), device, torch.device("cpu"))
         self.shared = shared
         self.workers = Workers(devices_of(shared.devices, host.gpus()))
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is nothing to share."""
-        return len(self.workers.devices) == 1
+        self._gains: dict[str, Gain] = {}
 
     def layout(self, experts: Sequence[LoadedTransformer], guided: bool) -> Parallel:
         """How they share a video of that model; raises ValueError where they cannot."""
@@ -56,13 +53,39 @@ class Ranks(host.EngineHandle):
             self.tell_host(0)
         return self.model
 
-    def sampled(self, experts: Sequence[LoadedTransformer], job: Job, hooks: Hooks) -> tuple[Tensor, list[str]]:
-        """Raw latents, and lines for the report."""
+    def worth(self, experts: Sequence[LoadedTransformer], job: Job) -> tuple[bool, list[str]]:
+        """Whether they are to do a job, and a line for the report where that was measured."""
+        count = len(self.workers.devices)
+        if self.shared.use == "always" or count == 1:
+            return count > 1, []
+        known = facts(job, self.workers.devices)
+        key = repr(known)
+        gain = self._gains.get(key) or remembered(known)
+        if gain is None:
+            host.log.info("parallel: measuring a few blocks on one device and on %d", count)
+            self._make_room(experts, job)
+            gain = self.workers.measure(job, Hooks(on_block=host.cancel_point))
+            if gain is None:
+                return True, []
+            remember(known, gain)
+        self._gains[key] = gain
+        line = f"parallel: {gain.line(count)}"
+        host.log.info(line)
+        if not gain.worth:
+            self.workers.close()
+            self.tell_host(0)
+        return gain.worth, [line]
+
+    def _make_room(self, experts: Sequence[LoadedTransformer], job: Job) -> None:
         for expert in experts:
             expert.leave()
-        self.size = sum(expert.info.header.nbytes for expert in experts)
+        self.size = self.size or sum(expert.info.header.nbytes for expert in experts)
         host.on_gpu(self, experts[0].activation_bytes(job.start.latents))
         mm.soft_empty_cache()  # what this process keeps for later, the ranks cannot have
+
+    def sampled(self, experts: Sequence[LoadedTransformer], job: Job, hooks: Hooks) -> tuple[Tensor, list[str]]:
+        """Raw latents, and lines for the report."""
+        self._make_room(experts, job)
         ranks = self.workers.run(job, hooks)
         if (held := ranks[0].held) is not None:
             self.size = max(1, held)

@@ -170,11 +170,6 @@ class LightX2VSampler(io.ComfyNode):
                 optional=True,
                 tooltip="From Cache (LightX2V): method, threshold (0.15) and the rest, in place of the cache widget.",
             ),
-            ParallelOptions.Input(
-                "parallel",
-                optional=True,
-                tooltip="From Parallel (LightX2V): 2 or more GPUs for this video. Nothing connected: one.",
-            ),
             host.advanced(
                 io.Float.Input(
                     "vram_budget",
@@ -186,6 +181,11 @@ class LightX2VSampler(io.ComfyNode):
                     tooltip="GB of GPU memory that offload auto and block may take: 8 keeps to 8 GB. 0: auto takes "
                     "what is free, block as little as can be.",
                 )
+            ),
+            ParallelOptions.Input(
+                "parallel",
+                optional=True,
+                tooltip="From Parallel (LightX2V): 2 or more GPUs for this video. Nothing connected: one.",
             ),
         ]
 
@@ -256,7 +256,7 @@ class LightX2VSampler(io.ComfyNode):
         watch = Watch(experts[0].load_device)
         with watch.stage("sample") as lines:
             asked = _Asked(experts, engine, start, sampling, (cond, uncond), settings, picture)
-            out, said = asked.here() if parallel is None or parallel.alone else asked.by(parallel)
+            out, said = asked.here() if parallel is None else asked.by(parallel)
             lines += said
         passed_on = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
         made = {"samples": out.to(mm.intermediate_device()), KEY: so_far(latent).then(*watch.stages)}
@@ -291,12 +291,16 @@ class _Asked:
         return out, said(self.experts, self.engine, plan, caches)
 
     def by(self, ranks: Ranks) -> tuple[Tensor, list[str]]:
-        """The same by worker processes."""
+        """The same by worker processes, where they are worth it."""
         engine = engine_of(self.experts, self.engine, ranks.layout(self.experts, self.sampling.guided))
         paths = tuple(expert.info.path for expert in self.experts)
         job = Job(paths, engine, loras_of(self.experts), self.start, self.sampling, *self.conds, self.cache)
-        job = replace(job, previews=host.shows_previews())
-        return ranks.sampled(self.experts, job, self._hooks())
+        worth, lines = ranks.worth(self.experts, job)
+        if worth:
+            out, said = ranks.sampled(self.experts, replace(job, previews=host.shows_previews()), self._hooks())
+        else:
+            out, said = self.here()
+        return out, [*lines, *said]
 
 
 def _engine(widgets: dict[str, Any]) -> Engine:

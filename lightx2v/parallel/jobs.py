@@ -55,6 +55,13 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Time a step of the job, on rank 0 alone and on all."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
 class Rest:
     """Give the weights back, and stay."""
 
@@ -96,6 +103,13 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Of rank 0: seconds of a step on it alone and on all ranks; nothing where the step made no finite numbers."""
+
+    seconds: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Stopped:
     """The job was cancelled."""
 
@@ -110,8 +124,8 @@ class Failed:
     plan: Plan | None = None
 
 
-Message = Job | Rest | Cancel | Ready | Alive | Progress | Done | Stopped | Failed
-Outcome = Ready | Done | Stopped | Failed  # what a rank answers, after which it waits
+Outcome = Ready | Done | Measured | Stopped | Failed  # what a rank answers, after which it waits
+Message = Job | Measure | Rest | Cancel | Alive | Progress | Outcome
 
 
 class RankError(RuntimeError):

@@ -17,12 +17,16 @@ from typing import Any
 
 from lightx2v.diffuse import Hooks
 from lightx2v.offload.plan import DoesNotFitError
+from lightx2v.parallel.agreement import StoppedElsewhereError
+from lightx2v.parallel.gain import Gain
 from lightx2v.parallel.jobs import (
     Alive,
     Cancel,
     Done,
     Failed,
     Job,
+    Measure,
+    Measured,
     Message,
     Outcome,
     Progress,
@@ -43,6 +47,7 @@ START_S = 180.0  # to import PyTorch and meet
 SETTLE_S = 20.0  # for all ranks to answer once one of them failed, or the job was cancelled
 END_S = 30.0  # for a killed process to be gone, which gives its GPU's memory back first
 POLL_S = 0.05
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # which would tell of other processes
 
 
 @dataclass
@@ -97,24 +102,33 @@ class Workers:
         Where device memory runs out, once more with a tighter plan. Raises RankError where a process ended or stopped
         answering, DoesNotFitError where memory runs out again, and what else the job raised in the first rank.
         """
-        made = self._attempt(job, hooks)
-        if isinstance(made, _Rank) and made.failed.shortage and made.failed.plan is not None:
-            log.warning("memory ran out in %s: once more with less of the model on each GPU", made.name)
-            made = self._attempt(replace(job, failed=made.failed.plan), hooks)
-        if isinstance(made, _Rank):
-            raise _raised(made)
-        return made
+        ranks, failed = self._asked(job.packed(), hooks)
+        if failed is not None and failed.failed.shortage and failed.failed.plan is not None:
+            log.warning("memory ran out in %s: once more with less of the model on each GPU", failed.name)
+            ranks, failed = self._asked(replace(job.packed(), failed=failed.failed.plan), hooks)
+        if failed is not None:
+            raise _raised(failed)
+        return [rank.outcome for rank in ranks if isinstance(rank.outcome, Done)]
 
-    def _attempt(self, job: Job, hooks: Hooks) -> "list[Done] | _Rank":
-        """What each rank answers, or the first that failed."""
+    def measure(self, job: Job, hooks: Hooks) -> Gain | None:
+        """A step of the job on one device and on all; None where it makes no finite numbers. Raises as `run` does."""
+        ranks, failed = self._asked(Measure(job.packed()), hooks)
+        if failed is not None:
+            raise _raised(failed)
+        (seconds,) = (rank.outcome.seconds for rank in ranks if isinstance(rank.outcome, Measured))
+        return None if seconds is None else Gain(*seconds)
+
+    def _asked(self, task: Message, hooks: Hooks) -> "tuple[list[_Rank], _Rank | None]":
+        """All ranks with their answers, and one that failed, if any did: that whose own error it was."""
         self._require_running(hooks)
-        self._say(job.packed())
+        self._say(task)
         self._listen(hooks)
         ranks = list(self._ranks)
         if any(rank.outcome is None for rank in ranks):
             self.close()  # they wait for one that failed, for ever
-        failed = next((rank for rank in ranks if isinstance(rank.outcome, Failed)), None)
-        return failed or [rank.outcome for rank in ranks if isinstance(rank.outcome, Done)]
+        failed = [rank for rank in ranks if isinstance(rank.outcome, Failed)]
+        failed.sort(key=lambda rank: isinstance(rank.failed.error, StoppedElsewhereError))
+        return ranks, next(iter(failed), None)
 
     def rest(self) -> None:
         """Weights are given back; the processes stay."""
@@ -188,7 +202,7 @@ class Workers:
                 rank.place = message.place
             elif isinstance(message, Progress):
                 on_step(message.step, message.x0)
-            elif isinstance(message, Ready | Done | Stopped | Failed):
+            elif isinstance(message, Ready | Done | Measured | Stopped | Failed):
                 rank.outcome = message
         silent = [rank for rank in waiting if rank not in ready and time.monotonic() - rank.heard > SILENCE_S]
         # where this process itself was held up, their messages lie here unread
@@ -254,7 +268,8 @@ def _environment(size: int) -> dict[str, str]:
     """Ranks talk on this machine alone, and share its cores."""
     cores = max(1, (os.cpu_count() or 1) // size)
     usual = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": str(cores)}
-    return {**usual, **os.environ}
+    inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    return {**usual, **inherited}
 
 
 def _end(ranks: Sequence[_Rank]) -> None:
@@ -273,7 +288,7 @@ def _end(ranks: Sequence[_Rank]) -> None:
 def _how(process: subprocess.Popen[bytes]) -> str:
     code = process.returncode
     if code is None or code >= 0:
-        return f"ended with status {code}"
+        return f"ended with status {code} (its messages are in the log)"
     more = ": the system does that when RAM runs out, or somebody did" if -code == signal.SIGKILL else ""
     return f"was ended by signal {-code} ({signal.Signals(-code).name}{more})"
 
