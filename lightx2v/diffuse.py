@@ -158,7 +158,7 @@ def diffuse(
         kept_noise = None if model.spec.keeps_frames else noise.to(model.device)
         return KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
 
-    _warn(sampling, steps)
+    _warn(sampling, steps, model.mesh)
     solver = SOLVERS["unipc" if sampling.scheduler == "unipc" else "euler"]()
     why = explain(lambda: denoiser(partial(looking, mesh=model.mesh)), cache is not None)
     out = sample(denoiser(cache), x, schedule, solver, hooks.on_step, why)
@@ -243,7 +243,16 @@ def fit_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.nn.functional.interpolate(mask, size=(t, h, w), mode="trilinear", align_corners=False)
 
 
-def _warn(sampling: Sampling, steps: int) -> None:
+def _warn(sampling: Sampling, steps: int, mesh: Mesh | None) -> None:
+    if mesh is not None and not mesh.first:
+        return
+    if mesh is not None and mesh.cfg.size == 2 and not sampling.guided:
+        log.warning(
+            "cfg 2 without guidance (cfg 1): both halves of the %d processes compute the same; share tokens with all "
+            "of them instead: ulysses or ring %d",
+            mesh.size,
+            mesh.size,
+        )
     if steps <= 8 and sampling.guided:
         log.warning(
             "%d steps with cfg %g: step-distilled models are made for cfg 1; an undistilled one needs 20 or more steps",

@@ -63,7 +63,7 @@ def ring(partial: Partial, mesh: Mesh, wire: Wire) -> Callable[[Tensor, Tensor, 
     return attend
 
 
-def _pass_on(held: Tensor, coming: Tensor, mesh: Mesh) -> list[dist.Work]:
+def _pass_on(held: Tensor, coming: Tensor, mesh: Mesh) -> "list[dist.Work]":
     line = mesh.ring
     sends = dist.P2POp(dist.isend, held, line.neighbour(1), line.group)
     receives = dist.P2POp(dist.irecv, coming, line.neighbour(-1), line.group)
