@@ -33,7 +33,13 @@ class Ranks(host.EngineHandle):
         device = mm.get_torch_device()
         super().__init__(host.Housed(nn.Module()), device, torch.device("cpu"))
         self.shared = shared
-        self.workers = Workers(devices_of(shared.devices, host.gpus()))
+        devices = devices_of(shared.devices, host.gpus())
+        if len(devices) == 1 and shared.devices.strip().lower() != ALL:
+            raise ValueError(
+                f"devices={shared.devices!r} is one device; name two or more, or leave this node out. ComfyUI chooses "
+                "its one GPU with --cuda-device"
+            )
+        self.workers = Workers(devices)
         self._gains: dict[str, Gain] = {}
 
     def layout(self, experts: Sequence[LoadedTransformer], guided: bool) -> Parallel:
@@ -79,7 +85,7 @@ class Ranks(host.EngineHandle):
     def _make_room(self, experts: Sequence[LoadedTransformer], job: Job) -> None:
         for expert in experts:
             expert.leave()
-        self.size = self.size or sum(expert.info.header.nbytes for expert in experts)
+        self.size: int = self.size or sum(expert.info.header.nbytes for expert in experts)
         host.on_gpu(self, experts[0].activation_bytes(job.start.latents))
         mm.soft_empty_cache()  # what this process keeps for later, the ranks cannot have
 
@@ -91,13 +97,13 @@ class Ranks(host.EngineHandle):
             self.size = max(1, held)
             self.tell_host(self.size)
         assert ranks[0].latents is not None
-        return ranks[0].latents, [_said(job.engine.parallel, self.workers.devices, ranks), *ranks[0].lines]
+        return ranks[0].latents, [_said(self.workers.devices, ranks), *ranks[0].lines]
 
 
-def _said(layout: Parallel, devices: Sequence[str], ranks: Sequence[Done]) -> str:
+def _said(devices: Sequence[str], ranks: Sequence[Done]) -> str:
     peaks = [f"{rank.peak / 1e9:.1f}" for rank in ranks if rank.peak is not None]
-    memory = f"; peak {', '.join(peaks)} GB" if peaks else ""
-    return f"parallel: {len(devices)} processes on {', '.join(devices)}: {layout.describe()}{memory}"
+    memory = f"; at most {', '.join(peaks)} GB of memory" if peaks else ""
+    return f"processes: {len(devices)}, on {', '.join(devices)}{memory}"
 
 
 def engine_of(experts: Sequence[LoadedTransformer], engine: Engine, layout: Parallel) -> Engine:

@@ -86,7 +86,7 @@ def facts(job: Job, devices: Sequence[str]) -> Mapping[str, Any]:
 
 
 def remembered(known: Mapping[str, Any]) -> Gain | None:
-    """What was measured under these facts, by whichever process. Of CPUs nothing is kept: names of them say too little."""
+    """What was measured under these facts, by whichever process. Of CPUs nothing is kept: their names are no facts."""
     timings = read(known) if _lasts(known) else None
     return None if timings is None else Gain(timings.ms["one"] / 1000, timings.ms["all"] / 1000)
 

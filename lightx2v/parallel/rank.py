@@ -151,7 +151,7 @@ class Rank:
             self._meshes[parallel] = join(parallel, self._device)
         mesh = self._meshes[parallel]
         self._use(job.transformers)
-        self._parts.use_mesh(mesh, beside=True)
+        self._parts.use_mesh(mesh, one_copy=True)
         self._asker.place = "reading weights"
         asked = Asked(job.shape, job.cache.method != "none", job.loras, failed=job.failed)
         made: list[Model] = []

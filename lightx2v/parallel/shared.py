@@ -11,14 +11,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightx2v.checkpoint import Header
 from lightx2v.lora.branch import Branch, branched, graft
 from lightx2v.offload.disk import Filed
 from lightx2v.offload.parts import parts_of
+from lightx2v.offload.plan import Plan
 from lightx2v.offload.slab import Layout, Slab, paged, rest_bytes
-from lightx2v.parallel.agreement import meet, on_first
+from lightx2v.parallel.agreement import meet, on_first, together
 from lightx2v.parallel.mesh import Mesh
 
 Networks = tuple[nn.Module, ...]
@@ -69,6 +71,18 @@ def share_weights(
         for _, descriptor in owned:
             os.close(descriptor)
     return networks
+
+
+def tightest(mesh: Mesh, make: Callable[[], Plan]) -> Plan:
+    """Of the plans of all processes the one that leaves the least on its device: for one copy they need one plan.
+
+    Raises on every process where it raises on one.
+    """
+    own: list[Plan] = []
+    together(mesh, lambda: own.append(make()))
+    plans: list[Plan] = [own[0]] * mesh.size
+    dist.all_gather_object(plans, own[0], group=mesh.control)
+    return min(plans, key=lambda plan: (plan.whole, plan.resident, -plan.filed))
 
 
 def _lay(networks: Networks, headers: Sequence[Header], descriptor: int) -> _Published:

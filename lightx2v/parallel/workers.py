@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -59,6 +58,7 @@ class _Rank:
     process: subprocess.Popen[bytes]
     connection: "Connection[Any, Any]"
     heard: float  # time of the last message
+    patience: float  # seconds without one: until the first, Python is still importing
     place: str = "starting"
     outcome: Outcome | None = None
 
@@ -85,10 +85,7 @@ class Workers:
         self.devices = tuple(devices)
         self._ranks: list[_Rank] = []
         self._ending: weakref.finalize | None = None
-
-    @property
-    def running(self) -> bool:
-        return bool(self._ranks)
+        self._steps = ""  # how far the job is
 
     def pids(self) -> tuple[int, ...]:
         """Of the processes, by rank; none before the first job."""
@@ -121,7 +118,12 @@ class Workers:
     def _asked(self, task: Message, hooks: Hooks) -> "tuple[list[_Rank], _Rank | None]":
         """All ranks with their answers, and one that failed, if any did: that whose own error it was."""
         self._require_running(hooks)
-        self._say(task)
+        try:
+            self._say(task)
+        except RankError as error:  # lost since the last job
+            log.warning("%s", error)
+            self._require_running(hooks)
+            self._say(task)
         self._listen(hooks)
         ranks = list(self._ranks)
         if any(rank.outcome is None for rank in ranks):
@@ -152,17 +154,19 @@ class Workers:
         if self._ranks:
             return
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="lightx2v-ranks-") as folder:
-            for rank, device in enumerate(self.devices):
-                self._ranks.append(_start(rank, device, len(self.devices), Path(folder) / "store"))
-            self._ending = weakref.finalize(self, _end, list(self._ranks))
-            self._listen(hooks, limit=START_S)
+        meeting = os.memfd_create("lightx2v-ranks")  # a file that is gone when nobody has it open
+        store = f"/proc/{os.getpid()}/fd/{meeting}"
+        for rank, device in enumerate(self.devices):
+            self._ranks.append(_start(rank, device, len(self.devices), store))
+        self._ending = weakref.finalize(self, _end, list(self._ranks), meeting)
+        self._listen(hooks, limit=START_S)
         if late := next((rank for rank in self._ranks if rank.outcome is None), None):
             self.close()
             raise RankError(f"{late.name} did not start within {START_S:.0f} s. {self._ended()}")
         log.info("%d ranks started in %.1f s: %s", len(self._ranks), time.monotonic() - began, ", ".join(self.devices))
 
     def _say(self, message: Message) -> None:
+        self._steps = ""
         for rank in self._ranks:
             rank.outcome, rank.heard, rank.place = None, time.monotonic(), "taking the job"
             try:
@@ -197,14 +201,15 @@ class Workers:
                 message = receive(rank.connection)
             except (EOFError, OSError):
                 raise self._lost(rank) from None
-            rank.heard = time.monotonic()
+            rank.heard, rank.patience = time.monotonic(), SILENCE_S
             if isinstance(message, Alive):
                 rank.place = message.place
             elif isinstance(message, Progress):
+                self._steps = f", {message.step.index + 1} of {message.step.total} steps done"
                 on_step(message.step, message.x0)
             elif isinstance(message, Ready | Done | Measured | Stopped | Failed):
                 rank.outcome = message
-        silent = [rank for rank in waiting if rank not in ready and time.monotonic() - rank.heard > SILENCE_S]
+        silent = [rank for rank in waiting if rank not in ready and time.monotonic() - rank.heard > rank.patience]
         # where this process itself was held up, their messages lie here unread
         for rank in silent:
             if rank.process.poll() is not None or not rank.connection.poll():
@@ -227,7 +232,6 @@ class Workers:
             self.close()
 
     def _lost(self, rank: _Rank) -> RankError:
-        place = rank.place
         try:
             rank.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -235,23 +239,24 @@ class Workers:
             rank.process.wait()
         how = _how(rank.process)
         self.close()
-        return RankError(f"{rank.name} {how} while at: {place}. {self._ended()}")
+        return RankError(f"{rank.name} {how}, last at: {rank.place}{self._steps}. {self._ended()}")
 
     def _silent(self, rank: _Rank) -> RankError:
         self.close()
         return RankError(
-            f"{rank.name} gave no sign of life for {SILENCE_S:.0f} s, last at: {rank.place}. {self._ended()}"
+            f"{rank.name} gave no sign of life for {rank.patience:.0f} s, last at: {rank.place}{self._steps}. "
+            f"{self._ended()}"
         )
 
     def _ended(self) -> str:
         return f"All {len(self.devices)} processes were ended, and start again with the next run"
 
 
-def _start(rank: int, device: str, size: int, store: Path) -> _Rank:
+def _start(rank: int, device: str, size: int, store: str) -> _Rank:
     ours, theirs = Pipe()
     try:
         flags = ["-s"] if sys.flags.no_user_site else []
-        arguments = [str(ROOT), str(rank), str(size), device, str(theirs.fileno()), str(store), str(os.getpid())]
+        arguments = [str(ROOT), str(rank), str(size), device, str(theirs.fileno()), store, str(os.getpid())]
         process = subprocess.Popen(
             [sys.executable, *flags, "-c", BOOT, *arguments],
             stdin=subprocess.DEVNULL,
@@ -261,7 +266,7 @@ def _start(rank: int, device: str, size: int, store: Path) -> _Rank:
         )
     finally:
         theirs.close()
-    return _Rank(rank, device, process, ours, time.monotonic())
+    return _Rank(rank, device, process, ours, time.monotonic(), START_S)
 
 
 def _environment(size: int) -> dict[str, str]:
@@ -272,8 +277,9 @@ def _environment(size: int) -> dict[str, str]:
     return {**usual, **inherited}
 
 
-def _end(ranks: Sequence[_Rank]) -> None:
-    """Close the pipes, at which ranks end by themselves unless they are stopped; then kill. Leaves no zombie."""
+def _end(ranks: Sequence[_Rank], meeting: int) -> None:
+    """Nothing of theirs is worth waiting for, so they are killed. Leaves no zombie."""
+    os.close(meeting)
     for rank in ranks:
         rank.connection.close()
         rank.process.kill()

@@ -75,7 +75,7 @@ def test_two_ranks_make_what_one_process_makes(host, tiny_models, expected) -> N
     host.post("/free", {"unload_models": True})
     result = host.run(graph).expect()
     torch.testing.assert_close(result.kept("keep_sample")["samples"], expected, **CLOSE)
-    assert "parallel: 2 processes on cpu, cpu" in result.text("report")
+    assert "processes: 2, on cpu, cpu" in result.text("report") and "parallel: cfg 2" in result.text("report")
     assert [done for name, done, _ in result.progress if name == "sample"][-6:] == [1, 2, 3, 4, 5, 6]
     assert len([each for each in result.previews if each.node == "sample"]) == 6
     assert "Ranks" in result.text("loaded") and "LoadedTransformer" not in result.text("loaded")
