@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as mm
@@ -41,6 +42,7 @@ class Ranks(host.EngineHandle):
             )
         self.workers = Workers(devices)
         self._gains: dict[str, Gain] = {}
+        self._model: tuple[Path, ...] = ()  # what they hold
 
     def layout(self, experts: Sequence[LoadedTransformer], guided: bool) -> Parallel:
         """How they share a video of that model; raises ValueError where they cannot."""
@@ -85,7 +87,10 @@ class Ranks(host.EngineHandle):
     def _make_room(self, experts: Sequence[LoadedTransformer], job: Job) -> None:
         for expert in experts:
             expert.leave()
-        self.size: int = self.size or sum(expert.info.header.nbytes for expert in experts)
+        if job.transformers != self._model:
+            self.detach()
+            self.size = sum(expert.info.header.nbytes for expert in experts)
+            self._model = job.transformers
         host.on_gpu(self, experts[0].activation_bytes(job.start.latents))
         mm.soft_empty_cache()  # what this process keeps for later, the ranks cannot have
 

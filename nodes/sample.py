@@ -295,6 +295,7 @@ class _Asked:
         engine = engine_of(self.experts, self.engine, ranks.layout(self.experts, self.sampling.guided))
         paths = tuple(expert.info.path for expert in self.experts)
         job = Job(paths, engine, loras_of(self.experts), self.start, self.sampling, *self.conds, self.cache)
+        job = replace(job, pin_limit=host.pin_limit())
         worth, lines = ranks.worth(self.experts, job)
         if worth:
             out, said = ranks.sampled(self.experts, replace(job, previews=host.shows_previews()), self._hooks())

@@ -29,6 +29,7 @@ class Job:
     transformers: file or folder of one, or of the high- and the low-noise expert.
     previews: whether rank 0 sends its estimate after every step.
     failed: the plan of an attempt whose memory ran out, so that less of the model is to be on the device.
+    pin_limit: bytes of RAM that each may pin; None: as many as the system lets it.
     """
 
     transformers: tuple[Path, ...]
@@ -41,6 +42,7 @@ class Job:
     cache: Cache = field(default_factory=Cache)
     previews: bool = False
     failed: Plan | None = None
+    pin_limit: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

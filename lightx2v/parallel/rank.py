@@ -19,6 +19,7 @@ from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Parallel
 from lightx2v.diffuse import Hooks, Model, diffuse
 from lightx2v.identify import CheckpointInfo, identify
+from lightx2v.loading import require_kernels
 from lightx2v.lora.merging import Source
 from lightx2v.offload import Asked
 from lightx2v.offload.shortage import free_unused, ran_out
@@ -66,9 +67,12 @@ class Rank:
     def __init__(self, asker: Asker, rank: int, size: int, device: torch.device, store: str) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # With device_id NCCL connects at once, so that GPUs that cannot reach each other say so here.
+        backend, own_gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         met = dist.FileStore(store, size)
-        dist.init_process_group(backend, store=met, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT)
+        dist.init_process_group(
+            backend, store=met, rank=rank, world_size=size, timeout=COLLECTIVE_LIMIT, device_id=own_gpu
+        )
         self._asker, self._device = asker, device
         self._meshes: dict[Parallel, Mesh] = {}
         self._infos: tuple[CheckpointInfo, ...] = ()
@@ -152,8 +156,12 @@ class Rank:
         mesh = self._meshes[parallel]
         self._use(job.transformers)
         self._parts.use_mesh(mesh, one_copy=True)
+        self._asker.place = "choosing kernels"
+        # Rank 0 times them undisturbed, and the others find what it wrote down: all take the same.
+        only_on_first(mesh, lambda: require_kernels(self._infos, job.engine, self._device))
         self._asker.place = "reading weights"
-        asked = Asked(job.shape, job.cache.method != "none", job.loras, failed=job.failed)
+        cached = job.cache.method != "none"
+        asked = Asked(job.shape, cached, job.loras, failed=job.failed, pin_limit=job.pin_limit)
         made: list[Model] = []
         with ExitStack() as stack:
             opened = self._parts.model(job.engine, job.loras, "auto", asked)

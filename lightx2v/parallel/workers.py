@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]  # where this package is imported from
 # Not -m: an interpreter that is shipped with its own list of paths does not look into its working directory.
 BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from lightx2v.parallel.worker import main; main()"
-SILENCE_S = 15.0  # without a sign of life, of which there is one a second
+SILENCE_S = 20.0  # without a sign of life, of which there is one a second
 START_S = 180.0  # to import PyTorch and meet
 SETTLE_S = 20.0  # for all ranks to answer once one of them failed, or the job was cancelled
 END_S = 30.0  # for a killed process to be gone, which gives its GPU's memory back first
@@ -80,8 +80,8 @@ class Workers:
     """
 
     def __init__(self, devices: Sequence[str]) -> None:
-        if sys.platform == "win32":
-            raise RuntimeError("several processes for one video need Linux: NCCL is not made for Windows")
+        if sys.platform != "linux":
+            raise RuntimeError(f"several processes for one video need Linux, as NCCL does; this is {sys.platform}")
         self.devices = tuple(devices)
         self._ranks: list[_Rank] = []
         self._ending: weakref.finalize | None = None

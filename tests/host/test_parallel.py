@@ -101,6 +101,28 @@ def test_a_rank_that_is_lost_is_named(host, tiny_models, expected, rank, sign, w
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_whether_they_are_worth_it_is_measured_once(host, tiny_models, expected) -> None:
+    """Either way the video is right, and the report says what was found."""
+    before, seen = len(host.log()), []
+    for seed in (3, 31):
+        graph = on_ranks(tiny_models, seed=seed)
+        graph["ranks"]["inputs"]["use"] = "auto"
+        graph["report"] = node("LightX2VReport", latent=["sample", 0])
+        result = host.run(graph).expect()
+        seen.append(result.kept("keep_sample")["samples"])
+        line = next(line for line in result.text("report").splitlines() if line.startswith("parallel: 2 devices"))
+        assert ("one does it" in line) == (workers(host) == {}) == ("processes: 2" not in result.text("report"))
+    torch.testing.assert_close(seen[0], expected, **CLOSE)
+    assert not torch.equal(*seen) and host.log()[before:].count("measuring a few blocks") == 1
+
+
+def test_one_device_is_refused_in_words(host, tiny_models) -> None:
+    for devices, words in (("cpu", "is one device; name two or more"), ("0, 1", "there is no GPU 0")):
+        graph = on_ranks(tiny_models)
+        graph["ranks"]["inputs"]["devices"] = devices
+        assert words in host.run(graph).expect("error").message
+
+
 def test_free_frees_what_every_rank_holds(host, tiny_models, expected) -> None:
     graph = on_ranks(tiny_models)
     host.run(graph).expect()
