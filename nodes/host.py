@@ -353,7 +353,7 @@ def _tiny_channels(path: Path) -> int | None:
 def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[Step, Tensor], None]:
     """Progress with a looping preview of the video so far."""
     bar = comfy.utils.ProgressBar(steps)
-    show = mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+    show = shows_previews()
 
     def update(step: Step, x0: Tensor) -> None:
         cancel_point()
@@ -361,3 +361,13 @@ def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[
         bar.update_absolute(step.index + 1, step.total, preview)
 
     return update
+
+
+def shows_previews() -> bool:
+    """Whether the user wants to see a video while it is made."""
+    return mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+
+
+def gpus() -> int:
+    """How many GPUs there are for ComfyUI; none with --cpu."""
+    return torch.cuda.device_count() if mm.get_torch_device().type == "cuda" else 0

@@ -65,6 +65,13 @@ class LoadedTransformer(host.EngineHandle):
         self._home, self.applied, self._filed = None, None, 0
         self.model.network = build_transformer(self.info, self.engine, self.load_device)
 
+    def leave(self) -> None:
+        """Somebody else has the weights: none of them stays in this process."""
+        if self.applied is not None:
+            host.back_to_ram(self)
+            self._forget()
+            self.tell_host(0)
+
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
         if self._filed:
             self._forget()
