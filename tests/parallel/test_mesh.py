@@ -1,0 +1,103 @@
+"""The mesh: which ranks work together, and that all of them know when one stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lightx2v.config import Engine, Parallel
+from lightx2v.parallel.agreement import StoppedElsewhereError, first_said, meet, on_first, only_on_first, together
+from lightx2v.parallel.mesh import join
+from ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+def lines(parallel: Parallel) -> tuple[Any, ...]:
+    mesh = join(parallel, CPU)
+    return mesh.rank, mesh.ulysses.ranks, mesh.ring.ranks, mesh.cfg.ranks, mesh.sequence.ranks, mesh.sequence.place
+
+
+def test_ulysses_neighbours_are_adjacent_and_guidance_takes_halves(four: Ranks) -> None:
+    assert four.run(lines, Parallel(ulysses=2, cfg=2)) == [
+        (0, (0, 1), (0,), (0, 2), (0, 1), 0),
+        (1, (0, 1), (1,), (1, 3), (0, 1), 1),
+        (2, (2, 3), (2,), (0, 2), (2, 3), 0),
+        (3, (2, 3), (3,), (1, 3), (2, 3), 1),
+    ]
+    assert four.run(lines, Parallel(ulysses=2, ring=2)) == [
+        (0, (0, 1), (0, 2), (0,), (0, 1, 2, 3), 0),
+        (1, (0, 1), (1, 3), (1,), (0, 1, 2, 3), 1),
+        (2, (2, 3), (0, 2), (2,), (0, 1, 2, 3), 2),
+        (3, (2, 3), (1, 3), (3,), (0, 1, 2, 3), 3),
+    ]
+
+
+def words_of_raise(work: Any, *args: Any) -> str:
+    try:
+        work(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "went on"
+
+
+def agreements() -> list[Any]:
+    mesh = join(Parallel(ulysses=4), CPU)
+    meet(mesh)
+
+    def stop(rank: int) -> None:
+        if mesh.rank == rank:
+            raise ValueError("no such picture")
+
+    return [
+        on_first(mesh, lambda: (mesh.rank, torch.ones(2))),
+        only_on_first(mesh, lambda: "frames"),
+        words_of_raise(on_first, mesh, lambda: stop(0)),
+        words_of_raise(only_on_first, mesh, lambda: stop(0)),
+        words_of_raise(together, mesh, lambda: stop(2)),
+        words_of_raise(together, mesh, lambda: None),
+        first_said(mesh, f"rank {mesh.rank}" if mesh.rank % 2 else None),
+        words_of_raise(join, Parallel(ring=2), CPU),
+    ]
+
+
+def test_what_one_does_alone_all_know(four: Ranks) -> None:
+    for rank, said in enumerate(four.run(agreements)):
+        value, frames, given, alone, cancelled, fine, first, wrong = said
+        own, elsewhere = (
+            "ValueError: no such picture",
+            "StoppedElsewhereError: process {} of this video stopped: no such",
+        )
+        assert value[0] == 0 and torch.equal(value[1], torch.ones(2))
+        assert frames == ("frames" if rank == 0 else None)
+        for told, at in ((given, 0), (alone, 0), (cancelled, 2)):
+            assert told.startswith(own if rank == at else elsewhere.format(at))
+        assert fine == "went on" and first == (1, "rank 1")
+        assert "ring 2 takes 2 processes, but 4 were started" in wrong and "whose product is 4" in wrong
+
+
+def test_one_process_alone_is_told_to_use_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"ulysses 2 x cfg 2 takes 4 .* torchrun --nproc_per_node 4"):
+        join(Parallel(ulysses=2, cfg=2), CPU)
+    assert on_first(None, lambda: 1) == only_on_first(None, lambda: 1) == 1
+    assert first_said(None, None) is None and StoppedElsewhereError(3, "x").rank == 3
+
+
+def test_sizes_are_checked() -> None:
+    assert Parallel(4, 2, 2).size == 16 and Parallel(4, 2, 2).sequence == 8
+    assert Parallel().describe() == "one device" and Parallel(2, exchange="fp8").describe() == "ulysses 2, fp8 exchange"
+    assert replace(Engine(), parallel=Parallel(2)) != Engine()
+    for wrong, says in (({"ulysses": 0}, "ulysses=0"), ({"cfg": 3}, "1 .off. or 2"), ({"exchange": "fp4"}, "exact")):
+        with pytest.raises(ValueError, match=says):
+            Parallel(**wrong)  # type: ignore[arg-type]
