@@ -15,16 +15,23 @@ from lightx2v.vae.wan22 import Wan22VAEConfig
 TEXT_ENCODER_ACTIVATION_BYTES = 1_500_000_000
 
 
-def transformer_activation_bytes(info: CheckpointInfo, latent_shape: Sequence[int], dtype: torch.dtype) -> int:
+def transformer_activation_bytes(
+    info: CheckpointInfo, latent_shape: Sequence[int], dtype: torch.dtype, parts: int = 1
+) -> int:
     """Peak of one forward pass over latents (B, C, T, H, W): an upper estimate, in bytes.
 
     Per token and block: the stream, its modulated copy, q, k, v, their rotated copies and the attention result (8 rows
     of hidden_size), or the feed-forward's hidden row before and after GELU, and two float32 rows inside the norms.
+    parts: processes that share the tokens, of which each also holds the whole stream three times where it is gathered,
+    and what it sends and receives (6 rows) beside the rest.
     """
     batch, config = latent_shape[0], info.config
     tokens = batch * num_tokens(LatentShape(*latent_shape[2:]), info.spec.patch_size)
     row = (8 * config.hidden_size + 2 * config.ffn_size) * dtype.itemsize + 2 * config.hidden_size * 4
-    return tokens * row
+    if parts == 1:
+        return tokens * row
+    sent = 6 * config.hidden_size * dtype.itemsize
+    return -(-tokens // parts) * (row + sent) + tokens * 3 * config.hidden_size * dtype.itemsize
 
 
 # Beside what is counted: the workspace of convolutions, and what an allocator cannot fill.

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,11 @@ from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.home import Home
 from lightx2v.offload.parts import streamable
 from lightx2v.offload.placing import Asked, Placing, file_bytes, held_bytes, planned
-from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
+from lightx2v.offload.plan import GB, RESERVE, DoesNotFitError, Plan, has_room, measure, streamed_bytes
 from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
 from lightx2v.offload.stream import BlockStream
+from lightx2v.parallel.agreement import together
+from lightx2v.parallel.mesh import Mesh
 from lightx2v.report import sampling_lines
 from lightx2v.vae.hunyuan15 import HunyuanVAE
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
@@ -58,6 +60,7 @@ class Parts:
         self._placing = Placing(device)
         self._engine = Engine()
         self.plan: Plan | None = None  # of the last request, where one was made
+        self.mesh: Mesh | None = None
 
     def text_encoder(self) -> TextEncoder:
         """That of the transformers' family, on the CPU unless it is visiting."""
@@ -190,6 +193,12 @@ class Parts:
         """Of the last pass of the sampler: files, kernels, types, memory, LoRAs and those caches."""
         return sampling_lines(self._infos, self._engine, self.device, self.plan, self._applied, caches)
 
+    def use_mesh(self, mesh: Mesh | None) -> None:
+        """Of several processes, from now on; transformers that were read for another are forgotten."""
+        if mesh is not self.mesh:
+            self.forget_transformers()
+        self.mesh = mesh
+
     def use_engine(self, engine: Engine) -> None:
         """From now on; transformers that were read for another are forgotten."""
         if engine != self._engine:
@@ -216,19 +225,20 @@ class Parts:
         resident = len(self._infos) == 1 and engine.offload in ("none", "auto") if plan is None else plan.whole
         self._load(engine, self.device if resident else CPU, plan)
         self._set_loras(loras, "branch" if self._filed else how)  # what is read again each time cannot be changed
+        made = partial(Model, self._infos[0].spec, self.device, mesh=self.mesh)
         if plan is not None:
             placed = self._placing.placed(self._transformers, self._applied, plan, self._infos)
             with placed as (networks, around):
-                yield Model(self._infos[0].spec, self.device, *networks, around=around)
+                yield made(*networks, around=around)
             return
         if resident:
             (transformer,) = self._transformers
-            yield Model(self._infos[0].spec, self.device, lambda: transformer.to(self.device))
+            yield made(lambda: transformer.to(self.device))
             return
         homes = [Home(transformer) for transformer in self._transformers]
         here: list[Home] = []
         try:
-            yield Model(self._infos[0].spec, self.device, *map(partial(self._bringer, homes, here), range(len(homes))))
+            yield made(*map(partial(self._bringer, homes, here), range(len(homes))))
         finally:
             for home in homes:
                 home.leave()
@@ -239,7 +249,7 @@ class Parts:
         if not self._transformers:
             self._filed = 0 if plan is None else plan.filed
             left = partial(left_in_file, count=self._filed)
-            each = (load_transformer(info, engine, self.device, wait, left) for info in self._infos)
+            each = (load_transformer(info, engine, self.device, wait, left, self.mesh) for info in self._infos)
             self._transformers = tuple(each)
 
     def sampled(
@@ -247,6 +257,7 @@ class Parts:
     ) -> Tensor:
         """What `work` makes with the model; where GPU memory runs out, once more from the start, tighter planned.
 
+        Of several processes none tries again, for the others would not know. All begin to work at the same time.
         Raises DoesNotFitError where memory runs out twice, which says what would fit, and as `model` does.
         """
 
@@ -254,7 +265,30 @@ class Parts:
             with self.model(engine, loras, how, replace(asked, failed=failed)) as model:
                 return work(model)
 
+        if self.mesh is not None:
+            return self._sampled_together(engine, loras, how, asked, work)
         return once_more(attempt, lambda: self.plan, self._make_room, Advice(self._infos[0].spec, asked.shape))
+
+    def _sampled_together(
+        self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
+    ) -> Tensor:
+        mesh = self.mesh
+        assert mesh is not None
+
+        def attempt() -> Tensor:
+            models: list[Model] = []
+            with ExitStack() as stack:
+                # Reading takes longer here than there, and may fail here alone.
+                together(mesh, lambda: models.append(stack.enter_context(self.model(engine, loras, how, asked))))
+                return work(models[0])
+
+        made = caught(attempt)
+        if isinstance(made, Shortage):
+            raise DoesNotFitError(
+                f"GPU memory ran out on process {mesh.rank} of {mesh.size} ({made.said}): lower vram_budget_gb, choose "
+                "offload block, or start more processes"
+            )
+        return made
 
     def _make_room(self) -> None:
         """Take everything off the device that can wait in main memory."""

@@ -10,12 +10,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from lightx2v.config import Parallel
+
+if TYPE_CHECKING:  # builds of PyTorch without torch.distributed lack it
+    from torch.distributed import ProcessGroup
 
 # How long the others wait where one works alone: reading and running encoders, decoding. Exchanges of tensors keep the
 # process group's own, shorter limit, for nobody works alone between two of them.
@@ -37,6 +40,11 @@ def launched() -> Launch | None:
     if not all(name in os.environ for name in names):
         return None
     return Launch(*(int(os.environ[name]) for name in names))
+
+
+def beside() -> int:
+    """Processes of one video on this machine, which share its memory; 1 where nobody says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def own_device(device: str | torch.device | None = None) -> torch.device:
@@ -66,7 +74,7 @@ class Line:
 
     ranks: tuple[int, ...]
     place: int
-    group: ProcessGroup | None = None
+    group: "ProcessGroup | None" = None
 
     @property
     def size(self) -> int:
@@ -116,7 +124,7 @@ class Mesh:
     ulysses: Line
     ring: Line
     cfg: Line
-    control: ProcessGroup
+    control: "ProcessGroup"
     walk: Walk = field(default_factory=Walk, compare=False)
 
     @property
@@ -135,6 +143,10 @@ def join(parallel: Parallel, device: torch.device) -> Mesh:
     Where torch.distributed is not initialised, it is, by what torchrun told this process: NCCL between GPUs, gloo
     between CPUs. Raises ValueError where nothing started several processes, or another number of them.
     """
+    if not dist.is_available():
+        raise ValueError(
+            f"{parallel.describe()} needs torch.distributed, which this build of PyTorch {torch.__version__} lacks"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)  # one process, one GPU: NCCL and Triton work on the current one
     if not dist.is_initialized():

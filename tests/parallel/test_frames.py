@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,10 +40,10 @@ ROWS = 5  # of latents: odd, so that neither 2 nor 4 ranks have equal shares
 TILES = Decoding("tiled", Tiling(32, 8))
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    with Ranks(request.param) as started:
-        yield started
+@pytest.fixture(scope="module", params=["two", "four"])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    started: Ranks = request.getfixturevalue(request.param)
+    return started
 
 
 @functools.cache

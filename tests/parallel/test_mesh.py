@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +14,6 @@ from lightx2v.parallel.mesh import join
 from ranks import Ranks
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def lines(parallel: Parallel) -> tuple[Any, ...]:
