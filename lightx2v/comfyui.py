@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ MISSING_FILE, MISSING_NODE = "value_not_in_list", ("invalid_prompt", "missing_no
 
 class ServerError(ValueError):
     """What went wrong at the server, in words and with what to do."""
+
+
+class UnreachableError(ServerError):
+    """No server answers there."""
+
+
+class ForgottenError(ServerError):
+    """The server knows nothing of what it was given: it was taken out of the queue, or the server started again."""
 
 
 def read_graph(path: str | Path) -> dict[str, Any]:
@@ -81,7 +90,10 @@ class Server:
                 return _outputs(ended)
             place = self.before(prompt)
             if place is None and self.ended(prompt) is None:
-                raise ServerError(f"{self.url}: the graph is no longer queued and has no history: it was cancelled")
+                raise ForgottenError(
+                    f"{self.url}: the graph is no longer queued and has no history: it was cancelled, or the server "
+                    "started again"
+                )
             now = "running" if not place else f"queued, {place} before it"
             if now != last:
                 said(now)
@@ -94,11 +106,18 @@ class Server:
         self._json("/interrupt", {"prompt_id": prompt})
 
     def fetch(self, outputs: Mapping[str, Any], folder: Path) -> Iterator[Path]:
-        """Every file that was saved, written into the folder under its own name; each appears whole or not at all."""
+        """Every file that was saved, written into the folder under its own name; each appears whole or not at all.
+
+        Of files that have one name in several subfolders of the server, the second gets -2 behind it, and so on.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        written: set[Path] = set()
         for entry in _saved(outputs):
             query = urllib.parse.urlencode({key: entry.get(key, "") for key in ("filename", "subfolder", "type")})
-            path = folder / Path(entry["filename"]).name
+            own = folder / Path(entry["filename"]).name
+            names = chain([own], (own.with_stem(f"{own.stem}-{number}") for number in count(2)))
+            path = next(path for path in names if path not in written)
+            written.add(path)
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
             try:
                 with self._open(f"/view?{query}") as answer, partial.open("wb") as file:
@@ -128,7 +147,7 @@ class Server:
             raise ServerError(f"{self.url}{path}: {error.code} {error.reason}: is this a ComfyUI server?") from error
         except (OSError, HTTPException, ValueError) as error:
             why = getattr(error, "reason", error)
-            raise ServerError(
+            raise UnreachableError(
                 f"{self.url} cannot be reached ({why}): start ComfyUI (in a checkout: python dev.py host), or give its "
                 "address as --server http://HOST:PORT"
             ) from error

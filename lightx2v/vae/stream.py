@@ -32,12 +32,13 @@ class StreamedVAE(Protocol):
 class CausalVAE(StreamedVAE, Protocol):
     """What WanVAE and Wan22VAE have in common."""
 
-    encoder: Encoder
-    conv2: CausalConv3d  # beside the latents, at the decoder's side
+    @property
+    def encoder(self) -> Encoder: ...
+    @property
+    def conv2(self) -> CausalConv3d: ...  # beside the latents, at the decoder's side
 
     def prepare(self, frames: Tensor) -> Tensor: ...
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
-    def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 Network = TypeVar("Network", bound=nn.Module)
