@@ -35,6 +35,7 @@ PREVIEW_WIDTH = 384  # pixels
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
 APPROX = "vae_approx"  # the model folder of tiny autoencoders
 DEMO_PREFIX = "lightx2v-demo/"
+LONGEST = 1000  # characters of a picked name, with its folders
 
 
 def schema(**known: Any) -> io.Schema:
@@ -139,7 +140,12 @@ def _members(path: str) -> list[Any]:
 
 
 def locate(category: str, name: str) -> Path:
-    """Full path of a picked file or folder; raises FileNotFoundError naming it where it is gone."""
+    """Full path of a picked file or folder; raises FileNotFoundError naming it where it is gone.
+
+    A name comes with a graph, from whoever can reach the server: it is looked for in the model folders alone.
+    """
+    if len(name) > LONGEST or not name.isprintable():
+        raise FileNotFoundError(f"{ascii(name)[:100]}: no file has this name; pick one from the list")
     if name.startswith(DEMO_PREFIX):
         return demo_file(name.removeprefix(DEMO_PREFIX))
     if not name.endswith("/"):
@@ -147,7 +153,7 @@ def locate(category: str, name: str) -> Path:
     for root in map(Path, folder_paths.get_folder_paths(category)):
         folder = root / name
         # A picked name may climb no higher than its root, wherever a link inside that may lead.
-        if ".." not in folder.parts and not Path(name).is_absolute() and folder.is_dir():
+        if ".." not in folder.parts and not Path(name).anchor and folder.is_dir():
             return folder
     raise FileNotFoundError(f"{name}: no such folder in models/{category}; pick one from the list")
 
@@ -168,7 +174,7 @@ def fingerprint(category: str, name: str) -> tuple[str, int, int]:
     """Changes when the file does, so that a loader runs again."""
     try:
         return (name, *_version(str(locate(category, name))))
-    except FileNotFoundError:
+    except OSError:
         return (name, 0, 0)
 
 
@@ -335,6 +341,8 @@ def picture_of(space: LatentFormat, own: Colours | None) -> Callable[[Tensor], T
             return tiny_to_rgb(x0, tiny)
         except mm.OOM_EXCEPTION:
             log.warning("Too little GPU memory for a TAESD preview; showing colours")
+        except FloatingPointError as error:  # of the tiny autoencoder alone: the estimate itself is finite
+            log.warning("No TAESD preview, showing colours: %s", error)
         return plain(x0)
 
     return picture

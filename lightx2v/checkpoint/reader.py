@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightx2v.checkpoint import gguf, pickled
@@ -27,7 +27,7 @@ def read_header(path: str | Path) -> Header:
     Raises CheckpointError for missing, truncated, incomplete and foreign files.
     """
     path = Path(path)
-    if not path.exists():
+    if not _exists(path):
         raise CheckpointError(f"{path}: no such file or folder; check the path or download the checkpoint")
     if path.is_dir():
         return folder_header(path)
@@ -45,6 +45,13 @@ def read_header(path: str | Path) -> Header:
     raise CheckpointError(
         f"{path}: not a checkpoint; expected .safetensors, .gguf, .pth, .pt or a folder of .safetensors"
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be looked for ({error.strerror}); check the path") from error
 
 
 def read_tensors(
@@ -69,7 +76,14 @@ def read_tensors(
                     yield name, files.tensor(name, info)
                 else:
                     parts = {role: files.tensor(name, part).to(device) for role, part in info.packed.parts.items()}
+                    _require_finite(info.file, name, parts.get("scale"))
                     yield name, info.packed.unpack(parts)
+
+
+def _require_finite(file: Path, name: str, scale: Tensor | None) -> None:
+    """A NaN among the scales makes a row of NaN, which would only show after the first step."""
+    if scale is not None and not bool(scale.isfinite().all()):
+        raise CheckpointError(f"{file}: the scale of '{name}' is NaN or infinite; download the file again")
 
 
 def read_into(header: Header, name: str, target: Tensor) -> None:
@@ -142,4 +156,7 @@ class _Files:
             return pickled.open_pickle(file)
         if file.suffix == GGUF:
             return self._stack.enter_context(file.open("rb"))
-        return self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        try:
+            return self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); download the file again") from error

@@ -50,6 +50,11 @@ class SplitVAE:
         first: int = self._network.first_chunk
         return first
 
+    @property
+    def at_once(self) -> int:
+        frames: int = self._network.at_once
+        return frames
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self._network.parameters())
 
@@ -103,7 +108,7 @@ def decode(
     vae: SplitVAE,
     raw: Tensor,
     *,
-    chunk: int = 1,
+    chunk: int | None = None,
     on_chunk: stream.OnChunk | None = None,
     out: Tensor | None = None,
     clamp: bool = True,
@@ -115,6 +120,7 @@ def decode(
     if vae.first:
         return stream.decode(vae, raw, chunk=chunk, on_chunk=on_chunk, out=out, clamp=clamp)
     state: State = {}
+    chunk = vae.at_once if chunk is None else chunk
     device, total = next(vae.parameters()).device, raw.shape[2]
     with torch.inference_mode():
         for start in range(0, total, chunk):
