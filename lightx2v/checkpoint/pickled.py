@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightx2v.checkpoint.header import CheckpointError, Header, TensorInfo
+from lightx2v.checkpoint.header import CheckpointError, Header, Stamp, TensorInfo
 
 SUFFIXES = (".pth", ".pt", ".ckpt")
 WRAPPERS = ("state_dict", "model")  # keys under which trainers put the weights
@@ -29,5 +29,6 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def pickle_header(path: Path) -> Header:
+    stamp = Stamp.of(path.stat())
     tensors = {str(name): TensorInfo(t.dtype, tuple(t.shape), path) for name, t in open_pickle(path).items()}
-    return Header(path, tensors, {}, "pickle")
+    return Header(path, tensors, {}, "pickle", {path: stamp})

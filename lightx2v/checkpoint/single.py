@@ -1,19 +1,21 @@
 """One .safetensors file: its header, checked against its length."""
 
 import json
+import os
 from math import prod
 from pathlib import Path
 
-from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, TensorInfo
+from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Stamp, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def safetensors_header(path: Path) -> Header:
     """Raises CheckpointError for a file that is truncated, damaged or something else."""
-    size = path.stat().st_size
     again = "download the file again"
     with path.open("rb") as file:
+        stamp = Stamp.of(os.fstat(file.fileno()))
+        size = stamp.size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length < 2 or length > MAX_HEADER_BYTES:
@@ -35,7 +37,7 @@ def safetensors_header(path: Path) -> Header:
     if size != end:
         word = "truncated" if size < end else "damaged"
         raise CheckpointError(f"{path}: {word}: the header describes {end} bytes, the file has {size}; {again}")
-    return Header(path, tensors, metadata)
+    return Header(path, tensors, metadata, stamps={path: stamp})
 
 
 def _end_of_data(path: Path, tensors: dict[str, TensorInfo], start: int) -> int:
