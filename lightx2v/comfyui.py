@@ -1,7 +1,6 @@
 """A ComfyUI server, over its HTTP API: queue a graph, follow it, fetch what it wrote (ComfyUI 0.3.75, server.py)."""
 
 import json
-import os
 import time
 import urllib.error
 import urllib.parse
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+
+from lightx2v.unfinished import unfinished
 
 TIMEOUT = 30  # seconds for one answer
 LISTS = ("images", "video", "gifs", "audio")  # of a node's outputs
@@ -99,14 +100,9 @@ class Server:
         for entry in _saved(outputs):
             query = urllib.parse.urlencode({key: entry.get(key, "") for key in ("filename", "subfolder", "type")})
             path = folder / Path(entry["filename"]).name
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            try:
-                with self._open(f"/view?{query}") as answer, partial.open("wb") as file:
-                    while piece := answer.read(1 << 20):
-                        file.write(piece)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            with unfinished(path) as partial, self._open(f"/view?{query}") as answer, partial.open("wb") as file:
+                while piece := answer.read(1 << 20):
+                    file.write(piece)
             yield path
 
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -311,7 +311,13 @@ class Parts:
         return [for_expert(loras, name) for name in names]
 
     def _set_loras(self, loras: Sequence[Lora], how: str) -> None:
-        stacks = self._stacks(loras)
+        try:
+            self._change_loras(self._stacks(loras), how)
+        except BaseException:  # of two experts one may have its LoRAs, or one may lack what it had before
+            self.forget_transformers()
+            raise
+
+    def _change_loras(self, stacks: Sequence[tuple[Lora, ...]], how: str) -> None:
         if self._applied and (how != self._how or not any(stacks)):
             for module, applied in zip(self._transformers, self._applied, strict=True):
                 remove_loras(module, applied)

@@ -44,16 +44,18 @@ def assign(
     dtype: DtypeRule = None,
     device: torch.device | str = "cpu",
     only: Callable[[str], bool] = lambda name: True,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
     """Give every parameter and persistent buffer of a meta-device module its weights.
 
     dtype: of floating-point weights; a function decides per module name. None keeps the file's, float32 for packed.
-    only: module names that are read; the others stay without contents.
+    only: module names that are read; the others stay without contents. on_tensor: before each; may raise to cancel.
     Raises as `places` does, before any weight is read.
     """
     origin = places(module, header, rename)
     names = [name for name, target in origin.items() if only(target)]
     for name, tensor in read_tensors(header, names, device, passing=True):
+        on_tensor()
         target = origin[name]
         wanted = dtype(target) if callable(dtype) else dtype
         if not tensor.is_floating_point():
