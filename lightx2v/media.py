@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightx2v.checkpoint.writing import Entry, write_safetensors
 from lightx2v.unfinished import unfinished
 
 if TYPE_CHECKING:
@@ -145,16 +146,17 @@ def _write_mp4(frames: Tensor, path: Path, fps: int, comment: str) -> None:
 
 
 def _write_safetensors(frames: Tensor, path: Path, fps: int, comment: str) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"video": frames.float().cpu().contiguous()}, path, metadata={"comment": comment, "fps": str(fps)})
+    entry = Entry("video", torch.float32, tuple(frames.shape))
+    write_safetensors(path, [entry], [("video", frames.float())], {"comment": comment, "fps": str(fps)})
 
 
 def _write_npy(frames: Tensor, path: Path, fps: int, comment: str) -> None:
-    import numpy as np
+    from numpy.lib import format as npy
 
-    with path.open("wb") as file:
-        np.save(file, frames.float().cpu().numpy())
+    array = frames.float().cpu().contiguous().numpy()
+    with path.open("wb") as file:  # np.save's own way of writing does not say what went wrong
+        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 WRITERS: Mapping[str, Callable[[Tensor, Path, int, str], None]] = {
