@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightx2v_kernels.attention.reference as custom
 from lightx2v import LightX2VPipeline, media
-from lightx2v.checkpoint import weights
+from lightx2v.checkpoint import CheckpointError, weights
 from lightx2v.lora import merging
 from lightx2v.models.wan.transformer import WanBlock
 from lightx2v.offload.lane import Lane
@@ -254,3 +254,21 @@ def test_a_stream_closes_on_a_device_that_is_lost(
 )
 def test_other_errors_of_a_gpu_ask_for_no_restart(said: str, is_lost: bool) -> None:
     assert lost(RuntimeError(said)) is is_lost and not lost(ValueError(said))
+
+
+def test_a_model_file_that_goes_before_it_is_read(folder: Path, expected: Tensor, tmp_path: Path) -> None:
+    """The pipeline knows it by its header; what is read must be that file."""
+    own, away = tmp_path / "wan2.1_t2v.safetensors", tmp_path / "away"
+    own.write_bytes((folder / "diffusion_pytorch_model.safetensors").read_bytes())
+    pipe = LightX2VPipeline(folder, dit_original_ckpt=own)
+    pipe.create_generator(**SMALL, attn_mode="reference")
+    own.rename(away)
+    with pytest.raises(CheckpointError, match=r"wan2\.1_t2v\.safetensors: is gone since the model was loaded"):
+        video(pipe)
+    own.write_bytes(away.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"wan2\.1_t2v\.safetensors: has changed since the model was loaded"):
+        video(pipe)
+    away.replace(own)
+    assert torch.equal(video(pipe), expected)
+    own.unlink()
+    assert torch.equal(video(pipe), expected), "what was read once needs no file"

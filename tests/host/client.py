@@ -152,6 +152,8 @@ async def _queue(url: str, graph: Graph, interrupt_after: int | None, extra_data
             ):
                 status, error = kind.removeprefix("execution_"), data
                 break
+        else:
+            raise ConnectionError("the server closed the socket while the graph ran")
         outputs = await _outputs(session, prompt)
     return Result(status, outputs, tuple(events), tuple(previews), error if status == "error" else {})
 
