@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ class Ended:
     digest: str = ""
     rss: int = 0  # bytes of the server's memory then
     message: str = ""
+    order: float = 0.0  # when it was heard, in seconds
 
 
 @dataclass
@@ -52,7 +54,7 @@ class _Client:
     """One socket, and what it heard. foreign: messages about prompts of others."""
 
     jobs: Sequence[Job]
-    heard: dict[str, tuple[str, int, str]] = field(default_factory=dict)
+    heard: dict[str, tuple[str, int, str, float]] = field(default_factory=dict)
     ids: dict[str, Job] = field(default_factory=dict)
     foreign: int = 0
 
@@ -110,7 +112,7 @@ async def _hear(server: Server, session: aiohttp.ClientSession, client: _Client,
         await session.post("/interrupt", json={"prompt_id": prompt})
     if kind in ENDINGS:
         said = str(data.get("exception_message", ""))
-        client.heard[prompt] = (kind.removeprefix("execution_"), rss(server.pid), said)
+        client.heard[prompt] = (kind.removeprefix("execution_"), rss(server.pid), said, time.monotonic())
 
 
 async def _all_ended(session: aiohttp.ClientSession, client: _Client) -> bool:
@@ -132,9 +134,9 @@ async def _get(session: aiohttp.ClientSession, path: str) -> Any:
 def _ended(prompt: str, job: Job, client: _Client, history: Mapping[str, Any]) -> Ended:
     if prompt not in client.heard:
         return Ended(job, "deleted" if job.deed == "delete" and prompt not in history else "lost")
-    status, held, said = client.heard[prompt]
+    status, held, said, order = client.heard[prompt]
     shown = history.get(prompt, {}).get("outputs", {}).get("digest", {}).get("text", ())
-    return Ended(job, status, "".join(shown), held, said)
+    return Ended(job, status, "".join(shown), held, said, order)
 
 
 def alone(server: Server, jobs: Sequence[Job]) -> dict[str, str]:
