@@ -11,6 +11,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from lightx2v import strict_json
+from lightx2v.messages import readable
 from lightx2v.unfinished import unfinished
 
 TIMEOUT = 30  # seconds for one answer
@@ -21,12 +23,15 @@ MISSING_FILE, MISSING_NODE = "value_not_in_list", ("invalid_prompt", "missing_no
 class ServerError(ValueError):
     """What went wrong at the server, in words and with what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(readable(message))
+
 
 def read_graph(path: str | Path) -> dict[str, Any]:
     """A workflow in API format: node id -> class_type and inputs. Raises ValueError for any other file."""
     path = Path(path)
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
+        graph = strict_json.read(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; give a workflow's .api.json") from error
     except ValueError as error:
@@ -36,9 +41,21 @@ def read_graph(path: str | Path) -> dict[str, Any]:
             f"{path} is a workflow of the page: give its .api.json (on the page: Workflow, Export (API); of this "
             "pack's own workflows it lies beside)"
         )
-    if not isinstance(graph, dict) or not graph or not all("class_type" in node for node in graph.values()):
+    if not isinstance(graph, dict) or not graph:
         raise ValueError(f"{path} is no workflow in API format: expected nodes with class_type and inputs")
+    wrong = [number for number, node in graph.items() if not _is_node(node)]
+    if wrong:
+        raise ValueError(
+            f"{path} is no workflow in API format: node {wrong[0][:40]!r} is no object with class_type and inputs; "
+            "export it again"
+        )
     return graph
+
+
+def _is_node(node: Any) -> bool:
+    if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
+        return False
+    return isinstance(node.get("inputs", {}), dict) and isinstance(node.get("_meta", {}), dict)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def read_header(path: str | Path) -> Header:
     Raises CheckpointError for missing, truncated, incomplete and foreign files.
     """
     path = Path(path)
-    if not path.exists():
+    if not _exists(path):
         raise CheckpointError(f"{path}: no such file or folder; check the path or download the checkpoint")
     if path.is_dir():
         return folder_header(path)
@@ -45,6 +45,13 @@ def read_header(path: str | Path) -> Header:
     raise CheckpointError(
         f"{path}: not a checkpoint; expected .safetensors, .gguf, .pth, .pt or a folder of .safetensors"
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be looked for ({error.strerror}); check the path") from error
 
 
 def read_tensors(
@@ -75,8 +82,15 @@ def read_tensors(
                     yield name, files.tensor(name, info, passing)
                 else:
                     parts = {role: files.tensor(name, part).to(device) for role, part in info.packed.parts.items()}
+                    _require_finite(info.file, name, parts.get("scale"))
                     yield name, info.packed.unpack(parts)
             _require_same(header, file)  # also at the end: it may have been written to meanwhile
+
+
+def _require_finite(file: Path, name: str, scale: Tensor | None) -> None:
+    """A NaN among the scales makes a row of NaN, which would only show after the first step."""
+    if scale is not None and not bool(scale.isfinite().all()):
+        raise CheckpointError(f"{file}: the scale of '{name}' is NaN or infinite; download the file again")
 
 
 def read_into(header: Header, name: str, target: Tensor) -> None:
@@ -146,16 +160,22 @@ class _Files:
             self._open[info.file] = self._opened(info.file)
         file, (start, nbytes) = self._open[info.file], span
         memory = memoryview((ctypes.c_char * nbytes).from_address(target.data_ptr())).cast("B")
-        file.seek(start)
-        while memory:
-            count = file.readinto(memory)  # type: ignore[attr-defined]
-            if not count:
-                raise CheckpointError(f"{info.file}: ends within '{name}'; download the file again")
-            memory = memory[count:]
+        try:
+            file.seek(start)
+            while memory:
+                count = file.readinto(memory)  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError(f"{info.file}: ends within '{name}'; download the file again")
+                memory = memory[count:]
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read ({error}); check the disk that it is on") from error
 
     def _opened(self, path: Path) -> BinaryIO:
         _require_same(self._header, path)
-        return self._stack.enter_context(path.open("rb", buffering=0))
+        try:
+            return self._stack.enter_context(path.open("rb", buffering=0))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error}); check its permissions") from error
 
     def _unpickled(self, path: Path) -> Mapping[str, Tensor]:
         if path not in self._pickled:
