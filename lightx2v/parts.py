@@ -27,7 +27,7 @@ from lightx2v.offload.home import Home
 from lightx2v.offload.parts import streamable
 from lightx2v.offload.placing import Asked, Placing, file_bytes, held_bytes, planned
 from lightx2v.offload.plan import GB, RESERVE, Plan, has_room, measure, streamed_bytes
-from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
+from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more, says_if_lost
 from lightx2v.offload.stream import BlockStream
 from lightx2v.report import sampling_lines
 from lightx2v.vae.hunyuan15 import HunyuanVAE
@@ -242,6 +242,7 @@ class Parts:
             each = (load_transformer(info, engine, self.device, wait, left) for info in self._infos)
             self._transformers = tuple(each)
 
+    @says_if_lost
     def sampled(
         self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
     ) -> Tensor:

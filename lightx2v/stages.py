@@ -16,7 +16,7 @@ from lightx2v.guidance import Conditioning
 from lightx2v.media import to_frames
 from lightx2v.models import ModelSpec
 from lightx2v.models.wan.conditioning import image_latent
-from lightx2v.offload.shortage import once_there_is_room
+from lightx2v.offload.shortage import once_there_is_room, says_if_lost
 from lightx2v.parts import Parts
 from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, to_latent
@@ -27,6 +27,7 @@ from lightx2v.vae.padded import encode_padded
 Encoded = tuple[Conditioning, Conditioning | None, Start]
 
 
+@says_if_lost
 def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None) -> Encoded:
     """Text and images to conditioning, and to the latents that sampling begins with.
 
@@ -69,6 +70,7 @@ def _padded(parts: Parts) -> Encode:
     return run
 
 
+@says_if_lost
 def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor:
     """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU."""
     info, vae = parts.decoder()

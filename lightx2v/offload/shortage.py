@@ -4,7 +4,8 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from lightx2v.shapes import LatentShape, VideoShape, smaller, to_video
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 # What libraries say that allocate beside PyTorch: cuBLAS, cuDNN, Triton and CUDA itself.
 SAID = ("out of memory", "STATUS_ALLOC_FAILED")
 # After these the process can do nothing more with its GPU (CUDA's documentation of cudaError: "the process must be
@@ -57,6 +59,16 @@ def unless_lost(work: Callable[[], Result]) -> Result:
         "or your script). If it happens again, run the same with attention 'torch_sdpa', and look for Xid in the "
         "system's log (dmesg), which names failing hardware and drivers"
     )
+
+
+def says_if_lost(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, under `unless_lost`."""
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return unless_lost(lambda: function(*args, **kwargs))
+
+    return call
 
 
 @dataclass(frozen=True)
