@@ -4,7 +4,7 @@ import errno
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ENDING = ".part"  # no picker of models lists it, no player takes it for a video
@@ -37,6 +37,8 @@ def unfinished(target: Path) -> Iterator[Path]:
 def _sweep(target: Path) -> None:
     length = len(f".{target.name}.{ENDING}") + 2 * TOKEN_BYTES
     for left in target.parent.glob(f".*{ENDING}"):
-        ours = len(left.name) == length and left.name.startswith(f".{target.name}.")
-        if ours and time.time() - left.stat().st_mtime > STALE_SECONDS:
-            left.unlink(missing_ok=True)
+        if len(left.name) != length or not left.name.startswith(f".{target.name}."):
+            continue
+        with suppress(OSError):  # gone meanwhile, or somebody else's
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
