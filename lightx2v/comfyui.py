@@ -1,7 +1,6 @@
 """A ComfyUI server, over its HTTP API: queue a graph, follow it, fetch what it wrote (ComfyUI 0.3.75, server.py)."""
 
 import json
-import os
 import re
 import time
 import urllib.error
@@ -17,6 +16,7 @@ from typing import Any
 
 from lightx2v import strict_json
 from lightx2v.messages import readable
+from lightx2v.unfinished import unfinished
 
 JSON_BODY = {"Content-Type": "application/json"}
 MAX_ANSWER = 256 << 20  # bytes; a history holds whole graphs
@@ -147,14 +147,9 @@ class Server:
             names = chain([own], (own.with_stem(f"{own.stem}-{number}") for number in count(2)))
             path = next(path for path in names if path not in written)
             written.add(path)
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            try:
-                with self._open(f"/view?{query}") as answer, partial.open("wb") as file:
-                    while piece := answer.read(1 << 20):
-                        file.write(piece)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            with unfinished(path) as partial, self._open(f"/view?{query}") as answer, partial.open("wb") as file:
+                while piece := answer.read(1 << 20):
+                    file.write(piece)
             yield path
 
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:

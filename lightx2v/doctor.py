@@ -19,7 +19,7 @@ from lightx2v.models.hunyuan_video_15 import encoders as hunyuan
 from lightx2v.offload.placing import ram_bytes
 from lightx2v_kernels import registry
 
-NEEDED = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
+NEEDED = ("torch", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
 OPTIONAL = (
     *("triton", "flash-attn", "flash-attn-4", "flash-attn-3", "fa3-fwd", "sageattention", "sageattn3"),
     *("sgl-kernel", "vllm", "torchao", "comfy-kitchen"),

@@ -1,5 +1,6 @@
 """Loaders. Each picker lists only the files that fit it, told from their headers."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,8 +57,15 @@ class LoadedTransformer(host.EngineHandle):
             return
         network, how = self.model.network, "branch" if filed else "auto"  # what is read again cannot be changed
         left, self._filed = left_in_file(network, filed), filed
-        fill(network, self.info, device or self.load_device, self.load_device, only=lambda name: name not in left)
-        self.applied = apply_loras(network, self.info, self.loras, how, device=self.load_device)
+        try:
+            self._fill(network, device or self.load_device, lambda name: name not in left)
+            self.applied = apply_loras(network, self.info, self.loras, how, device=self.load_device)
+        except BaseException:  # cancelled, or a bad file: half of a model is of no use to anybody
+            self._forget()
+            raise
+
+    def _fill(self, network: nn.Module, device: torch.device, only: Callable[[str], bool]) -> None:
+        fill(network, self.info, device, self.load_device, only=only, on_tensor=host.cancel_point)
 
     def _forget(self) -> None:
         """The weights are read again at their next use."""

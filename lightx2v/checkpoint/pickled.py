@@ -8,7 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, TensorInfo, check_tensor
+from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Stamp, TensorInfo, check_tensor
 
 SUFFIXES = (".pth", ".pt", ".ckpt")
 WRAPPERS = ("state_dict", "model")  # keys under which trainers put the weights
@@ -47,8 +47,9 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def pickle_header(path: Path) -> Header:
+    stamp = Stamp.of(path.stat())
     tensors = {name: TensorInfo(t.dtype, tuple(t.shape), path) for name, t in open_pickle(path).items()}
-    return Header(path, tensors, {}, "pickle")
+    return Header(path, tensors, {}, "pickle", {path: stamp})
 
 
 def _check_archive(path: Path) -> None:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
+from .faults import FixtureDigest, FixtureTripwire
 from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
@@ -17,6 +18,7 @@ class FixtureExtension(ComfyExtension):
         return [
             FixtureClipVision,
             FixtureCrampedVae,
+            FixtureDigest,
             FixtureFailingEncoder,
             FixtureFailingModel,
             FixtureFreeRam,
@@ -28,6 +30,7 @@ class FixtureExtension(ComfyExtension):
             FixturePreviewMethod,
             FixtureRandomLatent,
             FixtureTightVae,
+            FixtureTripwire,
             FixtureUmt5Clip,
             FixtureCellVae,
             FixtureWanConditioning,
