@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
+from .flags import FixturePlanWith
 from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
@@ -25,6 +26,7 @@ class FixtureExtension(ComfyExtension):
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
+            FixturePlanWith,
             FixturePreviewMethod,
             FixtureRandomLatent,
             FixtureTightVae,
