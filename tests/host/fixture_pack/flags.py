@@ -48,7 +48,8 @@ class FixturePlanWith(io.ComfyNode):
             patch.dict(vars(mm.args), told),
             patch.object(mm, "get_free_memory", lambda *_: megabytes * 10**6),
             patch.object(mm, "extra_reserved_memory", lambda: reserved),
-            patch.multiple(model, load_device=gpu, placing=placing),
+            patch.object(model, "load_device", gpu),
+            patch.object(model.held, "placing", placing),
         ):
             asked = Asked((1, 16, 5, 12, 16), pin_limit=host.pin_limit())
             plan = ours._plan([model], Engine(offload=offload), asked)
