@@ -68,16 +68,18 @@ class LoadedTransformer(host.EngineHandle):
         applied = self.held.applied
         return applied if applied is not None and applied.loras == self.loras else None
 
-    def read(self, device: torch.device | None = None, filed: int = 0) -> None:
-        """Read the weights to a device, the load device where none is given, unless they were. filed: of so many blocks
-        they stay in the file."""
+    def read(self, plan: Plan | None = None) -> None:
+        """Read the weights, unless they were: to RAM as far as a plan does not leave them in the file, or to the load
+        device where there is none."""
         held = self.held
         if self.applied is not None:
             return
         try:
             if held.applied is None:
-                left, held.filed = left_in_file(held.network, filed), filed
-                target = device or self.load_device
+                left, held.filed = frozenset[str](), 0
+                if plan is not None:
+                    left, held.filed = left_in_file(held.network, plan.filed, plan.resident), plan.filed
+                target = self.load_device if plan is None else torch.device("cpu")
                 fill(held.network, self.info, target, self.load_device, only=lambda name: name not in left)
             held.wear(self.loras, self.info, self.load_device)
         except BaseException:  # half of a model is of no use to anybody
@@ -122,7 +124,7 @@ class LoadedTransformer(host.EngineHandle):
         """The same, with its weights in RAM, or in the file as far as the plan leaves them there."""
         if self.held.applied is not None and not plan.suits(self.held.filed):
             self._forget()
-        self.read(torch.device("cpu"), plan.filed)
+        self.read(plan)
         network = self._with(attention)
         if not self.held.filed:
             self.held.home = self.held.home or Home(network)
