@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -239,7 +240,8 @@ def _from_file(bench: Bench, row: Found, room: float, given: Any, truth: Tensor)
     engine = replace(engine, ram_budget_gb=max(0.001, (room - RAM_RESERVE) / GB))
     placing = Placing(bench.device)
     made = placing.plan(engine, [info], [], Asked(latents_of(bench.subject), free=int(bench.caps[0] * GB)))
-    network = load_transformer(info, engine, bench.device, cpu, lambda network: left_in_file(network, made.filed))
+    left = partial(left_in_file, count=made.filed, resident=made.resident)
+    network = load_transformer(info, engine, bench.device, cpu, left)
     with capped(bench.device, bench.caps[0] * GB), placing.placed([network], [], made, [info]) as (bringers, around):
         row |= {"plan": made.line(), "ready_s": round(now(bench.device) - began, 2)}
         walk: Any = around(run_blocks, "")

@@ -289,7 +289,7 @@ class Parts:
             self.forget_transformers()
         if not self._transformers:
             self._filed = 0 if plan is None else plan.filed
-            left = partial(left_in_file, count=self._filed)
+            left = partial(left_in_file, count=self._filed, resident=0 if plan is None else plan.resident)
             each = (load_transformer(info, engine, self.device, wait, left, self.mesh) for info in self._infos)
             self._transformers = tuple(each)
 

@@ -129,6 +129,11 @@ def _version(path: str) -> tuple[int, int]:
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
+def version(path: Path) -> tuple[str, int, int]:
+    """Changes when the file does."""
+    return (str(path), *_version(str(path)))
+
+
 def _members(path: str) -> list[Any]:
     if os.path.isdir(path):
         return list(os.scandir(path))
@@ -273,6 +278,24 @@ def ram_to_spare() -> bool:
     """Whether a tenth of all RAM is free."""
     cpu = torch.device("cpu")
     return bool(mm.get_free_memory(cpu) > 0.1 * mm.get_total_memory(cpu))
+
+
+def run_asking_for(name: str) -> int | None:
+    """The number of the graph that runs now, if one of its nodes is given that name; None otherwise."""
+    for number, item in list(_running().items()):
+        if any(name in each.get("inputs", {}).values() for each in item[2].values()):
+            return int(number)
+    return None
+
+
+def is_running(number: int) -> bool:
+    return number in _running()
+
+
+def _running() -> dict[int, Any]:
+    """Number -> (place in the queue, id, graph, ...), of graphs that run."""
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    return dict(getattr(queue, "currently_running", {}))
 
 
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:
