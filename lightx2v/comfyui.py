@@ -1,7 +1,6 @@
 """A ComfyUI server, over its HTTP API: queue a graph, follow it, fetch what it wrote (ComfyUI 0.3.75, server.py)."""
 
 import json
-import os
 import re
 import time
 import urllib.error
@@ -11,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from lightx2v import strict_json
 from lightx2v.messages import readable
+from lightx2v.unfinished import unfinished
 
 JSON_BODY = {"Content-Type": "application/json"}
 MAX_ANSWER = 256 << 20  # bytes; a history holds whole graphs
@@ -29,6 +30,14 @@ class ServerError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(readable(message))
+
+
+class UnreachableError(ServerError):
+    """No server answers there."""
+
+
+class ForgottenError(ServerError):
+    """The server knows nothing of what it was given: it was taken out of the queue, or the server started again."""
 
 
 def read_graph(path: str | Path) -> dict[str, Any]:
@@ -108,7 +117,10 @@ class Server:
                     return _outputs(ended)
             place = self.before(prompt)
             if place is None and self.ended(prompt) is None:
-                raise ServerError(f"{self.url}: the graph is no longer queued and has no history: it was cancelled")
+                raise ForgottenError(
+                    f"{self.url}: the graph is no longer queued and has no history: it was cancelled, or the server "
+                    "started again"
+                )
             now = "running" if not place else f"queued, {place} before it"
             if now != last:
                 said(now)
@@ -121,21 +133,23 @@ class Server:
         self._json("/interrupt", {"prompt_id": prompt})
 
     def fetch(self, outputs: Mapping[str, Any], folder: Path) -> Iterator[Path]:
-        """Every file that was saved, written into the folder under its own name; each appears whole or not at all."""
+        """Every file that was saved, written into the folder under its own name; each appears whole or not at all.
+
+        Of files that have one name in several subfolders of the server, the second gets -2 behind it, and so on.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        written: set[Path] = set()
         with self._understood():
             saved = list(_saved(outputs))
         for entry in saved:
             query = urllib.parse.urlencode({key: entry.get(key, "") for key in ("filename", "subfolder", "type")})
-            path = folder / entry["filename"]
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            try:
-                with self._open(f"/view?{query}") as answer, partial.open("wb") as file:
-                    while piece := answer.read(1 << 20):
-                        file.write(piece)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            own = folder / Path(entry["filename"]).name
+            names = chain([own], (own.with_stem(f"{own.stem}-{number}") for number in count(2)))
+            path = next(path for path in names if path not in written)
+            written.add(path)
+            with unfinished(path) as partial, self._open(f"/view?{query}") as answer, partial.open("wb") as file:
+                while piece := answer.read(1 << 20):
+                    file.write(piece)
             yield path
 
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -169,7 +183,7 @@ class Server:
             raise ServerError(f"{self.url}{path}: {error.code} {error.reason}: is this a ComfyUI server?") from error
         except (OSError, HTTPException, ValueError) as error:
             why = getattr(error, "reason", error)
-            raise ServerError(
+            raise UnreachableError(
                 f"{self.url} cannot be reached ({why}): start ComfyUI (in a checkout: python dev.py host), or give its "
                 "address as --server http://HOST:PORT"
             ) from error

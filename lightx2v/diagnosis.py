@@ -15,6 +15,8 @@ from lightx2v.blocks import Block, Branch, RunBlocks, Walks
 from lightx2v.cache.turn import Turn
 from lightx2v.finite import bad_weight, finite, how_many
 from lightx2v.guidance import Conditioning
+from lightx2v.parallel.agreement import first_said
+from lightx2v.parallel.mesh import Mesh
 from lightx2v.sampling import Denoiser, Step
 
 
@@ -22,8 +24,15 @@ class _Found(Exception):
     """Not an error of its own: carries the place out of the pass."""
 
 
-def looking(turn: Turn, run: RunBlocks) -> Walks:
-    """A `CacheFactory` that caches nothing: walks that stop at the first block whose result is not finite."""
+def looking(turn: Turn, run: RunBlocks, mesh: Mesh | None = None) -> Walks:
+    """A `CacheFactory` that caches nothing: walks that stop at the first block whose result is not finite.
+
+    mesh: of several processes, each of which sees its own tokens; all stop where one finds something.
+    """
+
+    def stop_where(any_said: str | None) -> None:
+        if (found := first_said(mesh, any_said)) is not None:
+            raise _Found(found[1])
 
     def walks(step: int, branch: Branch) -> RunBlocks:
         of = f" of the {turn.expert}-noise expert" if turn.expert else ""
@@ -31,22 +40,14 @@ def looking(turn: Turn, run: RunBlocks) -> Walks:
         def walk(blocks: Sequence[Block], tokens: Tensor, args: Any) -> Tensor:
             network, total = turn.network(), len(blocks)
             facts = f"{branch} pass{of}, attention backend {_attention(network)}, {str(tokens.dtype)[6:]}"
-            if not finite(tokens):
-                raise _Found(
-                    f"before the blocks ({facts}): in the latents or images that were given, or in the weights that "
-                    "embed them; encode again, or load another file"
-                )
-            if (name := next((name for name, value in _tensors(args) if not finite(value)), None)) is not None:
-                raise _Found(
-                    f"before the blocks ({facts}), in what they read as '{name}': in the text or image embedding, or "
-                    "in the weights that read it; encode again, or load another file"
-                )
+            stop_where(_before(tokens, args, facts))
 
             def looked_at(index: int, block: Block) -> Block:
                 def call(tokens: Tensor, args: Any) -> Tensor:
                     out = block(tokens, args)
-                    if not finite(out):
-                        raise _Found(f"first in block {index + 1} of {total} ({facts}); {_advice(network, index, out)}")
+                    fine = finite(out)
+                    place = f"first in block {index + 1} of {total} ({facts})"
+                    stop_where(None if fine else f"{place}; {_advice(network, index, out)}")
                     return out
 
                 return call
@@ -56,6 +57,21 @@ def looking(turn: Turn, run: RunBlocks) -> Walks:
         return walk
 
     return walks
+
+
+def _before(tokens: Tensor, args: Any, facts: str) -> str | None:
+    """What is not finite before the first block, in words; None if all is."""
+    if not finite(tokens):
+        return (
+            f"before the blocks ({facts}): in the latents or images that were given, or in the weights that embed "
+            "them; encode again, or load another file"
+        )
+    if (name := next((name for name, value in _tensors(args) if not finite(value)), None)) is not None:
+        return (
+            f"before the blocks ({facts}), in what they read as '{name}': in the text or image embedding, or in the "
+            "weights that read it; encode again, or load another file"
+        )
+    return None
 
 
 # What a model is given beside the latents: field of Conditioning -> in words.

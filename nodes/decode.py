@@ -11,7 +11,7 @@ from torch import Tensor
 from lightx2v.config import one_of
 from lightx2v.decoding import tighter
 from lightx2v.offload import DoesNotFitError
-from lightx2v.offload.shortage import Shortage, caught
+from lightx2v.offload.shortage import Shortage, caught, says_if_lost
 from lightx2v.report import Watch
 from lightx2v.vae.tiling import Tiling, decode_tiled
 
@@ -91,6 +91,7 @@ class LightX2VDecode(io.ComfyNode):
         ]
 
     @classmethod
+    @says_if_lost
     def execute(
         cls,
         latent: dict[str, Any],

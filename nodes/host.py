@@ -80,7 +80,8 @@ def _checkpoints(category: str) -> dict[str, str]:
                     found.setdefault(name, os.path.join(root, name))
         for name in sorted(folders):
             found.setdefault(name + "/", os.path.join(root, name))
-    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in sorted(DEMO.rglob("*.safetensors"))}
+    shipped = sorted(path for path in DEMO.rglob("*") if path.suffix in (".safetensors", ".gguf"))
+    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in shipped}
     return found | {DEMO_PREFIX + name: path for name, path in demo.items()}
 
 
@@ -126,6 +127,11 @@ def _version(path: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
+def version(path: Path) -> tuple[str, int, int]:
+    """Changes when the file does."""
+    return (str(path), *_version(str(path)))
 
 
 def _members(path: str) -> list[Any]:
@@ -274,6 +280,24 @@ def ram_to_spare() -> bool:
     return bool(mm.get_free_memory(cpu) > 0.1 * mm.get_total_memory(cpu))
 
 
+def run_asking_for(name: str) -> int | None:
+    """The number of the graph that runs now, if one of its nodes is given that name; None otherwise."""
+    for number, item in list(_running().items()):
+        if any(name in each.get("inputs", {}).values() for each in item[2].values()):
+            return int(number)
+    return None
+
+
+def is_running(number: int) -> bool:
+    return number in _running()
+
+
+def _running() -> dict[int, Any]:
+    """Number -> (place in the queue, id, graph, ...), of graphs that run."""
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    return dict(getattr(queue, "currently_running", {}))
+
+
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:
     """Take a handle off its device now, and out of the host's list of loaded models."""
     if handle.load_device != handle.offload_device:
@@ -360,7 +384,7 @@ def _tiny_channels(path: Path) -> int | None:
 def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[Step, Tensor], None]:
     """Progress with a looping preview of the video so far."""
     bar = comfy.utils.ProgressBar(steps)
-    show = mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+    show = shows_previews()
 
     def update(step: Step, x0: Tensor) -> None:
         cancel_point()
@@ -368,3 +392,13 @@ def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[
         bar.update_absolute(step.index + 1, step.total, preview)
 
     return update
+
+
+def shows_previews() -> bool:
+    """Whether the user wants to see a video while it is made."""
+    return mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+
+
+def gpus() -> int:
+    """How many GPUs there are for ComfyUI; none with --cpu."""
+    return torch.cuda.device_count() if mm.get_torch_device().type == "cuda" else 0

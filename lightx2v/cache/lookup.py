@@ -17,6 +17,7 @@ from lightx2v.config import Cache
 from lightx2v.identify import CheckpointInfo
 from lightx2v.messages import readable
 from lightx2v.models import specs
+from lightx2v.unfinished import unfinished
 
 log = logging.getLogger(__name__)
 FORMAT = "lightx2v-cache-1"
@@ -143,9 +144,8 @@ def write_figures(info: CheckpointInfo, role: str, figures: Figures, occasion: O
         log.debug("%s: written anew", path)
     told = {"format": FORMAT, "checkpoint": checkpoint, "roles": {**kept, role: entry}}
     text = re.sub(r"\[[^\]{]*\]", lambda match: " ".join(match[0].split()), json.dumps(told, indent=1))
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with unfinished(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -1,17 +1,16 @@
 """GGUF files: header and raw tensors. Source of the format: ggml-org/ggml, docs/gguf.md, versions 2 and 3."""
 
 import mmap
+import os
 import re
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from torch import Tensor
 
-from lightx2v.checkpoint.header import AGAIN, MAX_AXES, CheckpointError, Header, TensorInfo, check_tensor
+from lightx2v.checkpoint.header import AGAIN, MAX_AXES, CheckpointError, Header, Stamp, TensorInfo, check_tensor
 
 MAGIC = b"GGUF"
 MAX_NESTING = 4
@@ -113,10 +112,10 @@ def gguf_header(path: Path) -> Header:
         if file.read(4) != MAGIC:
             raise CheckpointError(f"{path}: does not start as a GGUF file does; {AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parsed(_Cursor(path, data, 4))
+            return _parsed(_Cursor(path, data, 4), Stamp.of(os.fstat(file.fileno())))
 
 
-def _parsed(cursor: _Cursor) -> Header:
+def _parsed(cursor: _Cursor, stamp: Stamp) -> Header:
     path = cursor.path
     version = int(cursor.value("<I"))
     if version not in (2, 3):
@@ -147,7 +146,7 @@ def _parsed(cursor: _Cursor) -> Header:
         if wanted := metadata.get(ORIGINAL_SHAPE + name):
             tensors[name] = _reshaped(path, name, tensors[name], wanted)
     _require_apart(path, tensors)
-    return Header(path, tensors, metadata, "gguf")
+    return Header(path, tensors, metadata, "gguf", {path: stamp})
 
 
 def _require_apart(path: Path, tensors: dict[str, TensorInfo]) -> None:
@@ -192,18 +191,3 @@ def _reshaped(path: Path, name: str, info: TensorInfo, wanted: str) -> TensorInf
             f"{path}: damaged: tensor '{name}' {list(info.shape)} cannot have the shape '{wanted[:100]}'; {AGAIN}"
         )
     return TensorInfo(info.dtype, shape, path, encoding=info.encoding, span=info.span)
-
-
-def read_raw(file: BinaryIO, info: TensorInfo) -> Tensor:
-    """The values of a plain tensor in their shape; of a block type all its bytes, (bytes,) uint8."""
-    if info.span is None:
-        raise ValueError(f"{info.file}: '{info.stored}' has no place in a GGUF file")
-    start, size = info.span
-    file.seek(start)
-    raw = bytearray(file.read(size))
-    if len(raw) != size:
-        raise CheckpointError(f"{info.file}: truncated while reading '{info.stored}'; {AGAIN}")
-    if not size:
-        return torch.empty(info.shape, dtype=info.dtype)
-    values = torch.frombuffer(raw, dtype=info.dtype)
-    return values if info.encoding else values.view(info.shape)

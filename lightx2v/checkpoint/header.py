@@ -1,8 +1,9 @@
 """What is known of a checkpoint before its weights are read."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -91,6 +92,18 @@ class TensorInfo:
         return self.span[1] if self.span else prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True, order=True)
+class Stamp:
+    """A file as it was when its header was read: bytes, and the time of its last change in ns."""
+
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "Stamp":
+        return cls(stat.st_size, stat.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Packed:
     """A weight that is stored in fewer bits, or in several pieces.
@@ -112,12 +125,14 @@ class Header:
     """Names, shapes and dtypes of one checkpoint, which may be several files.
 
     container: "single", "sharded", "block-split", "pickle" or "gguf".
+    stamps: what tells each of its files from another one that is put in its place.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     container: str = "single"
+    stamps: Mapping[Path, "Stamp"] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         info = self.tensors.get(name)
@@ -158,6 +173,7 @@ def merged(path: Path, parts: Iterable[Header], container: str) -> Header:
     """One header of several files; raises CheckpointError where two of them hold the same tensor."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    stamps: dict[Path, Stamp] = {}
     for part in parts:
         for name, info in part.tensors.items():
             if name in tensors:
@@ -167,4 +183,5 @@ def merged(path: Path, parts: Iterable[Header], container: str) -> Header:
                 )
             tensors[name] = info
         metadata.update(part.metadata)
-    return Header(path, tensors, metadata, container)
+        stamps.update(part.stamps)
+    return Header(path, tensors, metadata, container, stamps)

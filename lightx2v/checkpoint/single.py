@@ -1,11 +1,12 @@
 """One .safetensors file: its header, checked against its length."""
 
+import os
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from lightx2v import strict_json
-from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, TensorInfo, check_tensor
+from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Stamp, TensorInfo, check_tensor
 
 # The format's own limit is 100 MB, which can become 2 GB of empty lists in memory. Wan2.1 14B's header has 113 kB.
 MAX_HEADER_BYTES = 16 << 20
@@ -16,8 +17,9 @@ def safetensors_header(path: Path) -> Header:
     again = "download the file again"
     if not path.is_file():  # a pipe or a device would be waited for, or read without end
         raise CheckpointError(f"{path}: not a file; give the checkpoint's file or its folder")
-    size = path.stat().st_size
     with path.open("rb") as file:
+        stamp = Stamp.of(os.fstat(file.fileno()))
+        size = stamp.size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length < 2 or length > MAX_HEADER_BYTES:
@@ -39,7 +41,7 @@ def safetensors_header(path: Path) -> Header:
     if size != end:
         word = "truncated" if size < end else "damaged"
         raise CheckpointError(f"{path}: {word}: the header describes {end} bytes, the file has {size}; {again}")
-    return Header(path, tensors, metadata)
+    return Header(path, tensors, metadata, stamps={path: stamp})
 
 
 def _end_of_data(path: Path, tensors: dict[str, TensorInfo], start: int) -> int:

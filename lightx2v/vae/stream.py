@@ -22,6 +22,8 @@ class StreamedVAE(Protocol):
     def space(self) -> LatentFormat: ...
     @property
     def first_chunk(self) -> int: ...  # frames that become the first latent frame: 1, or 4
+    @property
+    def at_once(self) -> int: ...  # latent frames that are decoded at a time where nothing else is asked
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor: ...
@@ -31,12 +33,13 @@ class StreamedVAE(Protocol):
 class CausalVAE(StreamedVAE, Protocol):
     """What WanVAE and Wan22VAE have in common."""
 
-    encoder: Encoder
-    conv2: CausalConv3d  # beside the latents, at the decoder's side
+    @property
+    def encoder(self) -> Encoder: ...
+    @property
+    def conv2(self) -> CausalConv3d: ...  # beside the latents, at the decoder's side
 
     def prepare(self, frames: Tensor) -> Tensor: ...
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
-    def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -129,14 +132,15 @@ def decode(
     vae: StreamedVAE,
     raw: Tensor,
     *,
-    chunk: int = 1,
+    chunk: int | None = None,
     on_chunk: OnChunk | None = None,
     out: Tensor | None = None,
     clamp: bool = True,
 ) -> Tensor:
     """Frames (B, 3, 4T - 3, H, W) float32 of raw latents (B, z, T, h, w), clamped to [-1, 1] unless told not to.
 
-    `chunk` latent frames are decoded at a time; more take more memory and give the same frames. They are written into
+    `chunk` latent frames are decoded at a time, None: as many as suit the VAE; more take more memory and give the same
+    frames. They are written into
     `out`, which is allocated on the VAE's device unless given; it may be in main memory, or of another floating dtype.
     Raises ValueError for latents or an `out` of another shape, FloatingPointError for frames that are not finite.
     """
@@ -145,6 +149,7 @@ def decode(
         raise ValueError(
             f"latents are {tuple(raw.shape)}; this VAE decodes (B, {channels}, T, h, w), T, h and w at least 1"
         )
+    chunk = vae.at_once if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is {chunk} latent frames: expected at least 1")
     b, _, total, h, w = raw.shape

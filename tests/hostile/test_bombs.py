@@ -55,6 +55,13 @@ def long_list() -> bytes:
     return bytes(5 << 20) + end
 
 
+def long_wide_list() -> bytes:
+    """The same in the records of archives beyond 4 GB, before an end that says it is short."""
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, 5 << 20, 0)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, 5 << 20, 1)
+    return bytes(5 << 20) + record + locator + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, 60, 0, 0)
+
+
 SHARED = torch.ones(4)
 PICKLED: dict[str, tuple[Callable[[], bytes], str]] = {
     "packed": (lambda: zipped({**members(), "archive/data/0": bytes(1 << 26)}, zipfile.ZIP_DEFLATED), "entries of"),
@@ -64,6 +71,7 @@ PICKLED: dict[str, tuple[Callable[[], bytes], str]] = {
         r"'archive/data.pkl' is 9,437,184 bytes",
     ),
     "long list": (long_list, "its list of entries has 5,242,880 bytes"),
+    "long wide list": (long_wide_list, "its list of entries has 5,242,880 bytes"),
     "code": (lambda: zipped({**members(), "archive/constants.pkl": b"."}), r"holds code \(TorchScript\)"),
     "one row again and again": (lambda: saved({"a": torch.ones(1).expand(10**6, 10**6)}), "is 4 bytes in the file"),
     "sparse": (lambda: saved({"a": torch.eye(3).to_sparse()}), "no plain tensor"),
@@ -83,7 +91,7 @@ PICKLED: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_pytorch_files(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, words = PICKLED[case]
     (tmp_path / "m.pth").write_bytes(make())
-    if case in ("packed", "long pickle", "long list", "code"):
+    if case in ("packed", "long pickle", "long list", "long wide list", "code"):
         monkeypatch.setattr(torch, "load", lambda *args, **named: pytest.fail("unpacked it"))
     with pytest.raises(CheckpointError, match=words) as caught:
         read_header(tmp_path / "m.pth")
