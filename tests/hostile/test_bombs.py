@@ -259,6 +259,7 @@ def test_workflows(graph: str, tmp_path: Path) -> None:
         read_graph(tmp_path / "w.json")
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, from 90 million pixels on
 def test_pictures(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     raw = corpus.pictures()["a.png"]
