@@ -46,6 +46,7 @@ SUFFIXES = {
     "diff_m": r"\.diff_m",
 }
 MAX_PATTERN = 300  # characters
+MAX_SCALE = 1e6  # of published files it is some 0.01 to 10; one beyond float32 could not even be multiplied with
 # Other ways to change a weight, by their tensors. Applying what is left of such a file would give another picture.
 REFUSED = {
     "DoRA": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
@@ -105,6 +106,8 @@ def read_lora(path: str | Path) -> LoraFile:
     for name, layer in file.layers.items():
         rank = file.rank(layer)
         scale = 1.0 if rank is None else _scale(name, rank, alphas.get(layer.alpha or ""), settings)
+        if abs(scale) > MAX_SCALE:
+            raise CheckpointError(f"{file.path}: layer '{name}' is scaled by {scale:g}; the file is damaged")
         layers[name] = replace(layer, scale=scale)
     return replace(file, layers=layers)
 

@@ -220,6 +220,14 @@ def test_patterns_that_take_hours(pattern: str, tmp_path: Path) -> None:
         read_lora(tmp_path / "m.safetensors")
 
 
+def test_a_scale_that_no_file_has(tmp_path: Path) -> None:
+    settings = {**corpus.peft_settings(), "lora_alpha": 1e308}
+    table = Table(corpus.loras()[0].entries, {"lora_adapter_metadata": json.dumps(settings)})
+    (tmp_path / "m.safetensors").write_bytes(corpus.plain(table))
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: layer '\S+' is scaled by 5e\+307"):
+        read_lora(tmp_path / "m.safetensors")
+
+
 def test_patterns_of_layers_are_read(tmp_path: Path) -> None:
     settings = {**corpus.peft_settings(), "alpha_pattern": {r"^blocks\.\d+\.ffn\.0": 8, ".*self_attn.q": 2}}
     table = Table(corpus.loras()[0].entries, {"lora_adapter_metadata": json.dumps(settings)})
