@@ -15,8 +15,8 @@ from lightx2v.pipeline import LightX2VPipeline
 PAGE = REPOSITORY / "docs" / "api.md"
 HEAD = """# Reference
 
-What `from lightx2v import LightX2VPipeline` has, from its docstrings; [python-api.md](python-api.md) shows how it is used.
-Written by `dev/api_reference.py`.
+What `from lightx2v import LightX2VPipeline` has, from its docstrings; [python-api.md](python-api.md) shows how it is
+used. Written by `dev/api_reference.py`.
 """
 MODULES = re.compile(r"\b(?:pathlib|collections\.abc|typing)\.")
 SETTINGS = (Engine, Sampling, Cache, Parallel, Request)
