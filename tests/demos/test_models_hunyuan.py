@@ -9,6 +9,7 @@ from demo import report
 from demo.shipped import HUNYUAN
 from demo.stages.export15 import TEXT_ENCODER, TRANSFORMER, VAE
 from demo.stages.t2v15 import CONFIG
+from demo.stages.vae15 import WIDTHS
 from demo.world import render, sample_scene
 from lightx2v.checkpoint import read_header
 from lightx2v.identify import identify
@@ -24,15 +25,15 @@ pytestmark = pytest.mark.skipif(
 
 def test_files_are_small():
     assert sum(path.stat().st_size for path in HUNYUAN.rglob("*") if path.is_file()) < 7 * MEGABYTE
-    for name in (TEXT_ENCODER, VAE):
-        assert {info.dtype for info in read_header(HUNYUAN / name).tensors.values()} == {torch.float16}
+    dtypes = [{info.dtype for info in read_header(HUNYUAN / name).tensors.values()} for name in (TEXT_ENCODER, VAE)]
+    assert dtypes == [{torch.float16}, {torch.float16, torch.float8_e4m3fn}]
 
 
 def test_the_parts_are_recognised():
     info = identify(HUNYUAN / TRANSFORMER)
     assert info.spec.name == "hunyuan1.5" and info.config == CONFIG
     assert {each.packed.scheme for each in info.header.tensors.values() if each.packed} == {"gguf"}
-    assert config_from_header(read_header(HUNYUAN / VAE)).widths[-1] == 64
+    assert config_from_header(read_header(HUNYUAN / VAE)).widths == WIDTHS
     encoder = text15.load(HUNYUAN / TEXT_ENCODER, None)
     assert encoder.condition("a red circle").context.shape[2] == CONFIG.text_dim
     with pytest.raises(ValueError, match="byT5"):
