@@ -36,8 +36,7 @@ from lightx2v.vae.stream import arrange
 from lightx2v.vae.wan import AttentionBlock, ResidualBlock, WanVAE, WanVAEConfig
 
 BASE_CHANNELS = 16  # 96 in Wan2.1
-# A kernel has long rows (27 inputs of each channel), for which the scale of demo.optim makes steps small: a high rate.
-SETTINGS = Settings(rate=2e-3, matrix_rate=1e-2, average=0.998)
+SETTINGS = Settings(rate=2e-3, matrix_rate=1.2e-3, average=0.998)
 KL_WEIGHT = 1e-4
 
 
