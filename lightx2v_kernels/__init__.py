@@ -64,6 +64,7 @@ class Kernels:
     residual_layer_norm: Callable[
         [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]
     ]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]  # x (..., K), weight (N, K), bias (N,) -> (..., N)
     quantize: Callable[[Tensor, torch.dtype], Quantized]  # x (..., K), torch.int8 or torch.float8_e4m3fn
     gelu_quantize: Callable[[Tensor, torch.dtype], Quantized]
     layer_norm_quantize: Callable[[Tensor, Tensor | None, Tensor | None, float, torch.dtype], Quantized]
@@ -135,4 +136,4 @@ TOKENWISE = (
     "residual_modulate_quantize",
     "residual_layer_norm_quantize",
 )
-_OPS = ("attention", *TOKENWISE)
+_OPS = ("attention", "linear_gelu", *TOKENWISE)

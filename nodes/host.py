@@ -35,6 +35,7 @@ PREVIEW_WIDTH = 384  # pixels
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
 APPROX = "vae_approx"  # the model folder of tiny autoencoders
 DEMO_PREFIX = "lightx2v-demo/"
+LONGEST = 1000  # characters of a picked name, with its folders
 
 
 def schema(**known: Any) -> io.Schema:
@@ -79,7 +80,8 @@ def _checkpoints(category: str) -> dict[str, str]:
                     found.setdefault(name, os.path.join(root, name))
         for name in sorted(folders):
             found.setdefault(name + "/", os.path.join(root, name))
-    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in sorted(DEMO.rglob("*.safetensors"))}
+    shipped = sorted(path for path in DEMO.rglob("*") if path.suffix in (".safetensors", ".gguf"))
+    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in shipped}
     return found | {DEMO_PREFIX + name: path for name, path in demo.items()}
 
 
@@ -143,7 +145,12 @@ def _members(path: str) -> list[Any]:
 
 
 def locate(category: str, name: str) -> Path:
-    """Full path of a picked file or folder; raises FileNotFoundError naming it where it is gone."""
+    """Full path of a picked file or folder; raises FileNotFoundError naming it where it is gone.
+
+    A name comes with a graph, from whoever can reach the server: it is looked for in the model folders alone.
+    """
+    if len(name) > LONGEST or not name.isprintable():
+        raise FileNotFoundError(f"{ascii(name)[:100]}: no file has this name; pick one from the list")
     if name.startswith(DEMO_PREFIX):
         return demo_file(name.removeprefix(DEMO_PREFIX))
     if not name.endswith("/"):
@@ -151,7 +158,7 @@ def locate(category: str, name: str) -> Path:
     for root in map(Path, folder_paths.get_folder_paths(category)):
         folder = root / name
         # A picked name may climb no higher than its root, wherever a link inside that may lead.
-        if ".." not in folder.parts and not Path(name).is_absolute() and folder.is_dir():
+        if ".." not in folder.parts and not Path(name).anchor and folder.is_dir():
             return folder
     raise FileNotFoundError(f"{name}: no such folder in models/{category}; pick one from the list")
 
@@ -172,7 +179,7 @@ def fingerprint(category: str, name: str) -> tuple[str, int, int]:
     """Changes when the file does, so that a loader runs again."""
     try:
         return (name, *_version(str(locate(category, name))))
-    except FileNotFoundError:
+    except OSError:
         return (name, 0, 0)
 
 
@@ -357,6 +364,8 @@ def picture_of(space: LatentFormat, own: Colours | None) -> Callable[[Tensor], T
             return tiny_to_rgb(x0, tiny)
         except mm.OOM_EXCEPTION:
             log.warning("Too little GPU memory for a TAESD preview; showing colours")
+        except FloatingPointError as error:  # of the tiny autoencoder alone: the estimate itself is finite
+            log.warning("No TAESD preview, showing colours: %s", error)
         return plain(x0)
 
     return picture
@@ -375,7 +384,7 @@ def _tiny_channels(path: Path) -> int | None:
 def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[Step, Tensor], None]:
     """Progress with a looping preview of the video so far."""
     bar = comfy.utils.ProgressBar(steps)
-    show = mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+    show = shows_previews()
 
     def update(step: Step, x0: Tensor) -> None:
         cancel_point()
@@ -383,3 +392,13 @@ def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[
         bar.update_absolute(step.index + 1, step.total, preview)
 
     return update
+
+
+def shows_previews() -> bool:
+    """Whether the user wants to see a video while it is made."""
+    return mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+
+
+def gpus() -> int:
+    """How many GPUs there are for ComfyUI; none with --cpu."""
+    return torch.cuda.device_count() if mm.get_torch_device().type == "cuda" else 0

@@ -1,5 +1,6 @@
 """Loaders. Each picker lists only the files that fit it, told from their headers."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,17 +81,27 @@ class LoadedTransformer(host.EngineHandle):
                 if plan is not None:
                     left, held.filed = left_in_file(held.network, plan.filed, plan.resident), plan.filed
                 target = self.load_device if plan is None else torch.device("cpu")
-                fill(held.network, self.info, target, self.load_device, only=lambda name: name not in left)
+                self._fill(held.network, target, lambda name: name not in left)
             held.wear(self.loras, self.info, self.load_device)
-        except BaseException:  # half of a model is of no use to anybody
+        except BaseException:  # cancelled, or a bad file: half of a model is of no use to anybody
             self._forget()
             raise
+
+    def _fill(self, network: nn.Module, device: torch.device, only: Callable[[str], bool]) -> None:
+        fill(network, self.info, device, self.load_device, only=only, on_tensor=host.cancel_point)
 
     def _forget(self) -> None:
         """The weights are read again at their next use."""
         self.placing.forget()
         self.held.forget(build_transformer(self.info, self.engine, self.load_device))
         self.model.network = self.held.network
+
+    def leave(self) -> None:
+        """Somebody else has the weights: none of them stays in this process."""
+        if self.held.applied is not None:
+            host.back_to_ram(self)
+            self._forget()
+            self.tell_host(0)
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
         if self.held.filed:

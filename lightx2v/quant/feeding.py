@@ -41,9 +41,11 @@ def modulate(kernels: Kernels, reads: Reads, x: Tensor, shift: Tensor, scale: Te
 
 def gelu_between(kernels: Kernels, whole: nn.Module, first: nn.Module, second: nn.Module, tokens: Tokens) -> Tensor:
     """The feed-forward `whole`, second(gelu(first(tokens))), with what is between in the form that `second` wants."""
-    if (reads := agreed(second)) is None:
-        return whole(tokens)
-    return second(kernels.gelu_quantize(first(tokens), reads))
+    if (reads := agreed(second)) is not None:
+        return second(kernels.gelu_quantize(first(tokens), reads))
+    if type(first) is nn.Linear and isinstance(tokens, Tensor):
+        return second(kernels.linear_gelu(tokens, first.weight, first.bias))
+    return whole(tokens)
 
 
 def piece_of(tokens: int) -> int:

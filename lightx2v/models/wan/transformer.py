@@ -4,7 +4,7 @@ Precision: tokens and matmuls run in the dtype of the weights; the timestep path
 residual additions compute in float32 (as in Wan2.1 wan/modules/model.py under its autocast rules).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.models.wan.config import WanConfig
+from lightx2v.parallel.cut import Cut, Stream
 from lightx2v.quant.feeding import (
     Reads,
     Tokens,
@@ -35,6 +36,16 @@ class BlockArgs:
     context: Tensor  # (B, S, D) text tokens
     rope: tuple[Tensor, Tensor]  # cos and sin, each (L, head_dim / 2) float32
     image: Tensor | None = None  # (B, I, D) image tokens
+
+    def streams(self, tokens: int) -> tuple[Stream, ...]:
+        """How so many tokens may be shared out: of every run with its own modulation a part."""
+        runs = self.modulation.shape[1]
+        return (Stream(runs, tokens // runs),)
+
+    def cut(self, cut: Cut) -> "BlockArgs":
+        """The same for that part of the tokens."""
+        cos, sin = (cut.of(table, 0, self.modulation.shape[1]) for table in self.rope)
+        return replace(self, rope=(cos, sin))
 
 
 def rope_channels(head_dim: int) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
+from .faults import FixtureDigest, FixtureTripwire
 from .flags import FixturePlanWith
 from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
@@ -18,6 +19,7 @@ class FixtureExtension(ComfyExtension):
         return [
             FixtureClipVision,
             FixtureCrampedVae,
+            FixtureDigest,
             FixtureFailingEncoder,
             FixtureFailingModel,
             FixtureFreeRam,
@@ -30,6 +32,7 @@ class FixtureExtension(ComfyExtension):
             FixturePreviewMethod,
             FixtureRandomLatent,
             FixtureTightVae,
+            FixtureTripwire,
             FixtureUmt5Clip,
             FixtureCellVae,
             FixtureWanConditioning,
