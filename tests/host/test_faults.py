@@ -64,7 +64,7 @@ def expected(host: Server, tiny_models: TinyModels) -> Result:
     return host.run(graph_of(tiny_models)).expect()
 
 
-@pytest.mark.parametrize(("deed", "stage"), CASES, ids=" while ".join)
+@pytest.mark.parametrize(("deed", "stage"), CASES, ids=[" while ".join(case) for case in CASES])
 def test_a_prompt_that_ends_early_and_the_next(
     host: Server, tiny_models: TinyModels, expected: Result, deed: str, stage: str
 ) -> None:
