@@ -12,7 +12,9 @@ from lightx2v.bench.command import add_arguments as add_bench
 from lightx2v.bench.command import run as run_bench
 from lightx2v.cache.calibration import PROMPTS
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.config import DTYPES, OFFLOADS, SCHEDULERS
+from lightx2v.config import DTYPES, EXCHANGES, OFFLOADS, SCHEDULERS
+from lightx2v.parallel.agreement import StoppedElsewhereError
+from lightx2v.parallel.mesh import launched
 from lightx2v.schedules import parse_step_list
 from lightx2v_kernels import UnsupportedBackendError
 
@@ -53,6 +55,7 @@ def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) 
         pipe.enable_lora([parse_lora(text) for text in args.lora])
     if cache is not None:
         pipe.enable_cache(**cache)
+    _spread(pipe, args)
     scale = args.guidance_scale
     told = {
         "config_json": args.config_json,
@@ -73,7 +76,20 @@ def _pipeline(args: argparse.Namespace, cache: Mapping[str, Any] | None = None) 
     }
     # What is left out is the file's to say, or else the pipeline's own default.
     pipe.create_generator(**{name: value for name, value in told.items() if value is not None})
+    if (launch := launched()) and launch.size > 1 and pipe._engine.parallel.size == 1:
+        raise ValueError(
+            f"{launch.size} processes were started and none was given a part: give --ulysses {launch.size}, --ring or "
+            "--cfg_parallel, or start one process"
+        )
     return pipe
+
+
+def _spread(pipe: "LightX2VPipeline", args: argparse.Namespace) -> None:
+    halves, sequence = 2 if args.cfg_parallel else 1, args.ulysses * args.ring
+    if halves * sequence > 1:
+        pipe.enable_parallel(halves, sequence, ulysses_p_size=args.ulysses, exchange=args.exchange)
+    elif args.exchange != "exact":
+        raise ValueError(f"--exchange {args.exchange} without several processes: give --ulysses or --ring")
 
 
 def _cache(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -104,6 +120,8 @@ def generate(args: argparse.Namespace) -> None:
         last_frame_path=args.last_frame_path,
         progress=not args.quiet,
     )
+    if not _first():
+        return
     described = pipe.describe(args.image_path or args.last_frame_path)
     print(f"{args.save_result_path}: {described}, seed {args.seed}, prompt: {args.prompt}")
     for line in pipe.report.text().splitlines():
@@ -114,7 +132,7 @@ def calibrate(args: argparse.Namespace) -> None:
     """Measure a model for its feature caches; a .cache.json next to each transformer."""
     prompts, images = args.prompt or PROMPTS, {"image_path": args.image_path, "last_frame_path": args.last_frame_path}
     written = _pipeline(args).calibrate(prompts, args.seed, args.negative_prompt, **images, progress=not args.quiet)
-    for path in written:
+    for path in written if _first() else ():
         print(f"{path}: measured on {len(prompts)} prompts")
 
 
@@ -129,6 +147,12 @@ def quantize(args: argparse.Namespace) -> None:
     made = write_quantised(args.source, args.target, args.scheme, args.layout, **options)
     sizes = f"{made.before / 1e9:.2f} GB became {made.after / 1e9:.2f}"
     print(f"{args.target}: {made.layers} layers in {args.scheme}, {sizes}")
+
+
+def _first() -> bool:
+    """Whether this process speaks for all that make the video."""
+    launch = launched()
+    return launch is None or launch.rank == 0
 
 
 def parse_lora(text: str) -> dict[str, object]:
@@ -249,6 +273,20 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--ram_budget_gb", type=float, default=0.0, metavar="GB", help=ram)
     group.add_argument("--device", default=None, help="cuda, cuda:1, cpu; default: cuda where there is one")
+    _add_parallel(group)
+
+
+def _add_parallel(group: argparse._ArgumentGroup) -> None:
+    under = "of several GPUs, under torchrun"
+    shares = f"{under}: processes that share the tokens by exchanging heads; divides the model's heads"
+    group.add_argument("--ulysses", type=int, default=1, metavar="N", help=shares)
+    group.add_argument(
+        "--ring", type=int, default=1, metavar="N", help=f"{under}: or by passing keys and values on; any number"
+    )
+    halves = f"{under}: both passes of guidance at once, each on one half of the processes"
+    group.add_argument("--cfg_parallel", action="store_true", help=halves)
+    eighth = "fp8 sends queries, keys and values between GPUs in 8 bits; default: exact"
+    group.add_argument("--exchange", choices=EXCHANGES, default="exact", help=eighth)
 
 
 def _add_request(group: argparse._ArgumentGroup) -> None:
@@ -302,7 +340,8 @@ def _add_cache(group: argparse._ArgumentGroup) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 after one line on stderr about what to do."""
     args = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level if _first() else logging.ERROR, format="%(message)s")
     try:
         status = args.run(args)
     except (
@@ -313,8 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         OSError,
         FloatingPointError,
     ) as error:
-        print(f"error: {error}", file=sys.stderr)
+        launch = launched()
+        process = f"process {launch.rank}: " if launch and launch.size > 1 else ""
+        print(f"{process}error: {error}", file=sys.stderr)
         return 1
+    except StoppedElsewhereError:
+        return 1  # the process that stopped says why
     except KeyboardInterrupt:
         print("cancelled", file=sys.stderr)
         return 130

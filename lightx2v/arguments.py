@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from lightx2v.config import Cache
 from lightx2v.lora import Lora
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ class ReadsFiles(Protocol):
 
 
 S = TypeVar("S", bound=ReadsFiles)
+CACHE_METHODS = {"none": "none", "nocaching": "none", "tea": "teacache", "mag": "magcache"}
 EXPERT_NAMES = {"high_noise_model": "high", "low_noise_model": "low"}
 NO_IMAGE_EDIT = "this version makes videos from text and images, not from other videos"
 # Method -> argument of LightX2V's that it does not take -> why. An empty value of one is taken for none.
@@ -109,6 +111,20 @@ def require(name: str, value: str, known: Collection[str]) -> None:
     """Raise ValueError with the nearest choice unless value is a known one."""
     if value not in known:
         raise ValueError(f"{name}={value!r} is not supported yet; known: {', '.join(known)}{nearest(value, known)}")
+
+
+def cache_of(
+    method: str,
+    thresholds: Mapping[str, float],
+    use_ret_steps: bool,
+    max_skips: int,
+    retention_ratio: float,
+    figures: str | Path,
+) -> Cache:
+    """Arguments of enable_cache as settings; raises ValueError for a method that is not there."""
+    require("cache_method", method.lower(), tuple(CACHE_METHODS))
+    name = CACHE_METHODS[method.lower()]
+    return Cache(name, thresholds.get(name), use_ret_steps, max_skips, retention_ratio, str(figures))
 
 
 def lora_of(config: Mapping[str, object]) -> Lora:

@@ -9,12 +9,53 @@ CACHES = ("none", "teacache", "magcache")
 CACHE_THRESHOLDS = {"none": 0.0, "teacache": 0.15, "magcache": 0.24}  # LightX2V pipeline.py, enable_cache
 QUANTS = ("auto", "none", "fp8", "int8")
 SCHEDULERS = ("unipc", "euler", "distilled")
+EXCHANGES = ("exact", "fp8")
 
 
 def one_of(name: str, value: str, known: Collection[str]) -> None:
     """Raise ValueError naming the choices unless value is one of them."""
     if value not in known:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """One video on several devices, one process each; every process holds the whole model.
+
+    ulysses: processes that exchange heads for tokens around attention (arXiv:2309.14509); divides the heads.
+    ring: processes that pass keys and values on in a ring (arXiv:2310.01889); any number. Both shard the tokens.
+    cfg: 2 computes the conditional and the unconditional pass of guidance at the same time, on one half each.
+    exchange: how queries, keys and values travel: "exact" as they are, "fp8" in 8 bits with a scale a head and token.
+    """
+
+    ulysses: int = 1
+    ring: int = 1
+    cfg: int = 1
+    exchange: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("ulysses", "ring"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 (off) or more processes")
+        if self.cfg not in (1, 2):
+            raise ValueError(f"cfg={self.cfg} must be 1 (off) or 2: guidance has two passes")
+        one_of("exchange", self.exchange, EXCHANGES)
+
+    @property
+    def sequence(self) -> int:
+        """Processes that share the tokens of one pass."""
+        return self.ulysses * self.ring
+
+    @property
+    def size(self) -> int:
+        """All processes."""
+        return self.sequence * self.cfg
+
+    def describe(self) -> str:
+        """In words, "ulysses 4 x cfg 2"; "one device" for none."""
+        sizes = {"ulysses": self.ulysses, "ring": self.ring, "cfg": self.cfg}
+        told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
+        return told if self.exchange == "exact" else f"{told}, {self.exchange} exchange"
 
 
 @dataclass(frozen=True)
@@ -30,6 +71,7 @@ class Engine:
     linear: "auto" or a backend of `int8_linear` or `fp8_linear` in lightx2v_kernels.linear.
     ram_budget_gb: GB of RAM in which weights may rest that pass through the GPU, 0 for all that is free; the rest of
         them is read from the file each time.
+    parallel: several devices for one video; needs a `lightx2v.parallel.mesh.Mesh` where a model is built and run.
     """
 
     attention: str = "auto"
@@ -40,6 +82,7 @@ class Engine:
     quant: str = "auto"
     linear: str = "auto"
     ram_budget_gb: float = 0.0
+    parallel: Parallel = Parallel()
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)

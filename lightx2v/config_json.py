@@ -19,6 +19,7 @@ from lightx2v.config_keys import (
     MODEL,
     NEAREST,
     NUMBERS,
+    OBJECTS,
     ORIGINALS,
     QUANT_PATHS,
     QUANT_SWITCHES,
@@ -36,6 +37,7 @@ from lightx2v.config_keys import (
 from lightx2v.identify import CheckpointInfo
 from lightx2v.messages import readable
 from lightx2v.models.hunyuan_video_15.sizes import size_for_image
+from lightx2v.parallel.sizes import IDLE, of_file
 from lightx2v.quantized import format_of
 from lightx2v_kernels import registry
 
@@ -120,7 +122,8 @@ class Reading:
         name = self.settings.get("transformer_model_name")
         if name and not self.settings.get("dit_original_ckpt") and not self.settings.get("dit_quantized"):
             originals["dit_original_ckpt"] = self._transformer(str(name))
-        calls = {**self._quantize(), **self._offload(), **self._lora(), **self._cache(), **self._vae()}
+        calls = {**self._quantize(), **self._offload(), **self._parallel()}
+        calls |= {**self._lora(), **self._cache(), **self._vae()}
         unused = tuple(f"{named} ({why})" for _, named, why in self.unused())
         return Told(dict(self._generator()), originals, calls, unused)
 
@@ -133,8 +136,6 @@ class Reading:
         row = KEYS[key]
         if value is not None and (wanted := _wanted(key, value)):
             raise self._error(key, f"{key}={value!r}: expected {wanted}")
-        if key == "parallel" and isinstance(value, dict):
-            value = [name for name, size in value.items() if name.endswith("p_size") and size != 1]
         if row.verdict == REFUSED and value:
             raise self._error(key, f"{key}={self.settings[key]!r}: {row.says}; remove {key} from the file")
 
@@ -150,6 +151,8 @@ class Reading:
                 yield key, f"{key}={value!r}", f"the checkpoint has {self.facts[key]!r}"
             elif key == "aspect_ratio" and self._proportions() is None:
                 yield key, f"aspect_ratio={value!r}", "the size is told otherwise"
+            elif key == "parallel" and value:
+                yield from ((f"{key}.{name}", f"{key}.{name}", why) for name, why in IDLE.items() if name in value)
             elif key == "text_len" and value != 512:
                 yield key, f"text_len={value!r}", "umT5 is read to 512 tokens"
 
@@ -266,6 +269,17 @@ class Reading:
         }
         return {"enable_offload": how}
 
+    def _parallel(self) -> dict[str, Mapping[str, Any]]:
+        told = self.settings.get("parallel")
+        if not told:
+            return {}
+        try:
+            arguments = of_file(told)
+        except ValueError as error:
+            raise self._error("parallel", f"parallel={told!r}: {error}") from None
+        sizes = (arguments.get(name, 1) for name in ("cfg_p_size", "seq_p_size"))
+        return {"enable_parallel": arguments} if any(size > 1 for size in sizes) else {}
+
     def _lora(self) -> dict[str, Mapping[str, Any]]:
         configs = self.settings.get("lora_configs")
         if not configs:
@@ -329,6 +343,8 @@ def _wanted(key: str, value: object) -> str | None:
         return "a whole number"
     if key in NUMBERS and not number:
         return "a number"
+    if key in OBJECTS and value and not isinstance(value, dict):
+        return "an object, {...}"
     if key in TEXTS and value and not isinstance(value, str):
         return "a text"
     if key == "lora_configs" and isinstance(value, list):

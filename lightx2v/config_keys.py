@@ -51,11 +51,16 @@ TABLE = (
     Row("coefficients teacache_thresh use_ret_steps", HONOURED, "enable_cache"),
     Row("magcache_K magcache_thresh magcache_retention_ratio", HONOURED, "enable_cache"),
     Row("magcache_ratios magcache_calibration", HONOURED, "enable_cache"),
+    Row(
+        "parallel",
+        HONOURED,
+        "enable_parallel, under torchrun: cfg_p_size, seq_p_size, seq_p_attn_type, exchange in fp8; tensor_p_size and "
+        "4 bits are errors",
+    ),
     Row("use_lightvae use_tae vae_path tae_path", HONOURED, "enable_lightvae"),
     Row("use_tiling_vae", HONOURED, "true: enable_vae_tiling; false: whole frames where they fit"),
     Row("in_dim out_dim dim ffn_dim num_heads num_layers freq_dim eps model_type", MODEL, "the network"),
     Row("num_channels_latents vae_stride text_len use_image_encoder patch_size", MODEL, "latents and encoders"),
-    Row("parallel", REFUSED, "several GPUs are not supported yet; sizes of 1 are accepted"),
     Row("changing_resolution", REFUSED, "steps at another resolution are not supported; use a cache for speed"),
     Row("enable_dynamic_cfg", REFUSED, "models that read their guidance as an input are not supported"),
     Row("video_frame_interpolation", REFUSED, "frames are not interpolated; interpolate the saved video"),
@@ -152,6 +157,7 @@ WHOLE = frozenset(
     "infer_steps target_height target_width target_video_length fps boundary_step_index magcache_K".split()
 )
 NUMBERS = WHOLE | frozenset("sample_shift boundary teacache_thresh magcache_thresh magcache_retention_ratio".split())
+OBJECTS = frozenset({"parallel"})
 TEXTS = frozenset(
     "scheduler_type self_attn_1_type cross_attn_1_type cross_attn_2_type attn_type feature_caching vae_path tae_path "
     "transformer_model_name aspect_ratio offload_granularity dit_original_ckpt high_noise_original_ckpt "

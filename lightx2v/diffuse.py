@@ -6,7 +6,7 @@ raw VAE space outside, all-zero means empty, noise drawn on the CPU, half-denois
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from lightx2v.blocks import Branch, RunBlocks, Walks, interruptible, run_blocks
 from lightx2v.cache.turn import CacheFactory, Turn
 from lightx2v.config import Sampling
-from lightx2v.diagnosis import explain, looking
+from lightx2v.diagnosis import check_given, explain, looking
 from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, Velocity, is_high, velocity_of
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
+from lightx2v.parallel.agreement import together
+from lightx2v.parallel.guidance import own_branch, split
+from lightx2v.parallel.mesh import Mesh
+from lightx2v.parallel.sequence import shard
 from lightx2v.sampling import Denoiser, OnStep, Step, sample
 from lightx2v.schedules import TRAIN_STEPS, Schedule, listed, simple, wan
 from lightx2v.solvers import SOLVERS
@@ -28,7 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller sees while a request runs. Both may raise to cancel."""
+    """What the caller sees while a request runs. Both may raise to cancel: of several processes one is enough.
+
+    Of several processes all must give on_block, or none.
+    """
 
     on_step: OnStep = lambda step, x0: None  # x0 (B, C, T, H, W), model space
     on_block: Callable[[], None] | None = None  # before every transformer block
@@ -64,6 +71,7 @@ class Model:
 
     around: for transformers whose blocks are not all there, goes around every walk over them; it is told whose pass
         comes next ("high", "low", or "" of one network), or None after the last.
+    mesh: of several processes that make one video together; the networks must have been built with it.
     """
 
     spec: ModelSpec
@@ -71,6 +79,7 @@ class Model:
     network: Callable[[], nn.Module]  # of two experts the one for high noise
     low: Callable[[], nn.Module] | None = None
     around: Callable[[RunBlocks, str | None], RunBlocks] = field(default=lambda run, following: run, kw_only=True)
+    mesh: Mesh | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -124,12 +133,14 @@ def diffuse(
     """Denoise raw latents (B, C, T, H, W) -> raw latents, float32, on the CPU.
 
     cache: called once for each network; what it returns lives as long as this call.
-    Raises ValueError for latents of another space, and for a guided request without `uncond`; FloatingPointError for an
-    estimate that is not finite, with its step, block and attention backend.
+    Raises ValueError for latents of another space, and for a guided request without `uncond`; FloatingPointError for
+    latents, a mask or conditioning that are not finite, and for an estimate that is not, with its step, block and
+    attention backend.
     """
     full, space = schedule_of(sampling), model.spec.latents
     steps = len(full.timesteps)
     schedule = full.between(sampling.start_step, steps if sampling.end_step is None else min(sampling.end_step, steps))
+    check_given(start.latents, start.mask, cond, uncond)
     latents = fit_empty(start.latents.float().cpu(), space)
     clean = space.normalize(latents) if latents.any() else latents
     noise = noise_like(latents, sampling.seed, start.batch_index) if sampling.add_noise else torch.zeros_like(clean)
@@ -139,7 +150,8 @@ def diffuse(
     share = None
     if mask is not None and model.spec.keeps_frames:
         share = mask.mean((1, 3, 4)).expand(len(latents), -1)
-    run = interruptible(run, hooks.on_block) if hooks.on_block else run
+    hooks = hooks if model.mesh is None else _agreed(hooks, model.mesh)
+    run = shard(interruptible(run, hooks.on_block) if hooks.on_block else run, model.mesh)
 
     def denoiser(cache: CacheFactory | None) -> Denoiser:
         denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule), share)
@@ -148,11 +160,18 @@ def diffuse(
         kept_noise = None if model.spec.keeps_frames else noise.to(model.device)
         return KeepMasked(denoise, clean.to(model.device), kept_noise, mask)
 
-    _warn(sampling, steps)
+    _warn(sampling, steps, model.mesh)
     solver = SOLVERS["unipc" if sampling.scheduler == "unipc" else "euler"]()
-    why = explain(lambda: denoiser(looking), cache is not None)
+    why = explain(lambda: denoiser(partial(looking, mesh=model.mesh)), cache is not None)
     out = sample(denoiser(cache), x, schedule, solver, hooks.on_step, why)
     return space.denormalize(out.cpu() / (1 - schedule.sigmas[-1]))
+
+
+def _agreed(hooks: Hooks, mesh: Mesh) -> Hooks:
+    """The same hooks; what one process raises in them stops all at the same place."""
+    on_step, on_block = hooks.on_step, hooks.on_block
+    hooks = replace(hooks, on_step=lambda step, x0: together(mesh, lambda: on_step(step, x0)))
+    return hooks if on_block is None else replace(hooks, on_block=lambda: together(mesh, on_block))
 
 
 @dataclass(frozen=True)
@@ -192,13 +211,15 @@ def _guided(
         turn = walking.turn(model, expert, steps, scale != 1)
         walks: Walks = walking.cache(turn, walking.run) if walking.cache else lambda step, branch: walking.run
 
+        final = own_branch(model.mesh, scale) or turn.branches[-1]
+
         def passes(step: Step, branch: Branch) -> Velocity:
-            last = step.index + 1 == turn.ran.stop and branch == turn.branches[-1]
+            last = step.index + 1 == turn.ran.stop and branch == final
             walk = model.around(walks(step.index, branch), walking.after(turn) if last else expert)
             arguments = partial(model.spec.arguments, step_end=TRAIN_STEPS * step.sigma_next)
             return velocity_of(turn.network, walk, share, arguments)
 
-        return CFG(passes, cond, uncond, scale)
+        return split(CFG(passes, cond, uncond, scale), model.mesh)
 
     total = walking.full.total
     if model.low is None:
@@ -224,7 +245,16 @@ def fit_mask(mask: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.nn.functional.interpolate(mask, size=(t, h, w), mode="trilinear", align_corners=False)
 
 
-def _warn(sampling: Sampling, steps: int) -> None:
+def _warn(sampling: Sampling, steps: int, mesh: Mesh | None) -> None:
+    if mesh is not None and not mesh.first:
+        return
+    if mesh is not None and mesh.cfg.size == 2 and not sampling.guided:
+        log.warning(
+            "cfg 2 without guidance (cfg 1): both halves of the %d processes compute the same; share tokens with all "
+            "of them instead: ulysses or ring %d",
+            mesh.size,
+            mesh.size,
+        )
     if steps <= 8 and sampling.guided:
         log.warning(
             "%d steps with cfg %g: step-distilled models are made for cfg 1; an undistilled one needs 20 or more steps",

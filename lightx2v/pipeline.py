@@ -9,36 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightx2v.arguments import checked, filled, lora_of, require
+from lightx2v.arguments import cache_of, checked, filled, lora_of, require
+from lightx2v.cache import choice
 from lightx2v.cache.calibration import Recorder
-from lightx2v.cache.choice import choose, save
 from lightx2v.cache.figures import given
 from lightx2v.cache.turn import CacheFactory
 from lightx2v.cache.walk import CacheReport
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.classes import Pick, model_class
-from lightx2v.config import Cache, Engine, Request, Sampling
+from lightx2v.config import Engine, Request, Sampling
 from lightx2v.config_json import UNDONE_BY, read_told
+from lightx2v.config_keys import ORIGINALS
 from lightx2v.decoding import Decoding, VAERequest, choose_vaes
 from lightx2v.diffuse import Hooks, Model, diffuse
-from lightx2v.fitting import check_given, check_images
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import require_kernels
 from lightx2v.lora import Lora
-from lightx2v.media import read_image, require_writable, save_video
+from lightx2v.media import read_image
 from lightx2v.models import encoders_of
 from lightx2v.offload import Asked, Plan, budgeted, offloaded
+from lightx2v.parallel.agreement import on_first, only_on_first
+from lightx2v.parallel.mesh import join, own_device
+from lightx2v.parallel.sizes import named
 from lightx2v.parts import Parts
 from lightx2v.quantized import Quantize, quantised_image_encoder, quantised_text_encoder
 from lightx2v.report import Report, Watch
-from lightx2v.request import Changes, Generated, described, in_words, sized_for, snapped, two_scales
+from lightx2v.request import Call, Changes, Generated, described, guided, in_words, sized_for, snapped
 from lightx2v.sampling import Step
-from lightx2v.stages import Encoded, decode, encode, ticker
+from lightx2v.stages import Encoded, decode, prepare, save, ticker
 
 log = logging.getLogger(__name__)
-CACHE_METHODS = {"none": "none", "nocaching": "none", "tea": "teacache", "mag": "magcache"}
-RESIZE_MODES = (None, "fixed_shape")
 
 
 class LightX2VPipeline:
@@ -74,12 +75,8 @@ class LightX2VPipeline:
     ) -> None:
         tasks = (task, *support_tasks)
         self._class, self._task, self._folder = model_class(model_cls, tasks), task, ModelFolder(Path(model_path))
-        named = {
-            "dit_original_ckpt": dit_original_ckpt,
-            "low_noise_original_ckpt": low_noise_original_ckpt,
-            "high_noise_original_ckpt": high_noise_original_ckpt,
-        }
-        self._originals = {name: Path(path) for name, path in named.items() if path}
+        originals = zip(ORIGINALS, (dit_original_ckpt, high_noise_original_ckpt, low_noise_original_ckpt), strict=True)
+        self._originals = {name: Path(path) for name, path in originals if path}
         self._pick = Pick(self._folder, model_cls, self._class, tasks, self._originals, transformer_model_name)
         self._asked: set[str] = set()  # methods that the caller called: a config file does not undo them
         self._by_file: tuple[str, ...] = ()  # methods that the last config file called
@@ -90,8 +87,7 @@ class LightX2VPipeline:
         self.cache_reports: tuple[CacheReport, ...] = ()  # of the last video, one a network
         self.memory_plan: Plan | None = None  # of the last video, where one was made
         self.report = Report()  # of the last video: what ran, how long, in how much memory
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._parts, self._decoding = Parts(self._folder, (), chosen), Decoding()
+        self._parts, self._decoding = Parts(self._folder, (), own_device(device)), Decoding()
         self._vaes = VAERequest(False, False, None, None)
         self._engine, self._loras, self._lora_how = Engine(offload="auto"), tuple[Lora, ...](), "auto"
         self._resize_mode: str | None = None
@@ -132,18 +128,15 @@ class LightX2VPipeline:
         scheduler: "unipc", "euler" or "distilled" (walks denoising_step_list); None: model_cls's own. dtype: "auto",
         "bf16", "fp16", "fp32". Raises UnsupportedBackendError, with reasons, for an attention that cannot run here.
         """
-        if resize_mode not in RESIZE_MODES:
+        if resize_mode not in (None, "fixed_shape"):
             raise ValueError(f"resize_mode={resize_mode!r} is not supported yet; known: None, 'fixed_shape'")
         engine = replace(self._engine, attention=attn_mode, dtype=dtype)
         require_kernels(self._infos or (self._info,), engine, self._parts.device)  # raises before text is encoded
-        high, low = two_scales(guidance_scale)
         if boundary_step_index is None and boundary is None and self._class.experts and self._class.distilled:
             boundary_step_index = 2
         sampling = replace(
-            self._request.sampling,
+            guided(self._request.sampling, guidance_scale),
             steps=infer_steps,
-            cfg_scale=high,
-            cfg_low=low,
             boundary=boundary,
             boundary_step=boundary_step_index if self._class.experts else None,
             shift=float(sample_shift),
@@ -233,11 +226,29 @@ class LightX2VPipeline:
         self._asked.add("enable_quantize")
 
     @checked
-    def enable_parallel(self, cfg_p_size: int = 1, seq_p_size: int = 1, seq_p_attn_type: str = "ulysses") -> None:
-        """Several GPUs for one video: raises NotImplementedError unless both sizes are 1."""
-        if (cfg_p_size, seq_p_size) != (1, 1):
-            asked = f"cfg_p_size={cfg_p_size}, seq_p_size={seq_p_size}, seq_p_attn_type={seq_p_attn_type!r}"
-            raise NotImplementedError(f"one video on several GPUs is not supported yet: {asked}; leave both sizes at 1")
+    def enable_parallel(
+        self,
+        cfg_p_size: int = 1,
+        seq_p_size: int = 1,
+        seq_p_attn_type: str = "ulysses",
+        *,
+        ulysses_p_size: int | None = None,
+        exchange: str = "exact",
+    ) -> None:
+        """One video on several GPUs, by as many processes that torchrun starts (docs/parallel.md).
+
+        cfg_p_size: 2 computes both passes of guidance at once. seq_p_size: processes that share the tokens of a pass;
+        seq_p_attn_type: by "ulysses" or "ring"; ulysses_p_size: or so many by ulysses and the rest by ring.
+        exchange: "fp8" sends queries, keys and values in 8 bits. Every process calls this and `generate`; the arguments
+        of rank 0 count, and it has the video. Raises ValueError for sizes that do not fit the processes or the heads.
+        """
+        parallel = named(cfg_p_size, seq_p_size, seq_p_attn_type, ulysses_p_size, exchange)
+        engine = replace(self._engine, parallel=parallel)
+        require_kernels(self._infos, engine, self._parts.device)
+        if parallel != self._engine.parallel:
+            self._parts.use_mesh(join(parallel, self._parts.device) if parallel.size > 1 else None)
+        self._set_engine(engine)
+        self._asked.add("enable_parallel")
 
     @checked
     def enable_cache(
@@ -261,14 +272,12 @@ class LightX2VPipeline:
         magcache_calibration: skip nothing, measure, and write a .cache.json next to the checkpoint after each video.
         Raises ValueError for a checkpoint whose figures nobody has.
         """
-        require("cache_method", cache_method.lower(), tuple(CACHE_METHODS))
-        method = CACHE_METHODS[cache_method.lower()]
-        threshold = teacache_thresh if method == "teacache" else magcache_thresh
-        cache = Cache(method, threshold, use_ret_steps, magcache_K, magcache_retention_ratio, str(figures))
+        thresholds = {"teacache": teacache_thresh, "magcache": magcache_thresh}
+        cache = cache_of(cache_method, thresholds, use_ret_steps, magcache_K, magcache_retention_ratio, figures)
         told = given(coefficients, magcache_ratios)
 
         def chosen(infos: Sequence[CheckpointInfo]) -> CacheFactory | None:
-            return Recorder() if magcache_calibration else choose(cache, infos, self._note, told)
+            return Recorder() if magcache_calibration else choice.choose(cache, infos, self._note, told)
 
         self._cache = chosen(self._infos) if self._infos else None
         self._choose_cache = chosen
@@ -281,11 +290,11 @@ class LightX2VPipeline:
         images: image_path and last_frame_path, for models that take them; progress.
         Returns the files written, one next to each transformer.
         """
-        before, self._cache = self._cache, Recorder()
+        before, self._cache = self._cache, (recorder := Recorder())
         try:
             for index, prompt in enumerate(prompts):
                 self.generate(seed + index, prompt, negative_prompt, return_result_tensor=True, **images)
-            return save(self._cache, self._infos, self._request)
+            return on_first(self._parts.mesh, lambda: choice.save(recorder, self._infos, self._request))
         finally:
             self._cache = before
 
@@ -347,48 +356,36 @@ class LightX2VPipeline:
         ValueError where the images are not those of the task.
         """
         require("task", task or self._task, self._pick.tasks)
-        given = {"start": image_path is not None, "end": last_frame_path is not None}
-        check_images(self._info, **given)
-        check_given(task or self._task, **given)
-        start, end = (None if path is None else read_image(path) for path in (image_path, last_frame_path))
         changes = Changes(infer_steps, height, width, num_frames, guidance_scale, sample_shift, fps)
-        request = changes.shaped(target_shape).of(self._request, self._info.spec)
-        request = replace(request, prompt=prompt, negative_prompt=negative_prompt)
-        request = replace(request, sampling=replace(request.sampling, seed=seed))
-        request = self._sized(request, start if start is not None else end)
-        if not return_result_tensor:
-            require_writable(save_result_path, request.width, request.height)
-        watch = Watch(self._parts.device)
+        fixed, images = self._resize_mode == "fixed_shape", (image_path, last_frame_path)
+        called = Call(task or self._task, prompt, negative_prompt, seed, images, changes.shaped(target_shape), fixed)
+        target, watch = None if return_result_tensor else save_result_path, Watch(self._parts.device)
         with watch.stage("encode"):
-            encoded = encode(self._parts, self._info.spec, request, start, end)
+            request, encoded = prepare(self._parts, self._info, called, self._request, target)
         with watch.stage("sample") as lines:
-            latents = self._sample(request, encoded, lambda: ticker(progress, on_step))
+            latents = self._sample(request, encoded, lambda: ticker(progress, on_step, self._parts.mesh))
             lines += self._parts.said(self.cache_reports)
         with watch.stage("decode"):
             frames = decode(self._parts, latents, self._decoding, progress)
-        model = {"model": self._info.spec.title, "model_cls": self._pick.model_cls, "task": task or self._task}
+        model = {"model": self._info.spec.title, "model_cls": self._pick.model_cls, "task": called.task}
         metadata = {**model, **described(request)}
-        if not return_result_tensor:
+        if target is not None:
             with watch.stage("save"):
-                save_video(frames, save_result_path, request.fps, metadata)
+                save(self._parts, frames, target, request.fps, metadata)
         self.report = Report(tuple(watch.stages))
-        return {"video": frames if return_result_tensor else None, "metadata": {**metadata, "seconds": watch.seconds}}
+        return {"video": frames if target is None else None, "metadata": {**metadata, "seconds": watch.seconds}}
 
     @checked
     def describe(self, image_path: str | Path | None = None) -> str:
         """Model, size and steps of the next video, in one line. image_path: the picture that it is to start from."""
-        request = self._sized(self._request, None if image_path is None else read_image(image_path))
+        request = self._request
+        if image_path is not None and self._resize_mode != "fixed_shape":
+            request = sized_for(read_image(image_path), request, self._info.spec)
         return f"{self._info.spec.title}, {in_words(request)} on {self._parts.device}"
 
     def _set_engine(self, engine: Engine) -> None:
         self._parts.use_engine(engine)
         self._engine = engine
-
-    def _sized(self, request: Request, image: Tensor | None) -> Request:
-        """The request at the size that its image asks for."""
-        if image is None or self._resize_mode == "fixed_shape":
-            return request
-        return sized_for(image, request, self._info.spec)
 
     @property
     def _info(self) -> CheckpointInfo:
@@ -441,9 +438,12 @@ class LightX2VPipeline:
             self.cache_reports, self.memory_plan = (), self._parts.plan
             return diffuse(model, begin, request.sampling, cond, uncond, hooks=hooks(), cache=self._cache)
 
+        recorder = self._cache if isinstance(self._cache, Recorder) else None
+        if recorder is not None and self._engine.parallel.cfg > 1:
+            raise ValueError("a calibration compares both passes of guidance on one process: leave cfg_p_size at 1")
         latents = self._parts.sampled(self._engine, self._loras, self._lora_how, asked, work)
-        if isinstance(self._cache, Recorder):
-            save(self._cache, self._infos, request)
+        if recorder is not None:
+            only_on_first(self._parts.mesh, lambda: choice.save(recorder, self._infos, request))
         return latents
 
     def _note(self, report: CacheReport) -> None:

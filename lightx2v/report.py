@@ -85,6 +85,7 @@ def sampling_lines(
     lines = [f"model: {info.path.name}: {info.describe()}" for info in infos]
     lines.append(f"kernels: {_by_backend(kernels.names)}; computing in {dtype} on {_named(device)}")
     lines.append(plan.line() if plan is not None else f"offload: {engine.offload}, whole transformers")
+    lines += [f"parallel: {engine.parallel.describe()}"] if engine.parallel.size > 1 else []
     lines += [f"LoRA: {line}" for each in applied if each is not None for line in each.lines()]
     return lines + [f"cache: {report.describe()}" for report in caches]
 

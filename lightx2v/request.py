@@ -3,12 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import Tensor
 
-from lightx2v.config import Request
+from lightx2v.config import Request, Sampling
 from lightx2v.diffuse import schedule_of
+from lightx2v.fitting import check_given, check_images
+from lightx2v.identify import CheckpointInfo
+from lightx2v.media import read_image
 from lightx2v.models import ModelSpec
 from lightx2v.shapes import VideoShape, size_for_image, snap
 
@@ -64,13 +68,50 @@ class Changes:
                 )
             sampling = replace(sampling, steps=self.infer_steps)
         if self.guidance_scale is not None:
-            high, low = two_scales(self.guidance_scale)
-            sampling = replace(sampling, cfg_scale=high, cfg_low=low)
+            sampling = guided(sampling, self.guidance_scale)
         if self.sample_shift is not None:
             sampling = replace(sampling, shift=float(self.sample_shift))
         asked = {"height": self.height, "width": self.width, "num_frames": self.num_frames, "fps": self.fps}
         changed = replace(request, sampling=sampling, **{k: v for k, v in asked.items() if v is not None})  # type: ignore[arg-type]
         return snapped(changed, spec)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `LightX2VPipeline.generate` was called with, but for what shows and saves the result.
+
+    images: paths of the first and of the last frame. fixed: exactly the size asked for, cutting the images.
+    """
+
+    task: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    images: tuple[str | Path | None, str | Path | None]
+    changes: Changes
+    fixed: bool
+
+    def of(self, before: Request, info: CheckpointInfo) -> tuple[Request, tuple[Tensor | None, Tensor | None]]:
+        """The request, and its pictures (1, H, W, 3); before: what create_generator said.
+
+        Raises CheckpointError for a picture that is missing or that the model cannot use, ValueError where they are not
+        those of the task.
+        """
+        given = {name: path is not None for name, path in zip(("start", "end"), self.images, strict=True)}
+        check_images(info, **given)
+        check_given(self.task, **given)
+        start, end = (None if path is None else read_image(path) for path in self.images)
+        request = self.changes.of(before, info.spec)
+        request = replace(request, prompt=self.prompt, negative_prompt=self.negative_prompt)
+        request = replace(request, sampling=replace(request.sampling, seed=self.seed))
+        shown = start if start is not None else end
+        return request if shown is None or self.fixed else sized_for(shown, request, info.spec), (start, end)
+
+
+def guided(sampling: Sampling, scale: Scale) -> Sampling:
+    """The same with one scale, or those of both experts."""
+    high, low = two_scales(scale)
+    return replace(sampling, cfg_scale=high, cfg_low=low)
 
 
 def two_scales(given: Scale) -> tuple[float, float | None]:

@@ -1,8 +1,10 @@
 """The stages of one video over the parts of a model: text and images to conditioning, latents to frames."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +15,41 @@ from lightx2v.decoding import Decoding, decode_video
 from lightx2v.diffuse import Hooks, Start
 from lightx2v.frames import Encode, as_cut, whole_clips
 from lightx2v.guidance import Conditioning
-from lightx2v.media import to_frames
+from lightx2v.identify import CheckpointInfo
+from lightx2v.media import require_writable, save_video, to_frames
 from lightx2v.models import ModelSpec
 from lightx2v.models.wan.conditioning import image_latent
 from lightx2v.offload.shortage import once_there_is_room, says_if_lost
+from lightx2v.parallel.agreement import on_first, only_on_first, together
+from lightx2v.parallel.decoding import decode_video as decode_together
+from lightx2v.parallel.mesh import Mesh
 from lightx2v.parts import Parts
+from lightx2v.request import Call
 from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, to_latent
 from lightx2v.vae import stream
 from lightx2v.vae.hunyuan15 import HunyuanVAE
+from lightx2v.vae.loading import VAE, VAEInfo
 from lightx2v.vae.padded import encode_padded
 
 Encoded = tuple[Conditioning, Conditioning | None, Start]
+Prepared = tuple[Request, Encoded]
+
+
+def prepare(parts: Parts, info: CheckpointInfo, called: Call, before: Request, target: str | Path | None) -> Prepared:
+    """The request that `called` makes of the one before, at the size of its pictures, and what it becomes, encoded.
+
+    target: where the video is to be written, None: nowhere. Of several processes rank 0 alone reads and encodes, and
+    its own arguments count. Raises, before anything is encoded, as `Call.of` and `require_writable` do.
+    """
+
+    def work() -> Prepared:
+        request, (start, end) = called.of(before, info)
+        if target is not None:
+            require_writable(target, request.width, request.height)
+        return request, encode(parts, info.spec, request, start, end)
+
+    return on_first(parts.mesh, work)
 
 
 @says_if_lost
@@ -71,17 +96,36 @@ def _padded(parts: Parts) -> Encode:
 
 
 @says_if_lost
-def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor:
-    """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU."""
-    info, vae = parts.decoder()
-    frames = decode_video(
-        info, vae, latents, how, free=parts.room_bytes(), progress=progress, make_room=parts.clear_transformers
-    )
-    return to_frames(frames)
+def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor | None:
+    """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU; of several processes on rank 0, None elsewhere.
+
+    Several processes decode together, each some rows of every frame.
+    """
+    if parts.mesh is None:
+        info, vae = parts.decoder()
+        room, free = parts.clear_transformers, parts.room_bytes()
+        return to_frames(decode_video(info, vae, latents, how, free=free, progress=progress, make_room=room))
+    read: list[tuple[VAEInfo, VAE]] = []
+    together(parts.mesh, lambda: read.append(parts.decoder()))
+    info, vae = read[0]
+    frames = decode_together(parts.mesh, info, vae, latents, how, free=parts.room_bytes(), progress=progress)
+    return None if frames is None else to_frames(frames)
 
 
-def ticker(progress: bool, on_step: Callable[[Step, Tensor], None] | None) -> Hooks:
-    """A progress bar over the steps, with time left, that also calls the caller's hook."""
+def save(parts: Parts, frames: Tensor | None, target: str | Path, fps: int, metadata: Mapping[str, Any]) -> None:
+    """Write the frames of rank 0; the others wait."""
+
+    def work() -> None:
+        assert frames is not None
+        save_video(frames, target, fps, metadata)
+
+    only_on_first(parts.mesh, work)
+
+
+def ticker(progress: bool, on_step: Callable[[Step, Tensor], None] | None, mesh: Mesh | None = None) -> Hooks:
+    """A progress bar over the steps, with time left, that also calls the caller's hook; of a mesh on rank 0 alone."""
+    if mesh is not None and not mesh.first:
+        return Hooks()
     bar = tqdm(desc="sample", unit="step", disable=not progress)
 
     def tick(step: Step, x0: Tensor) -> None:

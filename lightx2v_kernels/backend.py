@@ -45,6 +45,8 @@ class Backend:
     max_error: set for a backend that is lossy by design: the relative error to fp32 that it keeps to. Such a backend
         runs when named; `auto` takes it where it is measured to be close enough and worth its error.
     rotary: imports and returns the backend's own `Kernels.rotary_attention`, where it has one.
+    partial: imports and returns, where there is one, attention with the logarithm of each softmax's denominator, by
+        which attention to parts of the keys is merged: (B, L, H, D), and (B, H, L) float32.
     variants: other backends of this op, which compute the same: where speed is measured, naming this one takes the
         fastest of it and them.
     """
@@ -64,6 +66,7 @@ class Backend:
     head_dims: frozenset[int] | None = None
     max_error: float | None = None
     rotary: Callable[[], Callable[..., Any]] | None = None
+    partial: Callable[[], Callable[..., tuple[Tensor, Tensor]]] | None = None
     variants: tuple[str, ...] = ()
 
     @property

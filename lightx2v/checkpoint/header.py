@@ -92,7 +92,7 @@ class TensorInfo:
         return self.span[1] if self.span else prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Stamp:
     """A file as it was when its header was read: bytes, and the time of its last change in ns."""
 

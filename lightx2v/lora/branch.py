@@ -4,7 +4,8 @@
 All LoRAs of a layer are one pair of matmuls, their ranks concatenated; scale is a vector with an entry per rank.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,6 +61,12 @@ class Branch(nn.Module):
         }
         for name, tensor in parts.items():
             self.register_buffer(name, tensor.to(_device(linear), dtype).contiguous(), persistent=False)
+
+    def without_contents(self) -> "Branch":
+        """One of the same shapes on the meta device."""
+        bare = copy.copy(self)
+        bare.__dict__["_buffers"] = {name: tensor.to("meta") for name, tensor in self.named_buffers()}
+        return bare
 
     def set_strength(self, index: int, strength: float) -> None:
         """strength: of the LoRA at `index` of the stack."""
@@ -191,8 +198,13 @@ def detach(module: nn.Module) -> None:
 
 def share(source: nn.Module, target: nn.Module) -> None:
     """Give `target`, another network over the same weights, the branches of `source`; their tensors are shared."""
-    for name, layer in list(branched(source)):
-        _replace(target, name, BranchedLinear(target.get_submodule(name), layer.lora))
+    graft(target, {name: layer.lora for name, layer in branched(source)})
+
+
+def graft(target: nn.Module, branches: Mapping[str, Branch]) -> None:
+    """Give `target` these branches, by the names of their layers."""
+    for name, branch in branches.items():
+        _replace(target, name, BranchedLinear(target.get_submodule(name), branch))
 
 
 def _replace(module: nn.Module, name: str, new: nn.Module) -> None:

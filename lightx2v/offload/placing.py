@@ -14,15 +14,16 @@ from torch import nn
 from lightx2v.blocks import RunBlocks
 from lightx2v.cache.choice import kept_bytes
 from lightx2v.checkpoint import Header
-from lightx2v.config import Engine, one_of
+from lightx2v.config import Engine, Parallel, one_of
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import build_transformer, compute_dtype
 from lightx2v.lora import Applied, Lora
-from lightx2v.memory import transformer_activation_bytes
+from lightx2v.memory import fused_by, transformer_activation_bytes
 from lightx2v.offload.lane import link_rate
 from lightx2v.offload.plan import GB, RAM_RESERVE, DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
 from lightx2v.offload.shortage import Advice
 from lightx2v.offload.stream import BlockStream
+from lightx2v.parallel.mesh import beside
 from lightx2v.quant.packing import filling
 
 log = logging.getLogger(__name__)
@@ -102,16 +103,19 @@ class Placing:
         self, engine: Engine, infos: Sequence[CheckpointInfo], networks: Sequence[nn.Module], asked: Asked
     ) -> Plan:
         """networks: those read already, or none. Raises DoesNotFitError where nothing helps."""
-        shown = networks or [build_transformer(info, engine, self.device) for info in infos]
+        alone = replace(engine, parallel=Parallel())  # weights are the same however many compute
+        shown = networks or [build_transformer(info, alone, self.device) for info in infos]
         info = infos[0]
         dtype = compute_dtype(engine, info.dtype, self.device)
-        activations = transformer_activation_bytes(info, asked.shape, dtype)
+        fused, parts = all(fused_by(network) for network in shown), engine.parallel.sequence
+        activations = transformer_activation_bytes(info, asked.shape, dtype, parts, fused=fused)
         activations += kept_bytes(info, asked.shape, dtype) if asked.cached else 0
         activations += 0 if networks else sum(file_bytes(lora.path) for lora in asked.loras)
         here = sum(held_bytes(network) for network in networks if _on(network, self.device))
         if self._link is None:
             self._link = link_rate(self.device)
-        ram, total = ram_bytes()
+        sharing = beside() if engine.parallel.size > 1 else 1
+        ram, total = (nbytes // sharing for nbytes in ram_bytes())
         free_ram = ram + sum(held_bytes(network) for network in networks if _on(network, CPU))
         if engine.ram_budget_gb:
             free_ram = min(free_ram, int(engine.ram_budget_gb * GB) + RAM_RESERVE)

@@ -19,6 +19,16 @@ def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return one_op("flash_attn2", lambda q, k, v: flash_attn_func(q, k, v))
 
 
+def load_partial() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from flash_attn import flash_attn_func
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = flash_attn_func(q, k, v, return_attn_probs=True)
+        return out, lse
+
+    return attention
+
+
 BACKENDS = (
     Backend(
         "attention",
@@ -33,5 +43,6 @@ BACKENDS = (
         min_sm=(8, 0),
         dtypes=frozenset({torch.float16, torch.bfloat16}),
         head_dims=frozenset(range(8, 257, 8)),
+        partial=load_partial,
     ),
 )

@@ -6,6 +6,7 @@ on an H100, and 0.054 wrong on random data, for no smoothing prepares the keys (
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,17 @@ def load() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return one_op("flash_attn3", lambda q, k, v: _result(flash(q, k, v)))
 
 
+def load_partial() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    flash = flash_attn_func()
+    asked = {"return_attn_probs": True} if "return_attn_probs" in inspect.signature(flash).parameters else {}
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = flash(q, k, v, **asked)  # until 2025 it returned both without being asked
+        return out, lse
+
+    return attention
+
+
 @functools.cache
 def load_fp8() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from lightx2v_kernels.attention._package import one_op
@@ -76,6 +88,7 @@ BACKENDS = (
         rank=50,
         dtypes=frozenset({torch.float16, torch.bfloat16}),  # fa3-fwd is built without float16: its self-test says so
         head_dims=frozenset(range(8, 257, 8)),
+        partial=load_partial,
         **NEEDS,
     ),
     Backend(

@@ -21,4 +21,12 @@ def attention_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
-BACKENDS = (Backend("attention", "reference", lambda: attention, rank=1000, dtypes=FLOATS),)
+def attention_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of each softmax's denominator (B, H, L) float32."""
+    wide = widen(q).transpose(1, 2) * q.shape[-1] ** -0.5
+    return attention(q, k, v), (wide @ widen(k).permute(0, 2, 3, 1)).logsumexp(dim=-1).float()
+
+
+BACKENDS = (
+    Backend("attention", "reference", lambda: attention, rank=1000, dtypes=FLOATS, partial=lambda: attention_partial),
+)

@@ -45,6 +45,36 @@ def _trains(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def flash_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashAttention-2 with its logarithm: (B, L, H, D), (B, H, L) float32."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+    return out.transpose(1, 2), lse
+
+
+def cudnn_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """cuDNN's with its logarithm; shapes as above."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out.transpose(1, 2), lse.reshape(q.shape[:3])
+
+
+def efficient_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory-efficient one with its logarithm, whose rows are padded to a multiple of 32; shapes as above."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out.transpose(1, 2), lse[..., : q.shape[2]]
+
+
+def sdpa_partial(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Of PyTorch's kernels the one that can; shapes as above."""
+    if q.device.type == "cuda":
+        return (flash_partial if q.dtype in HALVES else efficient_partial)(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out.transpose(1, 2), lse.float()
+
+
 BACKENDS = (
     Backend(
         "attention",
@@ -53,6 +83,7 @@ BACKENDS = (
         rank=90,
         dtypes=FLOATS,
         variants=("torch_flash", "torch_cudnn", "torch_efficient"),
+        partial=lambda: sdpa_partial,
     ),
     Backend(
         "attention",
@@ -63,6 +94,7 @@ BACKENDS = (
         min_sm=(8, 0),
         dtypes=HALVES,
         head_dims=frozenset(range(8, 257, 8)),
+        partial=lambda: flash_partial,
     ),
     Backend(
         "attention",
@@ -73,6 +105,7 @@ BACKENDS = (
         min_sm=(8, 0),
         dtypes=HALVES,
         head_dims=frozenset(range(8, 129, 8)),
+        partial=lambda: cudnn_partial,
     ),
     Backend(
         "attention",
@@ -83,5 +116,6 @@ BACKENDS = (
         min_sm=(5, 0),
         dtypes=FLOATS,
         head_dims=frozenset(range(8, 257, 8)),
+        partial=lambda: efficient_partial,
     ),
 )

@@ -94,7 +94,7 @@ def test_a_config_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_config_that_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = written(tmp_path, parallel={"cfg_p_size": 2}, dit_original_ckpt="gone.safetensors", feature_caching="Ada")
+    file = written(tmp_path, parallel={"tensor_p_size": 2}, dit_original_ckpt="gone.safetensors", feature_caching="Ada")
     assert main(["config", file]) == 1
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.endswith("settings.json: cannot run")

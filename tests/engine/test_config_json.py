@@ -15,9 +15,11 @@ import pytest
 from dev import config_table
 from dev.environment import REPOSITORY
 from lightx2v import LightX2VPipeline, config_json
+from lightx2v.config import Parallel
 from lightx2v.config_json import Reading, read_config, read_told
 from lightx2v.config_keys import DEAD, HONOURED, KEYS, MODEL, REFUSED, TABLE, VERDICTS
 from lightx2v.config_survey import ABSENT, CANNOT, IDLE, NEEDS, RUNS, survey
+from lightx2v.parallel.sizes import named
 from lightx2v_kernels import registry
 
 CONFIGS = REPOSITORY.parent / "shared" / "reference" / "configs"
@@ -76,13 +78,14 @@ def test_the_table_says_what_every_file_becomes() -> None:
         key for verdict, keys in files.values() if verdict == CANNOT for key, what in keys.items() if "=" in what
     }
     assert {"parallel", "feature_caching", "self_attn_1_type", "changing_resolution"} <= refused
+    assert sum("enable_parallel(" in keys.get("parallel", "") for _, keys in files.values()) >= 24
 
 
 def test_a_file_is_surveyed_beyond_what_cannot_be_honoured(tmp_path: Path) -> None:
     settings = {
         **SIZES,
         "target_heigth": 480,
-        "parallel": {"seq_p_size": 4},
+        "parallel": {"tensor_p_size": 4},
         "feature_caching": "Custom",
         "teacache_thresh": 0.2,
         "t5_cpu_offload": True,
@@ -217,6 +220,7 @@ def test_honoured_keys_change_what_is_asked_for() -> None:
         "qwen25vl_quant_scheme": "int8",
         "attn_type": "torch_sdpa",
         "clip_quant_scheme": "int8",
+        "parallel": {"cfg_p_size": 2},
     }
     attention = {"self_attn_1_type": "torch_sdpa", "cross_attn_1_type": "reference", "cross_attn_2_type": "reference"}
     elsewhere = {"transformer_model_name", "aspect_ratio"}  # tested by themselves: they need a folder
@@ -257,12 +261,40 @@ def test_a_hunyuans_size_is_its_transformers(tmp_path: Path) -> None:
 
 def test_refused_keys_are_refused_unless_switched_off() -> None:
     for key in (key for key, row in KEYS.items() if row.verdict == REFUSED):
-        on: Any = {"cfg_p_size": 2} if key == "parallel" else True
         with pytest.raises(ValueError, match=rf"config\.json: {key}=.*remove {key} from the file"):
-            translate({key: on})
+            translate({key: True})
         for off in (False, None, "", 0, {}):
             assert translate({key: off}) == config_json.Told()
-    assert translate({"parallel": {"cfg_p_size": 1, "seq_p_size": 1, "seq_p_attn_type": "ring"}}) == config_json.Told()
+
+
+def test_several_gpus() -> None:
+    def told(**parallel: Any) -> Any:
+        return dict(translate({"parallel": parallel}).calls)
+
+    assert told(cfg_p_size=1, seq_p_size=1, seq_p_attn_type="ring") == told() == {}
+    assert translate({"parallel": False}).calls == {}
+    asked = {"cfg_p_size": 2, "seq_p_size": 4, "seq_p_attn_type": "ulysses-4090"}
+    assert told(**asked) == {"enable_parallel": asked} and named(**asked) == Parallel(4, 1, 2)
+    fp8 = {"seq_p_size": 8, "exchange": "fp8"}
+    assert told(seq_p_size=8, seq_p_fp8_comm=True) == told(seq_p_size=8, seq_p_quant_scheme="fp8")
+    assert told(seq_p_size=8, seq_p_fp8_comm=True) == {"enable_parallel": fp8}
+    (said,) = translate({"parallel": {"seq_p_size": 2, "vae_parallel": False}}).unused
+    assert said.startswith("parallel.vae_parallel (")
+    for parallel, words in (
+        ({"tensor_p_size": 4}, r"parallel=\{.*tensor_p_size=4: layers are not split .* the nearest is seq_p_size"),
+        ({"seq_p_size": 4, "seq_p_fp4_comm": True}, "not exchanged in 4 bits"),
+        ({"seq_p_sise": 4}, "'seq_p_sise' is no key of parallel; it has cfg_p_size, seq_p_size"),
+        ({"seq_p_size": 0}, "seq_p_size=0: expected a number of processes"),
+        ({"seq_p_size": 4, "seq_p_attn_type": "usp"}, "'usp' is not supported; known: ulysses, ring, ulysses-4090"),
+        ({"cfg_p_size": 3}, "cfg=3 must be 1 .off. or 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            translate({"parallel": parallel})
+    with pytest.raises(ValueError, match=r"parallel=4: expected an object"):
+        translate({"parallel": 4})
+    assert named(1, 8, "ring", 2) == Parallel(2, 4) and named(1, 8, "ring") == Parallel(1, 8)
+    with pytest.raises(ValueError, match=r"ulysses_p_size=3: the second must divide the first"):
+        named(1, 8, "ulysses", 3)
 
 
 def test_dead_keys_are_named_in_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from safetensors.torch import save_file
 
@@ -24,6 +23,7 @@ from host.tiny_models import write_transformer
 from lightx2v import LightX2VPipeline
 from lightx2v.__main__ import main
 from lightx2v.checkpoint import CheckpointError
+from pyproject import read_pyproject
 from tiny_wan import DIT, SMALL, T5, pipeline, quantised, video, write_folder
 
 
@@ -68,8 +68,10 @@ def test_what_only_lightx2v_has_is_refused_in_words(folder: Path, caplog: pytest
     with pytest.raises(ValueError, match="transformer_model_name='480p_t2v': only HunyuanVideo"):
         LightX2VPipeline(folder, transformer_model_name="480p_t2v")
     LightX2VPipeline(folder, transformer_model_name=None, sf_model_path=None)  # type: ignore[call-arg]
-    with pytest.raises(NotImplementedError, match="several GPUs is not supported yet: cfg_p_size=2, seq_p_size=4"):
-        pipe.enable_parallel(cfg_p_size=2, seq_p_size=4)
+    with pytest.raises(ValueError, match=r"ulysses 2 x cfg 2 takes 4 processes.*torchrun --nproc_per_node 4"):
+        pipe.enable_parallel(cfg_p_size=2, seq_p_size=2)
+    with pytest.raises(ValueError, match=r"ulysses=4 cannot share the 2 heads of Wan2.1 T2V: choose 2, or ring"):
+        pipe.enable_parallel(seq_p_size=4)
     pipe.enable_parallel()
     with caplog.at_level(logging.WARNING):
         pipe.create_generator(**SMALL, aspect_ratio="16:9", rope_type="torch_real_rope")  # type: ignore[call-arg]
@@ -294,9 +296,7 @@ print(sorted({{name.split(".")[0] for name in sys.modules}} & set({heavy.split()
 
 
 def test_types_are_packaged() -> None:
-    data = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
-        "package-data"
-    ]
+    data = read_pyproject()["tool"]["setuptools"]["package-data"]
     for package in ("lightx2v", "lightx2v_kernels"):
         assert "py.typed" in data[package] and (REPOSITORY / package / "py.typed").is_file()
 

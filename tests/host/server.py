@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,12 +44,21 @@ class Server:
         interrupt_after: int | None = None,
         extra_data: Mapping[str, Any] | None = None,
         timeout_s: float = 300,
+        on_progress: Callable[[float], None] = lambda done: None,
     ) -> Result:
         """Queue an API-format graph ({id: {class_type, inputs}}) and wait until it ends, in whatever way.
 
         interrupt_after: press Cancel once a node reports this many steps done.
+        on_progress: is told how many steps the running node has done, each time that it reports.
         """
-        return queue(self.url, graph, interrupt_after=interrupt_after, extra_data=extra_data, timeout_s=timeout_s)
+        return queue(
+            self.url,
+            graph,
+            interrupt_after=interrupt_after,
+            extra_data=extra_data,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+        )
 
     def get(self, path: str) -> Any:
         """GET a JSON document, such as "/object_info"."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from host.tiny_models import train_tokenizer
@@ -20,14 +22,17 @@ from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.names import to_diffusers
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.preview import COLOURS_KEY
+from lightx2v.text import qwen
 from lightx2v.text.layout import EMBEDDED_TOKENIZER, Sizes, to_original_layout
 from lightx2v.text.umt5 import empty_network
 from lightx2v.vae.tae import TAEConfig, TinyVAE
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
 from lightx2v.vae.wan22 import Wan22VAE, Wan22VAEConfig
-from lightx2v.vision import clip
+from lightx2v.vision import clip, siglip
 from lightx2v.vision.layout import Sizes as ImageSizes
 from lightx2v_kernels import references
+from tiny_encoders15 import byt5_state, qwen_state, siglip_state
+from tiny_umt5 import to_fast
 
 State = dict[str, Tensor]
 WAN = WanConfig(128, 16, 1, 16, 16, text_dim=16, freq_dim=16, patch_size=(1, 2, 2))
@@ -157,6 +162,28 @@ def image_encoders() -> tuple[Table, ...]:
 
 
 @cache
+def encoders15() -> Mapping[str, Table]:
+    """Those of HunyuanVideo-1.5."""
+    words = Sizes(vocab_size=384, hidden_size=16, num_heads=2, head_dim=8, ffn_size=16, num_layers=2, num_buckets=4)
+    sight = siglip.Sizes(hidden_size=72, ffn_size=16, num_layers=2, patch_size=4, grid=2)
+    talk = qwen.Sizes(vocab_size=64, hidden_size=128, num_heads=1, num_kv_heads=1, ffn_size=16, num_layers=3)
+    return {
+        "byt5.safetensors": Table.of({name: t.bfloat16() for name, t in byt5_state(words).items()}),
+        "siglip.safetensors": Table.of({name: t.bfloat16() for name, t in siglip_state(sight).items()}),
+        "qwen.safetensors": Table.of(
+            {name: t.bfloat16() for name, t in qwen_state(talk).items() if "visual" not in name}
+        ),
+    }
+
+
+@cache
+def tokenizer_json() -> dict[str, Any]:
+    """A tokenizer.json of umT5's kind."""
+    found: dict[str, Any] = json.loads(to_fast(train_tokenizer()).to_str())
+    return found
+
+
+@cache
 def loras() -> tuple[Table, ...]:
     """Of the Wan above: PEFT's names with settings, kohya's with alphas, whole differences."""
     layers = ("blocks.0.self_attn.q", "blocks.0.ffn.0", "head.head")
@@ -211,6 +238,20 @@ def blocks() -> dict[str, bytes]:
     inside = tuple(entry for entry in table.entries if entry.name.startswith("blocks.0."))
     outside = tuple(entry for entry in table.entries if entry not in inside)
     return {"block_0.safetensors": plain(Table(inside)), "non_block.safetensors": plain(Table(outside))}
+
+
+@cache
+def pictures() -> dict[str, bytes]:
+    """One small picture in the usual formats, with an orientation in its EXIF."""
+    picture = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    made = {}
+    for kind in ("png", "jpeg", "webp", "gif", "bmp", "tiff"):
+        file = io.BytesIO()
+        picture.save(file, kind, exif=exif)
+        made[f"a.{kind}"] = file.getvalue()
+    return made
 
 
 CONFIG: dict[str, Any] = {

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from host.tiny_models import train_tokenizer
 from hostile import corpus
 from hostile.mutators import Dice, damage, damage_json, damage_table, damage_zip, json_bytes, one_in, pick, written
 from hostile.tables import Table, gguf, object_text, pth, safetensors, safetensors_header
 from lightx2v.cache.lookup import figures_path, fingerprint, read_figures
-from lightx2v.checkpoint import CheckpointError, read_header, read_tensors
+from lightx2v.checkpoint import CheckpointError, Header
 from lightx2v.comfyui import read_graph
 from lightx2v.config import Engine
 from lightx2v.config_json import ConfigError, Reading, read_config
@@ -24,10 +25,12 @@ from lightx2v.identify import identify, recognise
 from lightx2v.inspection import inspected
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Lora, apply_loras, check_loras, read_lora
+from lightx2v.media import read_image
 from lightx2v.preview import read_colours
-from lightx2v.text import umt5
+from lightx2v.text import byt5, qwen, umt5
+from lightx2v.text.tokenizer import find_tokenizer
 from lightx2v.vae.loading import identify_vae, load_vae
-from lightx2v.vision import clip
+from lightx2v.vision import clip, siglip
 
 CPU = torch.device("cpu")
 LONG = 6000  # characters; of a message that someone is to read
@@ -55,6 +58,7 @@ class Reader:
     valid: Callable[[], tuple[Case, ...]]
     read: Callable[[Path], object]
     errors: tuple[type[Exception], ...] = (CheckpointError,)
+    memory: int = 1 << 30  # bytes of addresses that it may take, beside what is there before the first file
 
 
 def complaint(reader: Reader, path: Path, error: BaseException) -> str:
@@ -133,11 +137,24 @@ def _load_vae(path: Path) -> None:
     load_vae(identify_vae(path), dtype=torch.float32, device=CPU)
 
 
-def _whole(path: Path) -> None:
-    header = read_header(path)
-    for _ in read_tensors(header):
-        pass
+def _encoder15(path: Path) -> None:
     recognise(path)
+    {"byt5": byt5.load, "siglip": siglip.load, "qwen": qwen.open_encoder}[path.stem](path)
+
+
+def _tokenizer(dice: Dice) -> Case:
+    if one_in(dice, 2):
+        return Case({"spiece.model": damage(dice, train_tokenizer())}, "spiece.model")
+    return Case({"tokenizer.json": json_bytes(dice, corpus.tokenizer_json())}, "tokenizer.json")
+
+
+def _valid_tokenizers() -> tuple[Case, ...]:
+    told = {"tokenizer.json": written(corpus.tokenizer_json()).encode(), "spiece.model": train_tokenizer()}
+    return tuple(Case({name: raw}, name) for name, raw in told.items())
+
+
+def _read_tokenizer(path: Path) -> None:
+    find_tokenizer(Header(path, {}, {}), path, 256).encode("a red circle, moves <extra_id_0> to \u7ea2 the right")
 
 
 @cache
@@ -255,13 +272,25 @@ def _read_figures(path: Path) -> None:
     read_figures(path, info, strict=False)
 
 
+def _picture(dice: Dice) -> Case:
+    name = pick(dice, list(corpus.pictures()))
+    return Case({name: damage(dice, corpus.pictures()[name])}, name)
+
+
+def _valid_pictures() -> tuple[Case, ...]:
+    return tuple(Case({name: raw}, name) for name, raw in corpus.pictures().items())
+
+
 READERS: dict[str, Reader] = {
+    "picture": Reader(_picture, _valid_pictures, read_image, (ValueError,), memory=4 << 30),
     "safetensors": _of_tables(_numbered(corpus.transformers, ".safetensors"), _safetensors, corpus.plain, _open_model),
     "gguf": _of_tables(lambda: {"m.gguf": corpus.gguf_transformer()}, _gguf, gguf, _open_model),
     "pth": _of_tables(_numbered(lambda: corpus.transformers()[:1], ".pth"), _pth, pth, _open_model),
     "vae": _of_tables(corpus.vaes, _safetensors, corpus.plain, _load_vae),
     "text": _of_tables(_numbered(corpus.text_encoders, ".safetensors"), _safetensors, corpus.plain, umt5.load),
     "image": _of_tables(_numbered(corpus.image_encoders, ".safetensors"), _safetensors, corpus.plain, clip.load),
+    "encoders15": _of_tables(corpus.encoders15, _safetensors, corpus.plain, _encoder15),
+    "tokenizer": Reader(_tokenizer, _valid_tokenizers, _read_tokenizer),
     "lora": _of_tables(_numbered(corpus.loras, ".safetensors"), _safetensors, corpus.plain, _apply_lora),
     "index": Reader(_index, _valid_index, _open_model),
     "folder": Reader(_folder_config, _valid_folder, _read_folder),

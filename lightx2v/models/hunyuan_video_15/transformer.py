@@ -8,7 +8,7 @@ norms, RoPE and the residual additions inside the kernels.
 Source of the structure: Tencent-Hunyuan/HunyuanVideo-1.5, hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -28,6 +28,7 @@ from lightx2v.models.hunyuan_video_15.text import (
     attend,
     packed,
 )
+from lightx2v.parallel.cut import Cut, Stream
 from lightx2v.quant.feeding import agreed, gelu_between, modulate, residual_modulate
 from lightx2v.tokens import RMSNorm, rope_table
 from lightx2v_kernels import Kernels
@@ -58,6 +59,16 @@ class BlockArgs:
     video: int  # how many of the tokens are the video's; those behind are the text's
     rope: tuple[Tensor, Tensor]  # cos and sin of the video's tokens, each (video, head_dim / 2) float32
     lengths: tuple[int, ...] | None  # of video and text together, of each sample; None: none is padded
+
+    def streams(self, tokens: int) -> tuple[Stream, ...]:
+        """How so many tokens may be shared out: a part of the video's and a part of the text's."""
+        text = None if self.lengths is None else tuple(length - self.video for length in self.lengths)
+        return Stream(1, self.video), Stream(1, tokens - self.video, text)
+
+    def cut(self, cut: Cut) -> "BlockArgs":
+        """The same for that part of the tokens; which of them count, the attention over all parts knows."""
+        cos, sin = (cut.of(table, 0) for table in self.rope)
+        return replace(self, video=cut.size(self.video), rope=(cos, sin), lengths=None)
 
 
 class Modulation(nn.Module):

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
 from .faults import FixtureDigest, FixtureTripwire
+from .flags import FixturePlanWith
 from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
@@ -27,6 +28,7 @@ class FixtureExtension(ComfyExtension):
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
+            FixturePlanWith,
             FixturePreviewMethod,
             FixtureRandomLatent,
             FixtureTightVae,
