@@ -23,7 +23,7 @@ STAGES: dict[str, tuple[str, int, str]] = {
     "encoding": ("lightx2v.text.resting:Widened.forward", 1, ""),
     "reading the transformer": ("lightx2v.checkpoint.weights:_put", 20, "blocks."),
     "sampling": ("lightx2v.models.wan.transformer:WanBlock.forward", 3, ""),
-    "decoding": ("lightx2v.vae.wan:WanVAE.reconstruct", 1, ""),
+    "decoding": ("lightx2v.vae.wan:WanVAE.reconstruct", 0, ""),
     "saving": ("comfy_api.latest._input_impl.video_types:VideoFromComponents.save_to", 0, ""),
 }
 ENDS = {"cancel": "interrupted", "fail": "error", "lose": "error"}
