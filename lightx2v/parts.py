@@ -27,7 +27,7 @@ from lightx2v.offload.home import Home
 from lightx2v.offload.parts import streamable
 from lightx2v.offload.placing import Asked, Placing, file_bytes, held_bytes, planned
 from lightx2v.offload.plan import GB, RESERVE, DoesNotFitError, Plan, has_room, measure, streamed_bytes
-from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
+from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more, says_if_lost
 from lightx2v.offload.stream import BlockStream
 from lightx2v.parallel.agreement import together
 from lightx2v.parallel.mesh import Mesh
@@ -289,10 +289,11 @@ class Parts:
             self.forget_transformers()
         if not self._transformers:
             self._filed = 0 if plan is None else plan.filed
-            left = partial(left_in_file, count=self._filed)
+            left = partial(left_in_file, count=self._filed, resident=0 if plan is None else plan.resident)
             each = (load_transformer(info, engine, self.device, wait, left, self.mesh) for info in self._infos)
             self._transformers = tuple(each)
 
+    @says_if_lost
     def sampled(
         self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
     ) -> Tensor:
@@ -388,7 +389,13 @@ class Parts:
         return [for_expert(loras, name) for name in names]
 
     def _set_loras(self, loras: Sequence[Lora], how: str) -> None:
-        stacks = self._stacks(loras)
+        try:
+            self._change_loras(self._stacks(loras), how)
+        except BaseException:  # of two experts one may have its LoRAs, or one may lack what it had before
+            self.forget_transformers()
+            raise
+
+    def _change_loras(self, stacks: Sequence[tuple[Lora, ...]], how: str) -> None:
         if self._applied and (how != self._how or not any(stacks)):
             for module, applied in zip(self._transformers, self._applied, strict=True):
                 remove_loras(module, applied)

@@ -15,6 +15,7 @@ from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
 from lightx2v.fitting import check_images, check_latents
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
+from lightx2v.offload.shortage import says_if_lost
 from lightx2v.parallel.jobs import Job
 from lightx2v.preview import read_colours
 from lightx2v.report import Watch
@@ -229,6 +230,7 @@ class LightX2VSampler(io.ComfyNode):
         ]
 
     @classmethod
+    @says_if_lost
     def execute(
         cls,
         model: LoadedTransformer | LoadedExperts,

@@ -122,7 +122,6 @@ def attach(module: nn.Module, matched: Sequence[Matched], dtype: torch.dtype | N
     """
     if any(True for _ in branched(module)):
         raise ValueError("this model has LoRA branches already; detach them before attaching others")
-    tensors = [each.read() for each in matched]
     changes: dict[str, list[tuple[int, Patch]]] = {}
     done: set[str] = set()
     for index, each in enumerate(matched):
@@ -135,7 +134,8 @@ def attach(module: nn.Module, matched: Sequence[Matched], dtype: torch.dtype | N
         linear = module.get_submodule(owner)
         factors = Factors([], [], [], [], [])
         for index, patch in found:
-            _add(factors, index, patch, [tensors[index][key] for key in patch.tensors])
+            read = matched[index].read(patch)
+            _add(factors, index, patch, [read[key] for key in patch.tensors])
         _replace(module, owner, BranchedLinear(linear, Branch(factors, linear, dtype or _dtype(linear))))
     for index, each in enumerate(matched):
         set_strength(module, index, each.lora.strength)

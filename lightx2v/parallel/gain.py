@@ -14,7 +14,6 @@ from torch import Tensor
 from lightx2v.blocks import Block, RunBlocks, run_blocks
 from lightx2v.checkpoint import read_header
 from lightx2v.config import Cache
-from lightx2v.lora.merging import Source
 from lightx2v.parallel.jobs import Job
 from lightx2v_kernels.timings import Timings, facts_of, read, write
 
@@ -73,7 +72,8 @@ def one_step(job: Job) -> Job:
 def facts(job: Job, devices: Sequence[str]) -> Mapping[str, Any]:
     """What a measurement depends on."""
     on = [facts_of(torch.device(device)) if device != "cpu" else {"gpu": device} for device in devices]
-    files = [[str(path), *rest] for path in job.transformers for path, *rest in Source.of(read_header(path)).files]
+    stamps = (each for path in job.transformers for each in sorted(read_header(path).stamps.items()))
+    files = [[str(path), stamp.size, stamp.modified] for path, stamp in stamps]
     return {
         "parallel": on,
         "files": files,

@@ -20,7 +20,6 @@ from lightx2v.config import Parallel
 from lightx2v.diffuse import Hooks, Model, diffuse
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import require_kernels
-from lightx2v.lora.merging import Source
 from lightx2v.offload import Asked
 from lightx2v.offload.shortage import free_unused, ran_out
 from lightx2v.parallel.agreement import StoppedElsewhereError, only_on_first, together, words_of
@@ -171,7 +170,7 @@ class Rank:
     def _use(self, paths: tuple[Path, ...]) -> None:
         """These transformers from now on; read again where a file has changed since."""
         infos = tuple(identify(path) for path in paths)
-        versions = (*paths, *(Source.of(info.header).files for info in infos))
+        versions = (*paths, *(tuple(sorted(info.header.stamps.items())) for info in infos))
         if versions != self._versions:
             self._parts.use_transformers(infos)
             self._infos, self._versions = infos, versions

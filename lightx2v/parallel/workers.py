@@ -257,7 +257,7 @@ def _start(rank: int, device: str, size: int, store: str) -> _Rank:
     try:
         flags = ["-s"] if sys.flags.no_user_site else []
         arguments = [str(ROOT), str(rank), str(size), device, str(theirs.fileno()), store, str(os.getpid())]
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603  (Python itself, with arguments made here)
             [sys.executable, *flags, "-c", BOOT, *arguments],
             stdin=subprocess.DEVNULL,
             cwd=ROOT,

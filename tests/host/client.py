@@ -161,6 +161,8 @@ async def _queue(
             ):
                 status, error = kind.removeprefix("execution_"), data
                 break
+        else:
+            raise ConnectionError("the server closed the socket while the graph ran")
         outputs = await _outputs(session, prompt)
     return Result(status, outputs, tuple(events), tuple(previews), error if status == "error" else {})
 

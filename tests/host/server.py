@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class Server:
 
     url: its address, "http://127.0.0.1:PORT".
     base: its folder of models, input, output and user.
+    pid: of its process.
     """
 
     url: str
     base: Path
     log_path: Path
+    pid: int = 0
 
     def run(
         self,
@@ -86,7 +88,7 @@ def start(
     try:
         _wait_until_ready(process, server)
         _assert_loaded(server, packs)
-        yield server
+        yield replace(server, pid=process.pid)
     finally:
         _stop(process)
 
