@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from lightx2v.bench.subjects import subject
 from lightx2v.checkpoint import CheckpointError, Header
 from lightx2v.preview import COLOURS_KEY, Colours, LoopingPicture, latent_to_rgb, read_colours, tiny_to_rgb
 from lightx2v.vae.stream import decode
+from lightx2v.vae.tae import TinyVAE
 from tiny_vae import tiny_tae
 
 RED_IS_FIRST = Colours([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 0, -1])
@@ -40,6 +43,21 @@ def test_a_tiny_autoencoder_shows_what_it_decodes() -> None:
     assert frames.shape == (4, 16, 24, 3) and frames.dtype == torch.uint8 and frames.float().std() > 10
     decoded = decode(tae, tae.space.denormalize(x0[:1, :, [0, 10, 19, 29]]))[0, :, [0, 4, 8, 12]]
     assert torch.equal(frames, ((decoded.movedim(0, -1) + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_a_preview_is_at_most_a_hundredth_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arithmetic at 832x480 and 81 frames, of the smallest model: a step is one pass, or two with guidance."""
+    least = 0.01 * subject("wan2.1-1.3b", "480p").flops()
+    with torch.device("meta"):
+        tae = TinyVAE()
+    x0 = torch.zeros(1, 16, 21, 60, 104)
+    with FlopCounterMode(display=False) as of_colours:
+        latent_to_rgb(x0, Colours([[1, 0, 0]] * 16, [0, 0, 0]))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda frames: frames)  # there is nothing to bring from meta
+    with FlopCounterMode(display=False) as of_tiny:
+        frames = tiny_to_rgb(x0.to("meta"), tae)
+    assert 0 < of_colours.get_total_flops() < of_tiny.get_total_flops() < least
+    assert frames.shape == (5, 480, 832, 3)
 
 
 def test_picture_loops() -> None:
