@@ -15,7 +15,7 @@ from lightx2v.guidance import Conditioning
 from lightx2v.models import specs
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
-from lightx2v_kernels import select
+from lightx2v_kernels import Kernels, select
 
 CPU = torch.device("cpu")
 EMPTY = torch.zeros(1, 16, 2, 4, 6)
@@ -26,10 +26,10 @@ T2V = next(spec for spec in specs() if spec.name == "wan2.1_t2v")
 EVEN = Figures("even", tea=(0.04,), tea_projected=(0.04,), mag=(1.0, *[0.98] * 9), mag_uncond=(1.0, *[0.9] * 9))
 
 
-def wan(channels: int = 16) -> nn.Module:
+def wan(channels: int = 16, kernels: Kernels | None = None) -> nn.Module:
     config = WanConfig(128, 64, 2, channels, channels, 32, 64, (1, 2, 2))
     torch.manual_seed(0)
-    kernels = select(device=CPU, dtype=torch.float32, head_dim=128)
+    kernels = kernels or select(device=CPU, dtype=torch.float32, head_dim=128)
     return WanTransformer(config, kernels).eval().requires_grad_(False)
 
 

@@ -178,9 +178,7 @@ def _initialise(parallel: Parallel, device: torch.device) -> None:
             f"{parallel.describe()} takes {parallel.size} processes and this is one alone: start the program with "
             f"torchrun --nproc_per_node {parallel.size}"
         )
-    # With device_id NCCL connects at once, so that a machine where it cannot says so here.
-    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, device_id=own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     atexit.register(_leave)
 
 

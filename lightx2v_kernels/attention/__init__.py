@@ -106,7 +106,7 @@ WORKLOADS = {
 
 _SPARSE = "a sparse attention, which leaves out keys; here every key is computed; the nearest is '{}'"
 _HARDWARE = "for hardware that this version does not run on; the nearest is '{}'"
-_PARALLEL = "a way to spread one attention over several GPUs, which this version does not do; the nearest is '{}'"
+_PARALLEL = "a way to spread attention over several GPUs: name it to enable_parallel, and here what each GPU runs, '{}'"
 _OTHER = "{}"
 # LightX2V's registered attention names (lightx2v/common/ops/attn, lightx2v_platform), and stale ones of its config
 # files: why not -> name -> the nearest that is here. A name that is here too has no line.

@@ -220,6 +220,7 @@ def test_honoured_keys_change_what_is_asked_for() -> None:
         "qwen25vl_quant_scheme": "int8",
         "attn_type": "torch_sdpa",
         "clip_quant_scheme": "int8",
+        "parallel": {"cfg_p_size": 2},
     }
     attention = {"self_attn_1_type": "torch_sdpa", "cross_attn_1_type": "reference", "cross_attn_2_type": "reference"}
     elsewhere = {"transformer_model_name", "aspect_ratio"}  # tested by themselves: they need a folder

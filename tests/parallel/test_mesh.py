@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightx2v.config import Engine, Parallel
+from lightx2v.config import Engine, Parallel, Sampling
+from lightx2v.diffuse import _warn
 from lightx2v.parallel.agreement import StoppedElsewhereError, first_said, meet, on_first, only_on_first, together
-from lightx2v.parallel.mesh import join
+from lightx2v.parallel.mesh import Line, Mesh, join, launched, own_device
 from ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -85,6 +86,33 @@ def test_one_process_alone_is_told_to_use_torchrun(monkeypatch: pytest.MonkeyPat
         join(Parallel(ulysses=2, cfg=2), CPU)
     assert on_first(None, lambda: 1) == only_on_first(None, lambda: 1) == 1
     assert first_said(None, None) is None and StoppedElsewhereError(3, "x").rank == 3
+
+
+def test_each_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of its number among all, which is larger on a second machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() is None and own_device() == torch.device("cuda")
+    for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    assert own_device() == own_device("cuda") == torch.device("cuda", 1)
+    assert own_device("cuda:0") == torch.device("cuda", 0) and own_device("cpu") == CPU
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"process 2 of this machine has no GPU: there are 2; start one process a GPU"):
+        own_device()
+
+
+def test_halves_without_guidance_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    def warned(rank: int, **sampling: float) -> bool:
+        caplog.clear()
+        mesh = Mesh(Parallel(2, 1, 2), rank, CPU, *[Line((0, 1), 0)] * 5, control=None)  # type: ignore[arg-type]
+        _warn(Sampling(**sampling), 50, mesh)  # type: ignore[arg-type]
+        return "both halves of the 4 processes compute the same; share tokens with all" in caplog.text
+
+    assert warned(0, cfg_scale=1) and not warned(1, cfg_scale=1)
+    assert not warned(0, cfg_scale=5) and not warned(0, cfg_scale=1, cfg_low=3)
 
 
 def test_sizes_are_checked() -> None:

@@ -109,8 +109,8 @@ def test_four_processes(four: Ranks, parallel: Parallel) -> None:
 
 @pytest.mark.parametrize("parallel", [Parallel(ulysses=2, exchange="fp8"), Parallel(ring=2, exchange="fp8")])
 def test_an_exchange_in_8_bits_costs_little(two: Ranks, parallel: Parallel) -> None:
-    """e4m3 keeps 3 bits behind the point, up to 6% of a number; 0.6% of what these two blocks make."""
-    assert 1e-4 < worst(two, parallel, "wan, batch", "hunyuan, texts of several lengths") < 0.01
+    """e4m3 keeps 3 bits behind the point, up to 6% of a number; 0.1 to 0.2% of what these blocks make."""
+    assert 1e-4 < worst(two, parallel, "wan, batch", "hunyuan, texts of several lengths") < 0.004
 
 
 def test_parts_of_attention_are_merged_by_every_kernel_that_says_how() -> None:
