@@ -19,7 +19,7 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.media import require_writable, save_video, to_frames
 from lightx2v.models import ModelSpec
 from lightx2v.models.wan.conditioning import image_latent
-from lightx2v.offload.shortage import once_there_is_room
+from lightx2v.offload.shortage import once_there_is_room, says_if_lost
 from lightx2v.parallel.agreement import on_first, only_on_first, together
 from lightx2v.parallel.decoding import decode_video as decode_together
 from lightx2v.parallel.mesh import Mesh
@@ -52,6 +52,7 @@ def prepare(parts: Parts, info: CheckpointInfo, called: Call, before: Request, t
     return on_first(parts.mesh, work)
 
 
+@says_if_lost
 def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None) -> Encoded:
     """Text and images to conditioning, and to the latents that sampling begins with.
 
@@ -94,6 +95,7 @@ def _padded(parts: Parts) -> Encode:
     return run
 
 
+@says_if_lost
 def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor | None:
     """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU; of several processes on rank 0, None elsewhere.
 

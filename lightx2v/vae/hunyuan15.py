@@ -258,6 +258,7 @@ class HunyuanVAE(nn.Module):
 
     space = HUNYUAN15
     first_chunk = 1
+    at_once = 1
 
     def __init__(self, config: HunyuanVAEConfig | None = None) -> None:
         super().__init__()
