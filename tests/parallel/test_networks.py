@@ -101,9 +101,7 @@ def test_two_processes(two: Ranks, parallel: Parallel) -> None:
     assert worst(two, parallel) < 2e-6
 
 
-@pytest.mark.parametrize(
-    "parallel", [Parallel(ulysses=4), Parallel(ring=4), Parallel(2, 2), Parallel(2, 1, 2)], ids=Parallel.describe
-)
+@pytest.mark.parametrize("parallel", [Parallel(ulysses=4), Parallel(ring=4), Parallel(2, 2)], ids=Parallel.describe)
 def test_four_processes(four: Ranks, parallel: Parallel) -> None:
     assert worst(four, parallel) < 2e-6
 
