@@ -35,10 +35,10 @@ class Case:
             # Every 257th query and the last one against all keys: the whole score matrix in fp64 would not fit.
             rows = torch.unique(torch.tensor([*range(0, args[0].shape[1], 257), args[0].shape[1] - 1])).to(out.device)
             out, args = out[:, rows], (args[0][:, rows], *args[1:])
-        if self.op.endswith("_linear"):
+        if self.op.endswith("_linear") or self.op == "linear_gelu":
             # Every 257th token and the last: a product of all in fp64 would take seconds.
             rows = torch.unique(torch.tensor([*range(0, len(args[0]), 257), len(args[0]) - 1])).to(out.device)
-            out, args = out[rows], (args[0][rows], *args[1:])
+            out, args = out[rows], (_rows(args[0], rows), *args[1:])
             args = (args[0], args[1][rows], *args[2:]) if self.op in PACKED else args
         truth = (op.truth or op.reference)(*(a.double() if isinstance(a, Tensor) else a for a in args))
         usual = (op.plain or op.reference)(*args)
@@ -47,17 +47,22 @@ class Case:
         )
 
 
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """PyTorch 2.6 picks no rows of 8-bit floats on a CPU."""
+    return x[rows] if x.itemsize > 1 else x.view(torch.uint8)[rows].view(x.dtype)
+
+
 def cases(device: torch.device) -> list[Case]:
     """Every op at every size of this kind of device."""
     if device.type != "cuda":
         return [case for size in CPU_SIZES for case in of_size(size)]
-    at_length = [case for size in CUDA_SIZES for case in (*attention(size), *packed_linear(size))]
+    at_length = [case for size in CUDA_SIZES for case in (*attention(size), *packed_linear(size), *linear_gelu(size))]
     return at_length + [case for size in CUDA_TOKENWISE_SIZES for case in tokenwise(size)]
 
 
 def of_size(size: Size) -> list[Case]:
     """Every op at one size."""
-    return [*attention(size), *packed_linear(size), *tokenwise(size)]
+    return [*attention(size), *packed_linear(size), *linear_gelu(size), *tokenwise(size)]
 
 
 def attention(size: Size) -> list[Case]:
@@ -82,6 +87,17 @@ def packed_linear(size: Size) -> list[Case]:
     ]
 
 
+def linear_gelu(size: Size) -> list[Case]:
+    """The first layer of the feed-forward and GELU, unpacked."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+        shapes = (size.batch * size.tokens, size.hidden_size), (size.ffn_size, size.hidden_size), (size.ffn_size,)
+        x, weight, bias = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+        return x, weight * size.hidden_size**-0.5, bias
+
+    return [Case("linear_gelu", size.name, make, _linear_flops, "TFLOP/s")]
+
+
 def tokenwise(size: Size) -> list[Case]:
     """All ops that work token by token."""
     return [
@@ -94,3 +110,8 @@ def tokenwise(size: Size) -> list[Case]:
 def _attention_flops(args: tuple[Any, ...]) -> float:
     q, k, _ = args
     return 4.0 * q.numel() * k.shape[1]
+
+
+def _linear_flops(args: tuple[Any, ...]) -> float:
+    x, weight, _ = args
+    return 2.0 * x.numel() * len(weight)

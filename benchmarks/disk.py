@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.offload import Passes
+from benchmarks.offload_cases import Passes
 from lightx2v.bench.subjects import CONFIGS, Inputs, Subject, subject
 from lightx2v.bench.timing import machine, report
 from lightx2v.config import Engine
@@ -124,15 +124,15 @@ def run(info: CheckpointInfo, device: torch.device, given: Inputs, count: int, f
         left = load_transformer(
             info, Engine(dtype="bf16"), device, torch.device("cpu"), lambda network: left_in_file(network, filed)
         )
-        stream, passes = BlockStream({"": left}, device, headers={"": info.header}), Passes(left, given, given)
+        stream, passes = BlockStream({"": left}, device, headers={"": info.header}), Passes(left, given)
         times = []
         with stream.open(0, 1):
-            out = passes.streamed(stream, small=True).cpu()
+            out = passes.streamed(stream).cpu()
             for cold in [True] * count + [False] * count:
                 if cold:
                     forget(info.path)
                 began = time.perf_counter()
-                passes.streamed(stream, small=True).cpu()
+                passes.streamed(stream).cpu()
                 times.append(time.perf_counter() - began)
         host = stream.host_bytes
         stream.release()

@@ -18,44 +18,56 @@ from lightx2v.bench.engine import ALL, LOSSY
 
 # seconds: what each takes on an H100 at most, with the time to build weights and to compile.
 PARTS = {
-    # The whole comparison in brief, for when time on a GPU is short; not among the parts that run by default.
-    "brief": Plan(
+    # Exact: our kernel and FlashAttention-3, beside diffusers compiled with FlashAttention-3, and ComfyUI.
+    "14b": Plan(
         "wan2.1-14b",
-        attention=("auto", "flash_attn3", LOSSY),
-        quant=("none", "fp8"),
-        peers=("diffusers", "diffusers-fa3", "comfyui"),
-        seconds=280,
+        attention=("triton", "flash_attn3"),
+        peers=("diffusers-fa3-compile", "comfyui"),
+        rounds=4,
+        seconds=130,
+        profile=False,
     ),
-    # Every attention backend on bf16 weights, and the others as they are by default and with FlashAttention-3.
-    "14b": Plan("wan2.1-14b", attention=(ALL,), peers=("diffusers", "diffusers-fa3", "comfyui"), seconds=240),
-    "14b-fp8": Plan("wan2.1-14b", attention=(ALL,), quant=("fp8",), peers=("comfyui-fp8",), seconds=190),
+    # In 8 bits, layers and attention.
+    "14b-8bit": Plan(
+        "wan2.1-14b",
+        attention=("triton_int8", "flash_attn3_fp8"),
+        quant=("fp8", "int8"),
+        peers=("diffusers-fa3-fp8-compile", "comfyui-fp8"),
+        rounds=4,
+        seconds=170,
+        profile=False,
+    ),
     "5b": Plan(
         "wan2.2-ti2v-5b",
         size="720p",
-        attention=("auto", LOSSY),
+        attention=("triton", "triton_int8"),
         quant=("none", "fp8"),
-        peers=("diffusers", "diffusers-fa3", "comfyui"),
+        peers=("diffusers-fa3", "comfyui"),
+        rounds=4,
         seconds=110,
+        profile=False,
     ),
-    "14b-compiled": Plan(
-        "wan2.1-14b",
-        attention=("auto",),
-        peers=("diffusers-fa3-compile", "diffusers-fa3-fp8-compile"),
-        seconds=150,
-    ),
-    "14b-int8": Plan("wan2.1-14b", attention=("auto", LOSSY), quant=("int8",), seconds=90),
+    # Every attention backend on bf16 and fp8 weights, with where the time goes.
+    "14b-all": Plan("wan2.1-14b", attention=(ALL,), quant=("none", "fp8"), peers=("diffusers",), seconds=300),
     "1.3b": Plan("wan2.1-1.3b", attention=(ALL,), quant=("none", "fp8"), peers=("diffusers", "comfyui"), seconds=70),
     "14b-720p": Plan(
         "wan2.1-14b",
         size="720p",
-        attention=("auto", LOSSY),
+        attention=("triton", "triton_int8"),
         quant=("none", "fp8"),
-        peers=("diffusers", "comfyui"),
-        rounds=3,
-        seconds=240,
+        peers=("comfyui",),
+        rounds=2,
+        seconds=180,
+        profile=False,
     ),
     "hunyuan": Plan(
-        "hunyuan-1.5", attention=("auto", LOSSY), quant=("none", "fp8"), peers=("diffusers",), rounds=3, seconds=150
+        "hunyuan-1.5",
+        attention=("triton", "triton_int8"),
+        quant=("none", "fp8"),
+        peers=("diffusers",),
+        rounds=3,
+        seconds=110,
+        profile=False,
     ),
     "14b-gguf": Plan("wan2.1-14b", quant=("gguf-q8_0", "gguf-q4_k"), seconds=60),
     # For comparison with figures that were taken on plain weights.
@@ -74,7 +86,7 @@ PARTS = {
 
 def plans(only: list[str], until: float, dry: bool = False, rounds: int | None = None) -> list[Plan]:
     """The parts asked for; in a dry run at toy size. until: clock, after which none begins. rounds: None: their own."""
-    chosen = [PARTS[name] for name in only or [name for name in PARTS if name != "brief"]]
+    chosen = [PARTS[name] for name in only or PARTS]
     rounds = 1 if dry else rounds
     return [replace(plan, until=until, toy=dry, rounds=rounds or plan.rounds) for plan in chosen]
 

@@ -29,9 +29,8 @@ FP8 = torch.float8_e4m3fn
 AGREED = 1e-4
 
 
-def _diffusers(setting: Setting, attention: str = "native", compiled: bool = False, fp8: bool = False) -> Contestant:
-    if isinstance(setting.subject.config, HunyuanConfig) and not (compiled or fp8):
-        return diffusers_hunyuan(setting, attention)
+def diffusers_wan(setting: Setting) -> nn.Module:
+    """diffusers' Wan with the engine's weights, wherever they are."""
     from diffusers import WanTransformer3DModel
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
@@ -59,10 +58,31 @@ def _diffusers(setting: Setting, attention: str = "native", compiled: bool = Fal
     theirs.rope = WanRotaryPosEmbed(HEAD_DIM, config.patch_size, 1024).to(
         setting.device
     )  # no parameters: not in the file
-    theirs.eval().requires_grad_(False)
+    return theirs.eval().requires_grad_(False)
+
+
+def set_attention(theirs: Any, attention: str) -> None:
+    """attention: of diffusers' names; "_flash_3" raises where the package is not there."""
     if attention == "_flash_3":
         _give_flash3()
     theirs.set_attention_backend(attention)
+
+
+def called(setting: Setting, theirs: nn.Module) -> Callable[[], Tensor]:
+    """One forward pass of diffusers' Wan with the inputs of a setting."""
+    given, config = setting.inputs, _wan(setting)
+    patch, times = config.patch_size[1] * config.patch_size[2], given.timestep
+    if times.ndim == 2:  # one a token there, one a latent frame here
+        times = times.repeat_interleave(given.latents.shape[3] * given.latents.shape[4] // patch, dim=1)
+    latents, context = given.latents.to(setting.dtype), given.context.to(setting.dtype)
+    return lambda: theirs(latents, times, context, return_dict=False)[0]
+
+
+def _diffusers(setting: Setting, attention: str = "native", compiled: bool = False, fp8: bool = False) -> Contestant:
+    if isinstance(setting.subject.config, HunyuanConfig) and not (compiled or fp8):
+        return diffusers_hunyuan(setting, attention)
+    theirs: Any = diffusers_wan(setting)
+    set_attention(theirs, attention)
     if fp8:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -71,13 +91,7 @@ def _diffusers(setting: Setting, attention: str = "native", compiled: bool = Fal
         quantize_(theirs.blocks, how)
     if compiled:
         theirs.compile_repeated_blocks(fullgraph=True)
-    given = setting.inputs
-    patch = config.patch_size[1] * config.patch_size[2]
-    times = given.timestep
-    if times.ndim == 2:  # one a token there, one a latent frame here
-        times = times.repeat_interleave(given.latents.shape[3] * given.latents.shape[4] // patch, dim=1)
-    latents, context = given.latents.to(setting.dtype), given.context.to(setting.dtype)
-    return Contestant(lambda: theirs(latents, times, context, return_dict=False)[0], weight_bytes(theirs))
+    return Contestant(called(setting, theirs), weight_bytes(theirs))
 
 
 def _give_flash3() -> None:

@@ -66,6 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="480p" if cuda else "small")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=300, help="nothing new is begun after so long (default: 300)")
+    parser.add_argument("--brief", action="store_true", help="decode on the device alone, no other rows")
     parser.add_argument("--profile", action="store_true", help="also the kernels that one decode spends its time in")
     parser.add_argument("--tiles", action="store_true", help="also other tiles of the Triton convolution")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results there too")
@@ -183,6 +184,8 @@ def measure(name: str, options: argparse.Namespace, device: torch.device, left: 
         wrong = gate(model, vae, device)
         head = {"model": name, "dtype": str(dtype)[6:], "gate": f"wrong: {wrong}" if wrong else "passed", "ms": None}
         todo = calls(model, vae, SIZES[options.size], device)
+        if options.brief:
+            todo = {what: run for what, run in todo.items() if what.startswith("decode") and what.endswith("time")}
         for what, run in todo.items():
             if wrong or left() <= 0:
                 rows.append({**head, "what": what, "note": "wrong" if wrong else "left out: no time"})

@@ -27,7 +27,7 @@ from torch import Tensor
 from demo.grammar import held_out_pairs, parse
 from demo.judge import Scores, describe, judge, score
 from demo.picture import draw_clip, save_picture
-from demo.shipped import BASE, SHIPPED
+from demo.shipped import SHIPPED
 from lightx2v.media import read_image
 
 GOALS = {"colour": 0.95, "direction": 0.9, "shape": 0.85}
@@ -37,7 +37,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m demo.judge", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=BASE, help="model folder in Wan's layout")
+    parser.add_argument(
+        "--model", type=Path, help="model folder of the variant's family; default: the one that is shipped"
+    )
     parser.add_argument("--variant", default="t2v", choices=[name for name in SHIPPED if name != "night"])
     parser.add_argument("--count", type=int, default=200, help="held-out pairs to make, 1 to 400")
     parser.add_argument("--prompt", help="judge this prompt instead of the held-out pairs")

@@ -12,6 +12,7 @@ from lightx2v import LightX2VPipeline
 
 MODELS = Path(__file__).parent / "models"
 BASE = MODELS / "wan2.1_t2v"
+HUNYUAN = MODELS / "hunyuan_video_15"
 T2V = BASE / "diffusion_pytorch_model.safetensors"
 I2V = MODELS / "variants" / "wan_i2v_fp8_scaled.safetensors"
 HIGH_NOISE = MODELS / "variants" / "wan_t2v_high_noise_fp8_e4m3.safetensors"
@@ -26,10 +27,11 @@ class Shipped:
     model: Mapping[str, Any] = field(default_factory=dict)
     generator: Mapping[str, Any] = field(default_factory=dict)
     lora: Path | None = None
+    folder: Path = BASE
 
-    def pipeline(self, model_path: Path = BASE, **changes: Any) -> LightX2VPipeline:
+    def pipeline(self, model_path: Path | None = None, **changes: Any) -> LightX2VPipeline:
         """Ready to generate; `changes` are arguments of create_generator."""
-        pipe = LightX2VPipeline(model_path, **self.model)
+        pipe = LightX2VPipeline(model_path or self.folder, **self.model)
         size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": FPS, "infer_steps": 20}
         pipe.create_generator(**{**size, "guidance_scale": 4.0, **self.generator, **changes})
         if self.lora is not None:
@@ -48,4 +50,9 @@ SHIPPED: Mapping[str, Shipped] = {
     ),
     "4step": Shipped({"model_cls": "wan2.1_distill"}, {"guidance_scale": 1.0}, STUDENT),
     "night": Shipped(lora=NIGHT),
+    "hunyuan": Shipped(
+        {"model_cls": "hunyuan_video_1.5", "task": "t2v"},
+        {"sample_shift": 5.0},
+        folder=HUNYUAN,
+    ),
 }

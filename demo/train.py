@@ -14,23 +14,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from demo.stages.colours import fit_colours, write_colours
-from demo.stages.evaluate import evaluate, load_folder
-from demo.stages.export import TRANSFORMER, export_t2v, export_vae, import_t2v, import_vae
-from demo.stages.pool import Pool, grow_pool, load_pool, tokenizer_of
+from demo.families import FAMILIES, Family, Judged
+from demo.stages.pool import Pool, grow_pool, load_pool
 from demo.stages.run import Run, start_run
-from demo.stages.t2v import train_t2v, warm_up
 from demo.stages.vae import load_vae, train_vae
-from lightx2v.vae.wan import WanVAE
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m demo.train", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--family", choices=FAMILIES, default="wan", help="default: %(default)s")
     parser.add_argument("--state", type=Path, help="folder of resumable state (default: a temporary one)")
     parser.add_argument("--start", type=Path, help="folder of exported checkpoints to begin with instead of nothing")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the checkpoints and results")
@@ -53,25 +51,18 @@ def _start_warm_up(args: argparse.Namespace, run: Run) -> subprocess.Popen | Non
     """Compile the transformer in a second process while the autoencoder trains."""
     if not run.compile or (run.state / "t2v.pt").exists():
         return None
-    command = [sys.executable, "-m", "demo.train", "--warm", "--state", str(run.state), "--out", str(run.out)]
-    return subprocess.Popen([*command, "--device", args.device])
+    command = [sys.executable, "-m", "demo.train", "--warm", "--family", args.family, "--device", args.device]
+    return subprocess.Popen([*command, "--state", str(run.state), "--out", str(run.out)])
 
 
-def _pool(args: argparse.Namespace, run: Run) -> tuple[WanVAE, Pool]:
+def _pool(args: argparse.Namespace, run: Run, family: Family) -> tuple[Any, Pool]:
     """The autoencoder and the latents, made if they are not there yet."""
-    vae = load_vae(run) or train_vae(run, args.vae_seconds)
-    export_vae(vae, run.out)
+    vae = load_vae(run, family.autoencoder) or train_vae(run, args.vae_seconds, family.autoencoder)
+    family.export_vae(vae, run.out)
     pool = load_pool(run)
     if pool is None or len(pool) < args.clips:
-        pool = grow_pool(run, vae, pool, args.clips, args.pool_seconds)
+        pool = grow_pool(run, vae, pool, args.clips, args.pool_seconds, to_ids=family.to_ids(run))
     return vae, pool
-
-
-def _judge(args: argparse.Namespace, run: Run, label: str) -> None:
-    loaded = load_folder(run.out, run.device, torch.bfloat16 if run.device.type == "cuda" else torch.float32)
-    size = {"count": 1, "steps": 2} if args.dry else {"count": args.judge, "steps": 20}
-    for guidance in args.guidance if args.judge else ():
-        evaluate(run, loaded, f"{label}_cfg{guidance:g}", cfg_scale=guidance, **size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,23 +73,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    run = start_run(args)
-    if args.start and not (run.state / "vae.pt").exists():
-        import_vae(args.start, run.state)
-    vocabulary = len(tokenizer_of(run))
+    run, family = start_run(args), FAMILIES[args.family]
+    family.prepare(run, args.start)
     if args.warm:
-        warm_up(run, vocabulary)
+        family.warm_up(run)
         return 0
     run.log(f"torch {torch.__version__} on {torch.cuda.get_device_name() if run.device.type == 'cuda' else 'cpu'}")
-    start_from = import_t2v(args.start) if args.start else None
     helper = _start_warm_up(args, run)
-    vae, pool = _pool(args, run)
+    vae, pool = _pool(args, run, family)
     if helper is not None and helper.wait() != 0:
         raise RuntimeError("compiling the transformer failed (see above); --no-compile does without")
-    weights, progress = train_t2v(run, pool, vocabulary, args.t2v_seconds, start_from)
-    export_t2v(run, weights, run.out)
-    write_colours(run.out / TRANSFORMER, fit_colours(vae, run.device))
-    _judge(args, run, f"t2v_{progress:.2f}")
+    weights, progress = family.train(run, pool, args.t2v_seconds, args.start)
+    family.export(run, weights, vae, run.out)
+    if args.judge:
+        judged = Judged(1, 2, args.guidance) if args.dry else Judged(args.judge, 20, args.guidance)
+        family.judge(run, f"t2v_{progress:.2f}", judged)
     run.log(f"{progress:.0%} of the transformer's training done")
     return 0
 

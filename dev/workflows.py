@@ -38,7 +38,7 @@ class Group:
 LOADERS = ("LightX2VLoadModel", "LightX2VLoadModelMoE", "LightX2VLoRA", "LightX2VLoadTextEncoder", "LightX2VLoadVAE")
 IMAGE_LOADERS = ("LightX2VLoadImageEncoder",)
 NATIVE_LOADERS = ("UNETLoader", "CLIPLoader", "VAELoader")
-SAMPLERS = ("LightX2VEmptyLatent", "LightX2VImageToVideo", "LightX2VCache", "LightX2VSampler")
+SAMPLERS = ("LightX2VEmptyLatent", "LightX2VImageToVideo", "LightX2VCache", "LightX2VParallel", "LightX2VSampler")
 NATIVE_SAMPLERS = ("ModelSamplingSD3", "KSamplerAdvanced")
 GROUPS = (
     Group("Load", 410, "#3f789e", frozenset({*LOADERS, *IMAGE_LOADERS, *NATIVE_LOADERS})),

@@ -68,7 +68,8 @@ def capacities(device: torch.device) -> Iterator[Capacity]:
 def _capacity(title: str, asked: Subject, count: int, machine: Machine | None) -> Capacity:
     info = CheckpointInfo(Path(asked.name), Header(Path(asked.name), {}, {}), asked.spec, asked.config, torch.bfloat16)
     shape = (1, asked.spec.latents.channels, *asked.latents)
-    needs = Needs((_sizes(asked),) * count, transformer_activation_bytes(info, shape, torch.bfloat16))
+    activations = transformer_activation_bytes(info, shape, torch.bfloat16, fused=True)  # as on a GPU with Triton
+    needs = Needs((_sizes(asked),) * count, activations)
     found = None
     if machine is not None:
         try:

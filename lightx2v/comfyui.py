@@ -1,17 +1,25 @@
 """A ComfyUI server, over its HTTP API: queue a graph, follow it, fetch what it wrote (ComfyUI 0.3.75, server.py)."""
 
 import json
-import os
+import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from lightx2v import strict_json
+from lightx2v.messages import readable
+from lightx2v.unfinished import unfinished
+
+JSON_BODY = {"Content-Type": "application/json"}
+MAX_ANSWER = 256 << 20  # bytes; a history holds whole graphs
 TIMEOUT = 30  # seconds for one answer
 LISTS = ("images", "video", "gifs", "audio")  # of a node's outputs
 MISSING_FILE, MISSING_NODE = "value_not_in_list", ("invalid_prompt", "missing_node_type")
@@ -20,12 +28,23 @@ MISSING_FILE, MISSING_NODE = "value_not_in_list", ("invalid_prompt", "missing_no
 class ServerError(ValueError):
     """What went wrong at the server, in words and with what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(readable(message))
+
+
+class UnreachableError(ServerError):
+    """No server answers there."""
+
+
+class ForgottenError(ServerError):
+    """The server knows nothing of what it was given: it was taken out of the queue, or the server started again."""
+
 
 def read_graph(path: str | Path) -> dict[str, Any]:
     """A workflow in API format: node id -> class_type and inputs. Raises ValueError for any other file."""
     path = Path(path)
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
+        graph = strict_json.read(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; give a workflow's .api.json") from error
     except ValueError as error:
@@ -35,9 +54,21 @@ def read_graph(path: str | Path) -> dict[str, Any]:
             f"{path} is a workflow of the page: give its .api.json (on the page: Workflow, Export (API); of this "
             "pack's own workflows it lies beside)"
         )
-    if not isinstance(graph, dict) or not graph or not all("class_type" in node for node in graph.values()):
+    if not isinstance(graph, dict) or not graph:
         raise ValueError(f"{path} is no workflow in API format: expected nodes with class_type and inputs")
+    wrong = [number for number, node in graph.items() if not _is_node(node)]
+    if wrong:
+        raise ValueError(
+            f"{path} is no workflow in API format: node {wrong[0][:40]!r} is no object with class_type and inputs; "
+            "export it again"
+        )
     return graph
+
+
+def _is_node(node: Any) -> bool:
+    if not isinstance(node, dict) or not isinstance(node.get("class_type"), str):
+        return False
+    return isinstance(node.get("inputs", {}), dict) and isinstance(node.get("_meta", {}), dict)
 
 
 @dataclass(frozen=True)
@@ -51,23 +82,27 @@ class Server:
         try:
             answer = self._json("/prompt", {"prompt": graph})
         except urllib.error.HTTPError as error:
-            raise ServerError(_refused(self.url, graph, error)) from error
-        if answer.get("node_errors"):
-            raise ServerError("\n".join(_problems(graph, answer["node_errors"])))
-        return str(answer["prompt_id"])
+            with self._understood():
+                raise ServerError(_refused(self.url, graph, error)) from error
+        with self._understood():
+            if answer.get("node_errors"):
+                raise ServerError("\n".join(_problems(graph, answer["node_errors"])))
+            return str(answer["prompt_id"])
 
     def before(self, prompt: str) -> int | None:
         """How many graphs run before it; 0 while it runs, None where it is no longer queued."""
         queued = self._json("/queue")
-        if any(entry[1] == prompt for entry in queued["queue_running"]):
-            return 0
-        waiting = [entry[1] for entry in sorted(queued["queue_pending"])]
-        return len(queued["queue_running"]) + waiting.index(prompt) if prompt in waiting else None
+        with self._understood():
+            if any(entry[1] == prompt for entry in queued["queue_running"]):
+                return 0
+            waiting = [entry[1] for entry in sorted(queued["queue_pending"])]
+            return len(queued["queue_running"]) + waiting.index(prompt) if prompt in waiting else None
 
     def ended(self, prompt: str) -> Mapping[str, Any] | None:
         """What the history says of it; None until it has ended."""
         found: Mapping[str, Any] = self._json(f"/history/{prompt}")
-        return found.get(prompt)
+        with self._understood():
+            return found.get(prompt)
 
     def follow(self, prompt: str, said: Callable[[str], None], every: float = 1.0) -> Mapping[str, Any]:
         """The outputs of a queued graph, node id -> what the node gave, once it has ended.
@@ -78,10 +113,14 @@ class Server:
         while True:
             ended = self.ended(prompt)
             if ended is not None:
-                return _outputs(ended)
+                with self._understood():
+                    return _outputs(ended)
             place = self.before(prompt)
             if place is None and self.ended(prompt) is None:
-                raise ServerError(f"{self.url}: the graph is no longer queued and has no history: it was cancelled")
+                raise ForgottenError(
+                    f"{self.url}: the graph is no longer queued and has no history: it was cancelled, or the server "
+                    "started again"
+                )
             now = "running" if not place else f"queued, {place} before it"
             if now != last:
                 said(now)
@@ -94,41 +133,57 @@ class Server:
         self._json("/interrupt", {"prompt_id": prompt})
 
     def fetch(self, outputs: Mapping[str, Any], folder: Path) -> Iterator[Path]:
-        """Every file that was saved, written into the folder under its own name; each appears whole or not at all."""
+        """Every file that was saved, written into the folder under its own name; each appears whole or not at all.
+
+        Of files that have one name in several subfolders of the server, the second gets -2 behind it, and so on.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in _saved(outputs):
+        written: set[Path] = set()
+        with self._understood():
+            saved = list(_saved(outputs))
+        for entry in saved:
             query = urllib.parse.urlencode({key: entry.get(key, "") for key in ("filename", "subfolder", "type")})
-            path = folder / Path(entry["filename"]).name
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            try:
-                with self._open(f"/view?{query}") as answer, partial.open("wb") as file:
-                    while piece := answer.read(1 << 20):
-                        file.write(piece)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            own = folder / Path(entry["filename"]).name
+            names = chain([own], (own.with_stem(f"{own.stem}-{number}") for number in count(2)))
+            path = next(path for path in names if path not in written)
+            written.add(path)
+            with unfinished(path) as partial, self._open(f"/view?{query}") as answer, partial.open("wb") as file:
+                while piece := answer.read(1 << 20):
+                    file.write(piece)
             yield path
 
     def _json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         with self._open(path, body) as answer:
-            text = answer.read()
+            text = answer.read(MAX_ANSWER + 1)
         try:
+            if len(text) > MAX_ANSWER:
+                raise ValueError(f"more than {MAX_ANSWER} bytes")
             return json.loads(text) if text else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServerError(f"{self.url}{path} answers no JSON: is this a ComfyUI server?") from error
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """While an answer is looked into: one that is JSON of another shape becomes an error in words."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ServerError(f"{self.url} answers something else: is this a ComfyUI server? ({error!r})") from error
 
     def _open(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         try:
-            request = urllib.request.Request(self.url.rstrip("/") + path, data, {"Content-Type": "application/json"})
-            return urllib.request.urlopen(request, timeout=TIMEOUT)
+            if not self.url.startswith(("http://", "https://")):
+                raise ValueError("it does not begin with http:// or https://")
+            request = urllib.request.Request(self.url.rstrip("/") + path, data, JSON_BODY)  # noqa: S310 - as above
+            return urllib.request.urlopen(request, timeout=TIMEOUT)  # noqa: S310
         except urllib.error.HTTPError as error:
             if path == "/prompt":
                 raise
             raise ServerError(f"{self.url}{path}: {error.code} {error.reason}: is this a ComfyUI server?") from error
         except (OSError, HTTPException, ValueError) as error:
             why = getattr(error, "reason", error)
-            raise ServerError(
+            raise UnreachableError(
                 f"{self.url} cannot be reached ({why}): start ComfyUI (in a checkout: python dev.py host), or give its "
                 "address as --server http://HOST:PORT"
             ) from error
@@ -184,5 +239,10 @@ def _outputs(ended: Mapping[str, Any]) -> Mapping[str, Any]:
 def _saved(outputs: Mapping[str, Any]) -> Iterator[Mapping[str, str]]:
     """Files in the server's output folder; previews are left there."""
     for given in outputs.values():
-        for key in LISTS:
-            yield from (entry for entry in given.get(key) or () if entry.get("type") == "output")
+        for entry in (entry for key in LISTS for entry in given.get(key) or () if entry.get("type") == "output"):
+            name = entry["filename"]
+            if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name) or len(name) > 200:
+                raise ServerError(
+                    f"the server names a file {str(name)[:100]!r}, which is no name of a file in a folder"
+                )
+            yield entry

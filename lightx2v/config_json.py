@@ -1,12 +1,13 @@
 """LightX2V's JSON files as arguments of the pipeline's methods; what each key means stands in config_keys.py."""
 
-import json
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightx2v import strict_json
 from lightx2v.arguments import nearest
 from lightx2v.config_keys import (
     CACHE_KEYS,
@@ -29,10 +30,12 @@ from lightx2v.config_keys import (
     SIDES,
     STALE,
     SWITCHES,
+    TEXTS,
     UNDONE_BY,
     WHOLE,
 )
 from lightx2v.identify import CheckpointInfo
+from lightx2v.messages import readable
 from lightx2v.models.hunyuan_video_15.sizes import size_for_image
 from lightx2v.parallel.sizes import IDLE, of_file
 from lightx2v.quantized import format_of
@@ -47,8 +50,8 @@ class ConfigError(ValueError):
     absent: whether all that is wrong is a file that is not there."""
 
     def __init__(self, where: Path, key: str, reason: str, *, absent: bool = False) -> None:
-        super().__init__(f"{where}: {reason}")
-        self.key, self.reason, self.absent = key, reason, absent
+        super().__init__(readable(f"{where}: {reason}"))
+        self.key, self.reason, self.absent = key, readable(reason), absent
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """The file's settings. Raises ValueError for a file that is missing, no JSON or no JSON object."""
     path = Path(path)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = strict_json.read(path)
     except OSError as error:
         raise ValueError(f"config_json={str(path)!r} cannot be read: {error.strerror}; give a .json file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; correct the file") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a JSON {type(settings).__name__}; expected an object of settings, {{...}}")
@@ -173,6 +176,9 @@ class Reading:
         if self.facts.get("family", HUNYUAN) != HUNYUAN:
             key = "transformer_model_name"
             raise self._error(key, f"{key}={name!r} is of HunyuanVideo-1.5: remove it")
+        if Path(name).name != name:
+            key = "transformer_model_name"
+            raise self._error(key, f"{key}={name!r} is no name in the folder transformer, such as 480p_t2v")
         return self._path("transformer_model_name", f"transformer/{name}")  # type: ignore[return-value]
 
     def _proportions(self) -> tuple[int, int] | None:
@@ -181,10 +187,11 @@ class Reading:
         if sized or not self.settings.get("transformer_model_name"):
             return None
         told = str(self.settings.get("aspect_ratio") or "16:9")
-        width, _, height = told.partition(":")
-        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        given = re.fullmatch("([0-9]{1,4}):([0-9]{1,4})", told)
+        width, height = map(int, given.groups()) if given else (0, 0)
+        if not 0.05 <= height / max(width, 1) <= 20:
             raise self._error("aspect_ratio", f"aspect_ratio={told!r}: expected width:height, such as 16:9")
-        return int(height), int(width)
+        return height, width
 
     def _attention(self) -> str | None:
         keys = ("self_attn_1_type", "cross_attn_1_type", "cross_attn_2_type", "attn_type")
@@ -216,10 +223,10 @@ class Reading:
             asks = f"{key}={text!r} is a placeholder: write the real path, or remove {key}"
             raise self._error(key, asks, absent=True)
         tried = [Path(text), *(folder / text for folder in self.folders)]
-        found = next((path for path in tried if path.exists()), None)
+        found = next((path for path in tried if _exists(path)), None)
         if found is None:
-            places = ", ".join(str(path) for path in tried)
-            raise self._error(key, f"{key}={text!r}: there is no such file; looked for {places}", absent=True)
+            named, places = readable(text, 200), readable(", ".join(map(str, tried)), 2000)
+            raise self._error(key, f"{key}={named!r}: there is no such file; looked for {places}", absent=True)
         return found
 
     def _scheme(self, *keys: str) -> str | None:
@@ -320,6 +327,13 @@ def is_comment(key: str) -> bool:
     return key.lstrip("_").startswith(("comment", "//"))
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is longer than the system allows, or a folder that may not be entered
+        return False
+
+
 def _wanted(key: str, value: object) -> str | None:
     """What the key's value must be, where this is none."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -331,4 +345,9 @@ def _wanted(key: str, value: object) -> str | None:
         return "a number"
     if key in OBJECTS and value and not isinstance(value, dict):
         return "an object, {...}"
+    if key in TEXTS and value and not isinstance(value, str):
+        return "a text"
+    if key == "lora_configs" and isinstance(value, list):
+        if not all(isinstance(each, dict) and isinstance(each.get("path"), str) for each in value):
+            return 'a list of objects, each with a "path"'
     return "a list" if key in LISTS and not isinstance(value, list) else None

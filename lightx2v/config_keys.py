@@ -158,6 +158,13 @@ WHOLE = frozenset(
 )
 NUMBERS = WHOLE | frozenset("sample_shift boundary teacache_thresh magcache_thresh magcache_retention_ratio".split())
 OBJECTS = frozenset({"parallel"})
+TEXTS = frozenset(
+    "scheduler_type self_attn_1_type cross_attn_1_type cross_attn_2_type attn_type feature_caching vae_path tae_path "
+    "transformer_model_name aspect_ratio offload_granularity dit_original_ckpt high_noise_original_ckpt "
+    "low_noise_original_ckpt dit_quantized_ckpt high_noise_quantized_ckpt low_noise_quantized_ckpt t5_quantized_ckpt "
+    "clip_quantized_ckpt qwen25vl_quantized_ckpt dit_quant_scheme t5_quant_scheme clip_quant_scheme "
+    "qwen25vl_quant_scheme".split()
+)
 LISTS = frozenset("denoising_step_list lora_configs coefficients magcache_ratios".split())
 HUNYUAN = "hunyuan1.5"
 SIDES = {"480p": 640, "720p": 960}  # pixels of the square that such a HunyuanVideo-1.5 was trained on

@@ -1,7 +1,8 @@
 """Latents to frames: which VAE and tiny autoencoder a pipeline uses, and whether whole frames fit in memory."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightx2v.memory import vae_decode_bytes
 from lightx2v.offload.plan import DoesNotFitError
 from lightx2v.offload.shortage import Shortage, caught, free_unused
 from lightx2v.vae.loading import VAE, VAEInfo, identify_vae
-from lightx2v.vae.stream import decode
+from lightx2v.vae.stream import OnChunk, StreamedVAE, decode
 from lightx2v.vae.tiling import Tiling, decode_tiled, largest_tile, plan
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def decode_video(
         log.warning(SAID, second.size, f"memory ran out for {_words(first)}")
         first, made = second, decoded(second)
     if isinstance(made, Shortage):
-        raise DoesNotFitError(_too_large(raw, vae, first, made))
+        raise DoesNotFitError(too_large(raw, vae, first, made))
     return made
 
 
@@ -157,7 +158,8 @@ def _words(tiling: Tiling | None) -> str:
     return "whole frames" if tiling is None else f"tiles of {tiling.size} pixels"
 
 
-def _too_large(raw: Tensor, vae: VAE, tiling: Tiling | None, shortage: Shortage) -> str:
+def too_large(raw: Tensor, vae: StreamedVAE, tiling: Tiling | None, shortage: Shortage) -> str:
+    """Memory that ran out while decoding, in words."""
     width, height = (side * cell for side, cell in zip(raw.shape[:2:-1], vae.space.stride[:0:-1], strict=True))
     less = (tiling.size if tiling else 512) // 2
     advice = f"decode in tiles of {less} pixels" if less >= TILES[0].size else "make the video smaller"
@@ -168,27 +170,29 @@ def _too_large(raw: Tensor, vae: VAE, tiling: Tiling | None, shortage: Shortage)
 
 
 def _tiled(vae: VAE, raw: Tensor, tiling: Tiling, progress: bool) -> Tensor:
-    with _bar("tile", progress) as bar:
-        tiles = decode_tiled(
-            lambda part: decode(vae, part, clamp=False), raw, vae.space.stride, tiling, on_tile=_counter(bar)
-        )
+    with counted("tile", progress) as count:
+        tiles = decode_tiled(lambda part: decode(vae, part, clamp=False), raw, vae.space.stride, tiling, on_tile=count)
     return tiles.clamp_(-1, 1)
 
 
 def _whole(vae: VAE, raw: Tensor, progress: bool) -> Tensor:
+    with counted("frame", progress) as count:
+        return decode(vae, raw, on_chunk=count, out=room_for(vae, raw))
+
+
+def room_for(vae: StreamedVAE, raw: Tensor) -> Tensor:
+    """Main memory for the frames (B, 3, F, H, W) of latents."""
     rows, columns = (side * cell for side, cell in zip(raw.shape[3:], vae.space.stride[1:], strict=True))
-    out = torch.empty(raw.shape[0], 3, 4 * raw.shape[2] - 3, rows, columns)
-    with _bar("frame", progress) as bar:
-        return decode(vae, raw, on_chunk=_counter(bar), out=out)
+    return torch.empty(raw.shape[0], 3, 4 * raw.shape[2] - 3, rows, columns)
 
 
-def _bar(unit: str, progress: bool) -> tqdm:
-    return tqdm(desc="decode", unit=unit, disable=not progress, leave=False)
+@contextmanager
+def counted(unit: str, progress: bool) -> Iterator[OnChunk]:
+    """A progress bar, which the callable given is told of how much is done, and of how much in all."""
+    with tqdm(desc="decode", unit=unit, disable=not progress, leave=False) as bar:
 
+        def count(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-def _counter(bar: tqdm) -> Callable[[int, int], None]:
-    def count(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return count
+        yield count

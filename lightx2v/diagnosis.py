@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import Block, Branch, RunBlocks, Walks
 from lightx2v.cache.turn import Turn
+from lightx2v.finite import bad_weight, finite, how_many
+from lightx2v.guidance import Conditioning
 from lightx2v.parallel.agreement import first_said
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.sampling import Denoiser, Step
@@ -43,7 +45,7 @@ def looking(turn: Turn, run: RunBlocks, mesh: Mesh | None = None) -> Walks:
             def looked_at(index: int, block: Block) -> Block:
                 def call(tokens: Tensor, args: Any) -> Tensor:
                     out = block(tokens, args)
-                    fine = _finite(out)
+                    fine = finite(out)
                     place = f"first in block {index + 1} of {total} ({facts})"
                     stop_where(None if fine else f"{place}; {_advice(network, index, out)}")
                     return out
@@ -59,17 +61,46 @@ def looking(turn: Turn, run: RunBlocks, mesh: Mesh | None = None) -> Walks:
 
 def _before(tokens: Tensor, args: Any, facts: str) -> str | None:
     """What is not finite before the first block, in words; None if all is."""
-    if not _finite(tokens):
+    if not finite(tokens):
         return (
             f"before the blocks ({facts}): in the latents or images that were given, or in the weights that embed "
             "them; encode again, or load another file"
         )
-    if (name := next((name for name, value in _tensors(args) if not _finite(value)), None)) is not None:
+    if (name := next((name for name, value in _tensors(args) if not finite(value)), None)) is not None:
         return (
             f"before the blocks ({facts}), in what they read as '{name}': in the text or image embedding, or in the "
             "weights that read it; encode again, or load another file"
         )
     return None
+
+
+# What a model is given beside the latents: field of Conditioning -> in words.
+GIVEN = {
+    "context": "the text embedding",
+    "image": "the image latents or their mask",
+    "clip": "the image embedding",
+    "glyphs": "the embedding of quoted text",
+}
+
+
+def check_given(latents: Tensor, mask: Tensor | None, cond: Conditioning, uncond: Conditioning | None) -> None:
+    """Raise FloatingPointError, naming it, for anything that is not finite before the first step.
+
+    One reduction for each tensor, once a request (benchmarks/watching.py times it).
+    """
+    for tensor, words in ((latents, "the latents to start from"), (mask, "the mask")):
+        if tensor is not None and not finite(tensor):
+            raise FloatingPointError(
+                f"{words} held NaN or infinity in {how_many(tensor)} before sampling: encode again, or start from noise"
+            )
+    for prompt, given in (("positive", cond), ("negative", uncond)):
+        for name, words in GIVEN.items() if given is not None else ():
+            value = getattr(given, name)
+            if value is not None and not finite(value):
+                raise FloatingPointError(
+                    f"{words} ('{name}') of the {prompt} conditioning held NaN or infinity in {how_many(value)} before "
+                    "sampling: encode again; if they stay, the encoder's file is damaged: use another"
+                )
 
 
 def explain(again: Callable[[], Denoiser], cached: bool) -> Callable[[Tensor, Step], str]:
@@ -79,7 +110,7 @@ def explain(again: Callable[[], Denoiser], cached: bool) -> Callable[[Tensor, St
     """
 
     def why(latents: Tensor, step: Step) -> str:
-        if not _finite(latents):
+        if not finite(latents):
             return "in the latents that the step began with; encode them again"
         try:
             x0 = again()(latents, step)
@@ -87,7 +118,7 @@ def explain(again: Callable[[], Denoiser], cached: bool) -> Callable[[Tensor, St
             return str(found)
         except RuntimeError as error:  # the device may be full, or out of order
             return f"and doing the step again to find where failed: {error}"
-        if not _finite(x0):
+        if not finite(x0):
             return "after the blocks: in the head's weights or in guidance; load another file, or lower the guidance"
         if cached:
             return "and nowhere when the step is done again without the cache; lower its threshold or leave it off"
@@ -104,13 +135,9 @@ def _advice(network: nn.Module, index: int, out: Tensor) -> str:
 
 
 def _bad_weight(network: nn.Module, index: int) -> str | None:
-    """The first of a block's tensors that holds NaN or infinity."""
     lists = (module for module in network.children() if isinstance(module, nn.ModuleList))
     blocks = max(lists, key=len, default=nn.ModuleList())
-    if index >= len(blocks):
-        return None
-    named = (*blocks[index].named_parameters(), *blocks[index].named_buffers())
-    return next((name for name, value in named if value.is_floating_point() and not _finite(value)), None)
+    return bad_weight(blocks[index]) if index < len(blocks) else None
 
 
 def _attention(network: nn.Module) -> str:
@@ -125,7 +152,3 @@ def _tensors(args: Any) -> Iterator[tuple[str, Tensor]]:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, Tensor) and each.is_floating_point():
                 yield name, each
-
-
-def _finite(x: Tensor) -> bool:
-    return bool((x.float() if x.itemsize == 1 else x).isfinite().all())  # fp8 has no isfinite of its own

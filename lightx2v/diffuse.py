@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightx2v.blocks import Branch, RunBlocks, Walks, interruptible, run_blocks
 from lightx2v.cache.turn import CacheFactory, Turn
 from lightx2v.config import Sampling
-from lightx2v.diagnosis import explain, looking
+from lightx2v.diagnosis import check_given, explain, looking
 from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, Velocity, is_high, velocity_of
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
@@ -133,12 +133,14 @@ def diffuse(
     """Denoise raw latents (B, C, T, H, W) -> raw latents, float32, on the CPU.
 
     cache: called once for each network; what it returns lives as long as this call.
-    Raises ValueError for latents of another space, and for a guided request without `uncond`; FloatingPointError for an
-    estimate that is not finite, with its step, block and attention backend.
+    Raises ValueError for latents of another space, and for a guided request without `uncond`; FloatingPointError for
+    latents, a mask or conditioning that are not finite, and for an estimate that is not, with its step, block and
+    attention backend.
     """
     full, space = schedule_of(sampling), model.spec.latents
     steps = len(full.timesteps)
     schedule = full.between(sampling.start_step, steps if sampling.end_step is None else min(sampling.end_step, steps))
+    check_given(start.latents, start.mask, cond, uncond)
     latents = fit_empty(start.latents.float().cpu(), space)
     clean = space.normalize(latents) if latents.any() else latents
     noise = noise_like(latents, sampling.seed, start.batch_index) if sampling.add_noise else torch.zeros_like(clean)

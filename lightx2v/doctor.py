@@ -19,7 +19,7 @@ from lightx2v.models.hunyuan_video_15 import encoders as hunyuan
 from lightx2v.offload.placing import ram_bytes
 from lightx2v_kernels import registry
 
-NEEDED = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
+NEEDED = ("torch", "transformers", "tokenizers", "sentencepiece", "einops", "av", "pillow")
 OPTIONAL = (
     *("triton", "flash-attn", "flash-attn-4", "flash-attn-3", "fa3-fwd", "sageattention", "sageattn3"),
     *("sgl-kernel", "vllm", "torchao", "comfy-kitchen"),
@@ -73,8 +73,8 @@ def machine() -> Machine:
     """Versions, memory and devices."""
     free, total = ram_bytes()
     there = torch.cuda.is_available()
-    built = torch.version.cuda or torch.version.hip
-    why = "" if there else f"torch is built for {built}, but finds no GPU" if built else "torch is built without CUDA"
+    built = [f"{name} {of}" for name, of in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if of]
+    why_cpu = f"torch is built for {built[0]}, but finds no GPU" if built else "torch is built without CUDA"
     return Machine(
         lightx2v=__version__,
         python=platform.python_version(),
@@ -84,8 +84,8 @@ def machine() -> Machine:
         free_ram=free,
         driver=_driver() if there else None,
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count() if there else 0)),
-        why_cpu=why,
-        packages={package: _version(package) for package in (*NEEDED, *OPTIONAL)},
+        why_cpu="" if there else why_cpu,
+        packages={package: _version(package) for package in (*NEEDED, *OPTIONAL)} | {"torch": torch.__version__},
     )
 
 

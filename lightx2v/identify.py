@@ -1,6 +1,7 @@
 """What a file is, decided from its header alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,23 @@ def other_kind(header: Header) -> str | None:
     return kind.describe() if kind else None
 
 
+@contextmanager
+def _sizes(header: Header) -> Iterator[None]:
+    """While sizes are read from shapes: those that no network has become an error that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{header.path}: its tensors have the names of a model that is known, but not its shapes ({error}); "
+            "download the file again"
+        ) from error
+
+
 def _spec(header: Header) -> ModelSpec | None:
-    found = [spec for spec in specs() if spec.matches(header)]
+    with _sizes(header):
+        found = [spec for spec in specs() if spec.matches(header)]
     if len(found) > 1:
         names = ", ".join(spec.name for spec in found)
         raise CheckpointError(f"{header.path}: matches several models ({names}); this is a bug, please report it")
@@ -156,7 +172,7 @@ def _distilled(header: Header, family: str) -> str | None:
 def _task(header: Header, kind: Kind, layout: Layout) -> str | None:
     if kind.name != "transformer":
         return None
-    if layout.header.shape("img_in.proj.weight") and layout.header.tensors["img_in.proj.weight"].shape[1] == 98:
+    if (layout.header.shape("img_in.proj.weight") or ())[1:2] == (98,):
         return "sr"
     return task_hint(header.path, header.metadata)
 

@@ -91,15 +91,17 @@ def fill(
     quantise_on: torch.device | None = None,
     *,
     only: Callable[[str], bool] = lambda name: True,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
-    """Stream the weights of a built network to a device. only: names of those; the others stay in the file.
+    """Stream the weights of a built network to a device. only: names of those; the others stay in the file. on_tensor:
+    before each, may raise to cancel; the network is then of no use.
 
     Weights are restored or quantised one at a time, so that no more than one is in memory in float32: restored on that
     device, quantised on `quantise_on` (default: the same).
     """
     dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
     header = filling(transformer, info.header, quantise_on or device)
-    assign(transformer, header, dtype=dtypes.get, device=device, only=only)
+    assign(transformer, header, dtype=dtypes.get, device=device, only=only, on_tensor=on_tensor)
     log.info("%s: %s; %s", info.path.name, info.describe(), described(transformer))
 
 

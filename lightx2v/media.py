@@ -4,12 +4,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from lightx2v.checkpoint.writing import Entry, write_safetensors
+from lightx2v.unfinished import unfinished
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,12 +82,8 @@ def save_video(frames: Tensor, path: str | Path, fps: int, parameters: Mapping[s
     if pattern is not None:
         _write_pictures(frames, pattern, comment)
         return Path(path)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix.lower()}")
-    try:
+    with unfinished(target) as partial:
         WRITERS[target.suffix.lower()](frames, partial, fps, comment)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 
@@ -117,20 +117,13 @@ def _write_pictures(frames: Tensor, pattern: Path, comment: str) -> None:
     """First beside each other under temporary names, then by their own."""
     from PIL import Image, PngImagePlugin
 
-    told, written = PngImagePlugin.PngInfo(), []
+    told = PngImagePlugin.PngInfo()
     before, digits, after = _named(pattern)
     told.add_itxt("comment", comment)
-    try:
+    with ExitStack() as written:
         for index, image in enumerate(_bytes(frames)):
-            name = f"{before}{index:{digits}d}{after}"
-            partial = pattern.with_name(f".{name}.{os.getpid()}.partial.png")
-            written.append((partial, pattern.with_name(name)))
-            Image.fromarray(image).save(partial, pnginfo=told)
-        for partial, path in written:
-            partial.replace(path)
-    finally:
-        for partial, _ in written:
-            partial.unlink(missing_ok=True)
+            path = pattern.with_name(f"{before}{index:{digits}d}{after}")
+            Image.fromarray(image).save(written.enter_context(unfinished(path)), format="PNG", pnginfo=told)
 
 
 def _bytes(frames: Tensor) -> "np.ndarray":
@@ -143,7 +136,7 @@ def _write_mp4(frames: Tensor, path: Path, fps: int, comment: str) -> None:
     import av
 
     _, height, width, _ = frames.shape
-    with av.open(str(path), "w", options={"movflags": "use_metadata_tags+faststart"}) as container:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -153,15 +146,17 @@ def _write_mp4(frames: Tensor, path: Path, fps: int, comment: str) -> None:
 
 
 def _write_safetensors(frames: Tensor, path: Path, fps: int, comment: str) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"video": frames.float().cpu().contiguous()}, path, metadata={"comment": comment, "fps": str(fps)})
+    entry = Entry("video", torch.float32, tuple(frames.shape))
+    write_safetensors(path, [entry], [("video", frames.float())], {"comment": comment, "fps": str(fps)})
 
 
 def _write_npy(frames: Tensor, path: Path, fps: int, comment: str) -> None:
-    import numpy as np
+    from numpy.lib import format as npy
 
-    np.save(path, frames.float().cpu().numpy())
+    array = frames.float().cpu().contiguous().numpy()
+    with path.open("wb") as file:  # np.save's own way of writing does not say what went wrong
+        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 WRITERS: Mapping[str, Callable[[Tensor, Path, int, str], None]] = {

@@ -3,30 +3,44 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from lightx2v.identify import CheckpointInfo
+from lightx2v.models.wan.config import WanConfig
+from lightx2v.quant.feeding import piece_of
 from lightx2v.shapes import LatentShape, num_tokens
 from lightx2v.vae.hunyuan15 import HunyuanVAEConfig
 from lightx2v.vae.loading import VAEInfo
-from lightx2v.vae.tae import KINDS, TAEConfig
+from lightx2v.vae.tae import KINDS, TAEConfig, TinyVAE
 from lightx2v.vae.wan22 import Wan22VAEConfig
 
+# Those of a block that would otherwise write rows in float32.
+FUSED = ("rms_norm", "modulate", "gated_residual", "norm_rope", "residual_modulate", "residual_layer_norm")
+ACTIVATION_SLACK = 1.05  # text, angles, timesteps, and what an allocator cannot fill
 # One umT5-xxl block widened to float32 (0.77 GB) and its products for 512 tokens, or one of Qwen2.5-VL 7B (0.93 GB).
 TEXT_ENCODER_ACTIVATION_BYTES = 1_500_000_000
 
 
 def transformer_activation_bytes(
-    info: CheckpointInfo, latent_shape: Sequence[int], dtype: torch.dtype, parts: int = 1
+    info: CheckpointInfo, latent_shape: Sequence[int], dtype: torch.dtype, parts: int = 1, *, fused: bool = False
 ) -> int:
     """Peak of one forward pass over latents (B, C, T, H, W): an upper estimate, in bytes.
 
     Per token and block: the stream, its modulated copy, q, k, v, their rotated copies and the attention result (8 rows
     of hidden_size), or the feed-forward's hidden row before and after GELU, and two float32 rows inside the norms.
+    fused: whether the ops on single tokens write nothing but their results (`fused_by`). A Wan block then has at most 7
+    rows of hidden_size (the embedded video, its own input, q, k, v, the attention result, and q and k in 8 bits), or
+    what its feed-forward takes, both counted in tests/engine/test_activations.py.
     parts: processes that share the tokens, of which each also holds the whole stream three times where it is gathered,
     and what it sends and receives (6 rows) beside the rest.
     """
     batch, config = latent_shape[0], info.config
     tokens = batch * num_tokens(LatentShape(*latent_shape[2:]), info.spec.patch_size)
+    if parts == 1 and fused and isinstance(config, WanConfig):
+        hidden, fed = config.hidden_size, 2 * config.ffn_size * piece_of(tokens)
+        attending = 8 if config.image_dim else 7  # what attends to an image is added to what attends to the text
+        rows = max(attending * hidden * tokens, (4 if tokens == piece_of(tokens) else 5) * hidden * tokens + fed)
+        return int(ACTIVATION_SLACK * rows * dtype.itemsize)
     row = (8 * config.hidden_size + 2 * config.ffn_size) * dtype.itemsize + 2 * config.hidden_size * 4
     if parts == 1:
         return tokens * row
@@ -34,12 +48,18 @@ def transformer_activation_bytes(
     return -(-tokens // parts) * (row + sent) + tokens * 3 * config.hidden_size * dtype.itemsize
 
 
+def fused_by(network: nn.Module) -> bool:
+    """Whether Triton computes all ops on single tokens of a network."""
+    names = getattr(getattr(network, "kernels", None), "names", {})
+    return all(names.get(op) == "triton" for op in FUSED)
+
+
 # Beside what is counted: the workspace of convolutions, and what an allocator cannot fill.
 VAE_SLACK = 1.2
 
 
 def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dtype, *, frames: bool = True) -> int:
-    """Peak of decoding raw latents (B, C, T, h, w) one latent frame at a time, in bytes: an upper estimate.
+    """Peak of decoding raw latents (B, C, T, h, w), as many at a time as the VAE says, in bytes: an upper estimate.
 
     frames: whether the decoded video, 12 bytes a pixel and frame, lies on the same device. The rest does not depend on
     T, or hardly: numbers a pixel of one frame, counted by running each network on tensors without contents
@@ -50,7 +70,8 @@ def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dt
     if isinstance(config, TAEConfig):
         eighth, quarter, half, full = config.decoder_channels
         remembered = 3 * half / 4 + 3 * quarter / 16 + 3 * eighth / 64
-        numbers = (4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24
+        at_once = min(TinyVAE.at_once, latent_frames)
+        numbers = at_once * ((4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24)
     elif isinstance(config, Wan22VAEConfig):
         numbers = 13.2 * config.decoder_channels + 30
     elif isinstance(config, HunyuanVAEConfig):  # keys and values are kept of every latent frame

@@ -18,7 +18,7 @@ from lightx2v.decoding import VAEChoice, fitting
 from lightx2v.diffuse import Model
 from lightx2v.folder import ModelFolder
 from lightx2v.identify import CheckpointInfo
-from lightx2v.loading import load_transformer
+from lightx2v.loading import build_transformer, load_transformer
 from lightx2v.lora import Applied, Lora, apply_loras, change_loras, check_loras, for_expert, remove_loras
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
 from lightx2v.models import ImageEncoder, TextEncoder
@@ -27,10 +27,11 @@ from lightx2v.offload.home import Home
 from lightx2v.offload.parts import streamable
 from lightx2v.offload.placing import Asked, Placing, file_bytes, held_bytes, planned
 from lightx2v.offload.plan import GB, RESERVE, DoesNotFitError, Plan, has_room, measure, streamed_bytes
-from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more
+from lightx2v.offload.shortage import Advice, Shortage, caught, free_unused, once_more, says_if_lost
 from lightx2v.offload.stream import BlockStream
 from lightx2v.parallel.agreement import together
 from lightx2v.parallel.mesh import Mesh
+from lightx2v.parallel.shared import share_weights, tightest
 from lightx2v.report import sampling_lines
 from lightx2v.vae.hunyuan15 import HunyuanVAE
 from lightx2v.vae.loading import VAE, FullVAE, VAEInfo, identify_vae, load_vae
@@ -43,11 +44,13 @@ Result = TypeVar("Result")
 
 
 class Parts:
-    """folder: where encoders and VAE are. infos: of one transformer, or of the high- and the low-noise expert."""
+    """folder: where encoders and VAE are; None: somebody else has them. infos: of one transformer, or of the high- and
+    the low-noise expert."""
 
-    def __init__(self, folder: ModelFolder, infos: Sequence[CheckpointInfo], device: torch.device) -> None:
+    def __init__(self, folder: ModelFolder | None, infos: Sequence[CheckpointInfo], device: torch.device) -> None:
         self.device = device
-        self._folder, self._infos = folder, tuple(infos)
+        self._folder, self._infos = folder or ModelFolder(Path()), tuple(infos)
+        self._alone = folder is None
         self._encoders: tuple[Path | None, Path | None] = (None, None)
         self._text: TextEncoder | None = None
         self._image: ImageEncoder | None = None
@@ -61,6 +64,8 @@ class Parts:
         self._engine = Engine()
         self.plan: Plan | None = None  # of the last request, where one was made
         self.mesh: Mesh | None = None
+        self._one_copy = False
+        self._shared: tuple[object, ...] = ()  # what is in that copy
 
     def text_encoder(self) -> TextEncoder:
         """That of the transformers' family, on the CPU unless it is visiting."""
@@ -193,11 +198,14 @@ class Parts:
         """Of the last pass of the sampler: files, kernels, types, memory, LoRAs and those caches."""
         return sampling_lines(self._infos, self._engine, self.device, self.plan, self._applied, caches)
 
-    def use_mesh(self, mesh: Mesh | None) -> None:
-        """Of several processes, from now on; transformers that were read for another are forgotten."""
-        if mesh is not self.mesh:
+    def use_mesh(self, mesh: Mesh | None, one_copy: bool = False) -> None:
+        """Of several processes, from now on; transformers that were read for another are forgotten.
+
+        one_copy: all of them are on this machine, and weights that wait in RAM are there once for all.
+        """
+        if mesh is not self.mesh or one_copy != self._one_copy:
             self.forget_transformers()
-        self.mesh = mesh
+        self.mesh, self._one_copy = mesh, one_copy
 
     def use_engine(self, engine: Engine) -> None:
         """From now on; transformers that were read for another are forgotten."""
@@ -207,7 +215,7 @@ class Parts:
 
     def forget_transformers(self) -> None:
         """They are read again at their next use."""
-        self._transformers, self._applied = (), ()
+        self._transformers, self._applied, self._shared = (), (), ()
         self._placing.forget()
 
     @contextmanager
@@ -221,10 +229,15 @@ class Parts:
         if engine.vae_offload:
             self.rest_vaes()
         self.use_engine(engine)
-        plan = self.plan = self._planned(engine, asked) if planned(engine, self.device) else None
+        plan = self.plan = self._agreed(engine, asked) if planned(engine, self.device) else None
         resident = len(self._infos) == 1 and engine.offload in ("none", "auto") if plan is None else plan.whole
-        self._load(engine, self.device if resident else CPU, plan)
-        self._set_loras(loras, "branch" if self._filed else how)  # what is read again each time cannot be changed
+        wait = self.device if resident else CPU
+        if self.mesh is not None and self._one_copy and wait.type == "cpu":
+            self._share(self.mesh, engine, tuple(loras), how, plan)
+        else:
+            if self._shared:
+                self.forget_transformers()
+            self._ready(engine, loras, how, wait, plan)
         made = partial(Model, self._infos[0].spec, self.device, mesh=self.mesh)
         if plan is not None:
             placed = self._placing.placed(self._transformers, self._applied, plan, self._infos)
@@ -243,15 +256,44 @@ class Parts:
             for home in homes:
                 home.leave()
 
+    def _agreed(self, engine: Engine, asked: Asked | None) -> Plan:
+        """The plan of this process, or the one for all that have one copy of the weights."""
+        if self.mesh is None or not self._one_copy:
+            return self._planned(engine, asked)
+        return tightest(self.mesh, lambda: self._planned(engine, asked))
+
+    def _share(self, mesh: Mesh, engine: Engine, loras: tuple[Lora, ...], how: str, plan: Plan | None) -> None:
+        """Transformers with LoRAs, over weights that rank 0 reads for all. Other LoRAs are another copy."""
+        filed = 0 if plan is None else self._filed if self._shared and plan.suits(self._filed) else plan.filed
+        wanted = (engine, loras, how, filed)
+        if wanted == self._shared:
+            return
+        self.forget_transformers()
+
+        def read() -> tuple[nn.Module, ...]:
+            self._ready(engine, loras, how, CPU, plan)
+            return self._transformers
+
+        def build() -> tuple[nn.Module, ...]:
+            return tuple(build_transformer(info, engine, self.device, mesh) for info in self._infos)
+
+        self._transformers = share_weights(mesh, [info.header for info in self._infos], read, build)
+        self._shared, self._filed = wanted, filed
+
+    def _ready(self, engine: Engine, loras: Sequence[Lora], how: str, wait: torch.device, plan: Plan | None) -> None:
+        self._load(engine, wait, plan)
+        self._set_loras(loras, "branch" if self._filed else how)  # what is read again each time cannot be changed
+
     def _load(self, engine: Engine, wait: torch.device, plan: Plan | None) -> None:
         if self._filed if plan is None else not plan.suits(self._filed):
             self.forget_transformers()
         if not self._transformers:
             self._filed = 0 if plan is None else plan.filed
-            left = partial(left_in_file, count=self._filed)
+            left = partial(left_in_file, count=self._filed, resident=0 if plan is None else plan.resident)
             each = (load_transformer(info, engine, self.device, wait, left, self.mesh) for info in self._infos)
             self._transformers = tuple(each)
 
+    @says_if_lost
     def sampled(
         self, engine: Engine, loras: Sequence[Lora], how: str, asked: Asked, work: Callable[[Model], Tensor]
     ) -> Tensor:
@@ -316,6 +358,8 @@ class Parts:
 
     def _tile(self, plan: Plan, asked: Asked) -> int:
         """In which tiles the VAE will have to decode what is sampled."""
+        if self._alone:
+            return 0
         info = self._vaes.tiny or self._full()
         tiling = fitting(info, asked.shape, self._vae_dtype, plan.beside_weights - file_bytes(info.path))
         return tiling.size if tiling is not None else 0
@@ -345,7 +389,13 @@ class Parts:
         return [for_expert(loras, name) for name in names]
 
     def _set_loras(self, loras: Sequence[Lora], how: str) -> None:
-        stacks = self._stacks(loras)
+        try:
+            self._change_loras(self._stacks(loras), how)
+        except BaseException:  # of two experts one may have its LoRAs, or one may lack what it had before
+            self.forget_transformers()
+            raise
+
+    def _change_loras(self, stacks: Sequence[tuple[Lora, ...]], how: str) -> None:
         if self._applied and (how != self._how or not any(stacks)):
             for module, applied in zip(self._transformers, self._applied, strict=True):
                 remove_loras(module, applied)

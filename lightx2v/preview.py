@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightx2v import strict_json
 from lightx2v.checkpoint import CheckpointError, Header
 from lightx2v.vae.stream import decode
 from lightx2v.vae.tae import TinyVAE
@@ -34,11 +35,11 @@ def read_colours(header: Header, channels: int) -> Colours | None:
     if COLOURS_KEY not in header.metadata:
         return None
     try:
-        *factors, bias = json.loads(header.metadata[COLOURS_KEY])
+        *factors, bias = strict_json.parse(header.metadata[COLOURS_KEY])
         rows = [[float(value) for value in row] for row in (*factors, bias)]
         if len(rows) != channels + 1 or any(len(row) != 3 for row in rows):
             raise ValueError(f"{len(rows)} rows")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(
             f"{header.path}: its metadata '{COLOURS_KEY}' is not {channels + 1} rows of 3 numbers ({error}); "
             "download the file again"

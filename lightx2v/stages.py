@@ -19,8 +19,9 @@ from lightx2v.identify import CheckpointInfo
 from lightx2v.media import require_writable, save_video, to_frames
 from lightx2v.models import ModelSpec
 from lightx2v.models.wan.conditioning import image_latent
-from lightx2v.offload.shortage import once_there_is_room
-from lightx2v.parallel.agreement import on_first, only_on_first
+from lightx2v.offload.shortage import once_there_is_room, says_if_lost
+from lightx2v.parallel.agreement import on_first, only_on_first, together
+from lightx2v.parallel.decoding import decode_video as decode_together
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.parts import Parts
 from lightx2v.request import Call
@@ -28,6 +29,7 @@ from lightx2v.sampling import Step
 from lightx2v.shapes import VideoShape, to_latent
 from lightx2v.vae import stream
 from lightx2v.vae.hunyuan15 import HunyuanVAE
+from lightx2v.vae.loading import VAE, VAEInfo
 from lightx2v.vae.padded import encode_padded
 
 Encoded = tuple[Conditioning, Conditioning | None, Start]
@@ -50,6 +52,7 @@ def prepare(parts: Parts, info: CheckpointInfo, called: Call, before: Request, t
     return on_first(parts.mesh, work)
 
 
+@says_if_lost
 def encode(parts: Parts, spec: ModelSpec, request: Request, start: Tensor | None, end: Tensor | None) -> Encoded:
     """Text and images to conditioning, and to the latents that sampling begins with.
 
@@ -92,17 +95,21 @@ def _padded(parts: Parts) -> Encode:
     return run
 
 
+@says_if_lost
 def decode(parts: Parts, latents: Tensor, how: Decoding, progress: bool) -> Tensor | None:
-    """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU; of several processes on rank 0, None elsewhere."""
+    """Latents to (F, H, W, 3) float32 in [0, 1] on the CPU; of several processes on rank 0, None elsewhere.
 
-    def work() -> Tensor:
+    Several processes decode together, each some rows of every frame.
+    """
+    if parts.mesh is None:
         info, vae = parts.decoder()
-        frames = decode_video(
-            info, vae, latents, how, free=parts.room_bytes(), progress=progress, make_room=parts.clear_transformers
-        )
-        return to_frames(frames)
-
-    return only_on_first(parts.mesh, work)
+        room, free = parts.clear_transformers, parts.room_bytes()
+        return to_frames(decode_video(info, vae, latents, how, free=free, progress=progress, make_room=room))
+    read: list[tuple[VAEInfo, VAE]] = []
+    together(parts.mesh, lambda: read.append(parts.decoder()))
+    info, vae = read[0]
+    frames = decode_together(parts.mesh, info, vae, latents, how, free=parts.room_bytes(), progress=progress)
+    return None if frames is None else to_frames(frames)
 
 
 def save(parts: Parts, frames: Tensor | None, target: str | Path, fps: int, metadata: Mapping[str, Any]) -> None:

@@ -64,6 +64,7 @@ class Kernels:
     residual_layer_norm: Callable[
         [Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]
     ]
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]  # x (..., K), weight (N, K), bias (N,) -> (..., N)
     quantize: Callable[[Tensor, torch.dtype], Quantized]  # x (..., K), torch.int8 or torch.float8_e4m3fn
     gelu_quantize: Callable[[Tensor, torch.dtype], Quantized]
     layer_norm_quantize: Callable[[Tensor, Tensor | None, Tensor | None, float, torch.dtype], Quantized]
@@ -111,7 +112,9 @@ def rotary_attention(attention: AttentionFn, norm_rope: Callable[..., Tensor]) -
     def attend(
         q: Tensor, k: Tensor, v: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, eps: float
     ) -> Tensor:
-        return attention(norm_rope(q, norm_q, cos, sin, eps), norm_rope(k, norm_k, cos, sin, eps), v)
+        q = norm_rope(q, norm_q, cos, sin, eps)  # each by its name, so that what came in may go
+        k = norm_rope(k, norm_k, cos, sin, eps)
+        return attention(q, k, v)
 
     return attend
 
@@ -133,4 +136,4 @@ TOKENWISE = (
     "residual_modulate_quantize",
     "residual_layer_norm_quantize",
 )
-_OPS = ("attention", *TOKENWISE)
+_OPS = ("attention", "linear_gelu", *TOKENWISE)

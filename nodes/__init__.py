@@ -8,6 +8,7 @@ from .decode import LightX2VDecode
 from .image import LightX2VImageEncode, LightX2VImageToVideo, LightX2VLoadImageEncoder
 from .load import LightX2VLoadModel, LightX2VLoadModelMoE, LightX2VLoadTextEncoder
 from .lora import LightX2VLoRA
+from .parallel import LightX2VParallel
 from .report import LightX2VReport
 from .sample import LightX2VSampler
 from .vae import LightX2VLoadVAE
@@ -26,6 +27,7 @@ class LightX2VExtension(ComfyExtension):
             LightX2VImageToVideo,
             LightX2VEmptyLatent,
             LightX2VCache,
+            LightX2VParallel,
             LightX2VSampler,
             LightX2VLoadVAE,
             LightX2VDecode,

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from lightx2v.cache.lookup import published
-from lightx2v.config import Cache
+from lightx2v.config import Cache, one_of
 
 from . import host
 
@@ -80,5 +80,6 @@ class LightX2VCache(io.ComfyNode):
         retention_ratio: float,
         figures: str,
     ) -> io.NodeOutput:
+        one_of("figures", figures, (OWN, *published()))  # the library reads files by this name; a graph may not
         named = "" if figures == OWN else figures
         return io.NodeOutput(Cache(method, threshold, use_ret_steps, max_skips, retention_ratio, named))

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from lightx2v.config import one_of
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.memory import TEXT_ENCODER_ACTIVATION_BYTES
-from lightx2v.offload.shortage import Shortage, caught
+from lightx2v.offload.shortage import Shortage, caught, says_if_lost
 from lightx2v.shapes import VideoShape, snap, to_latent
 
 from . import host
@@ -44,6 +44,7 @@ class LightX2VTextEncode(io.ComfyNode):
         )
 
     @classmethod
+    @says_if_lost
     def execute(cls, encoder: LoadedTextEncoder, text: str) -> io.NodeOutput:
         device = host.on_gpu(encoder.handle, TEXT_ENCODER_ACTIVATION_BYTES)
         made = caught(lambda: encoder.encoder.condition(text, on_block=host.progress()))

@@ -4,13 +4,14 @@ from typing import Any
 
 import comfy.model_management as mm
 import comfy.sd
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from lightx2v.config import one_of
 from lightx2v.decoding import tighter
 from lightx2v.offload import DoesNotFitError
-from lightx2v.offload.shortage import Shortage, caught
+from lightx2v.offload.shortage import Shortage, caught, says_if_lost
 from lightx2v.report import Watch
 from lightx2v.vae.tiling import Tiling, decode_tiled
 
@@ -90,6 +91,7 @@ class LightX2VDecode(io.ComfyNode):
         ]
 
     @classmethod
+    @says_if_lost
     def execute(
         cls,
         latent: dict[str, Any],
@@ -109,9 +111,21 @@ class LightX2VDecode(io.ComfyNode):
             if frames is None:
                 frames, tiling = _in_tiles(vae, samples, tiling, once_more=tiled and mode == "auto")
                 words = f"tiles of {tiling.size} pixels"
+            _require_finite(frames, vae)
             lines.append(f"decoded {words}")
         reported = {**latent, KEY: so_far(latent).then(*watch.stages)}
         return io.NodeOutput(frames.flatten(0, 1) if frames.ndim == 5 else frames, reported)
+
+
+def _require_finite(frames: Tensor, vae: comfy.sd.VAE) -> None:
+    """Raise FloatingPointError for what would be a black video. Our own VAEs say it themselves, and where it began."""
+    if isinstance(vae, EngineVAE) or bool(frames.sum(dtype=torch.float32).isfinite()):
+        return
+    raise FloatingPointError(
+        f"decoding gave NaN or infinity (weights in {getattr(vae, 'vae_dtype', 'an unknown type')}): the latents or "
+        "the VAE's file hold them, or the type is too narrow; sample again, load the VAE with LightX2VLoadVAE, or "
+        "start ComfyUI with --bf16-vae"
+    )
 
 
 def _fits(vae: comfy.sd.VAE, samples: Tensor) -> bool:

@@ -35,6 +35,7 @@ PREVIEW_WIDTH = 384  # pixels
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "models"
 APPROX = "vae_approx"  # the model folder of tiny autoencoders
 DEMO_PREFIX = "lightx2v-demo/"
+LONGEST = 1000  # characters of a picked name, with its folders
 
 
 def schema(**known: Any) -> io.Schema:
@@ -79,7 +80,8 @@ def _checkpoints(category: str) -> dict[str, str]:
                     found.setdefault(name, os.path.join(root, name))
         for name in sorted(folders):
             found.setdefault(name + "/", os.path.join(root, name))
-    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in sorted(DEMO.rglob("*.safetensors"))}
+    shipped = sorted(path for path in DEMO.rglob("*") if path.suffix in (".safetensors", ".gguf"))
+    demo = {path.relative_to(DEMO).as_posix(): str(path) for path in shipped}
     return found | {DEMO_PREFIX + name: path for name, path in demo.items()}
 
 
@@ -127,6 +129,11 @@ def _version(path: str) -> tuple[int, int]:
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
+def version(path: Path) -> tuple[str, int, int]:
+    """Changes when the file does."""
+    return (str(path), *_version(str(path)))
+
+
 def _members(path: str) -> list[Any]:
     if os.path.isdir(path):
         return list(os.scandir(path))
@@ -138,7 +145,12 @@ def _members(path: str) -> list[Any]:
 
 
 def locate(category: str, name: str) -> Path:
-    """Full path of a picked file or folder; raises FileNotFoundError naming it where it is gone."""
+    """Full path of a picked file or folder; raises FileNotFoundError naming it where it is gone.
+
+    A name comes with a graph, from whoever can reach the server: it is looked for in the model folders alone.
+    """
+    if len(name) > LONGEST or not name.isprintable():
+        raise FileNotFoundError(f"{ascii(name)[:100]}: no file has this name; pick one from the list")
     if name.startswith(DEMO_PREFIX):
         return demo_file(name.removeprefix(DEMO_PREFIX))
     if not name.endswith("/"):
@@ -146,7 +158,7 @@ def locate(category: str, name: str) -> Path:
     for root in map(Path, folder_paths.get_folder_paths(category)):
         folder = root / name
         # A picked name may climb no higher than its root, wherever a link inside that may lead.
-        if ".." not in folder.parts and not Path(name).is_absolute() and folder.is_dir():
+        if ".." not in folder.parts and not Path(name).anchor and folder.is_dir():
             return folder
     raise FileNotFoundError(f"{name}: no such folder in models/{category}; pick one from the list")
 
@@ -167,7 +179,7 @@ def fingerprint(category: str, name: str) -> tuple[str, int, int]:
     """Changes when the file does, so that a loader runs again."""
     try:
         return (name, *_version(str(locate(category, name))))
-    except FileNotFoundError:
+    except OSError:
         return (name, 0, 0)
 
 
@@ -268,6 +280,24 @@ def ram_to_spare() -> bool:
     return bool(mm.get_free_memory(cpu) > 0.1 * mm.get_total_memory(cpu))
 
 
+def run_asking_for(name: str) -> int | None:
+    """The number of the graph that runs now, if one of its nodes is given that name; None otherwise."""
+    for number, item in list(_running().items()):
+        if any(name in each.get("inputs", {}).values() for each in item[2].values()):
+            return int(number)
+    return None
+
+
+def is_running(number: int) -> bool:
+    return number in _running()
+
+
+def _running() -> dict[int, Any]:
+    """Number -> (place in the queue, id, graph, ...), of graphs that run."""
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    return dict(getattr(queue, "currently_running", {}))
+
+
 def back_to_ram(handle: comfy.model_patcher.ModelPatcher) -> None:
     """Take a handle off its device now, and out of the host's list of loaded models."""
     if handle.load_device != handle.offload_device:
@@ -334,6 +364,8 @@ def picture_of(space: LatentFormat, own: Colours | None) -> Callable[[Tensor], T
             return tiny_to_rgb(x0, tiny)
         except mm.OOM_EXCEPTION:
             log.warning("Too little GPU memory for a TAESD preview; showing colours")
+        except FloatingPointError as error:  # of the tiny autoencoder alone: the estimate itself is finite
+            log.warning("No TAESD preview, showing colours: %s", error)
         return plain(x0)
 
     return picture
@@ -352,7 +384,7 @@ def _tiny_channels(path: Path) -> int | None:
 def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[Step, Tensor], None]:
     """Progress with a looping preview of the video so far."""
     bar = comfy.utils.ProgressBar(steps)
-    show = mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+    show = shows_previews()
 
     def update(step: Step, x0: Tensor) -> None:
         cancel_point()
@@ -360,3 +392,13 @@ def step_progress(steps: int, picture: Callable[[Tensor], Tensor]) -> Callable[[
         bar.update_absolute(step.index + 1, step.total, preview)
 
     return update
+
+
+def shows_previews() -> bool:
+    """Whether the user wants to see a video while it is made."""
+    return mm.args.preview_method.value != "none" if hasattr(mm.args, "preview_method") else True
+
+
+def gpus() -> int:
+    """How many GPUs there are for ComfyUI; none with --cpu."""
+    return torch.cuda.device_count() if mm.get_torch_device().type == "cuda" else 0

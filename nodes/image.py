@@ -17,6 +17,7 @@ from lightx2v.frames import Encode, whole_clips
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.models.hunyuan_video_15 import conditioning as hunyuan
 from lightx2v.models.wan.conditioning import image_condition, image_latent
+from lightx2v.offload.shortage import unless_lost
 from lightx2v.shapes import VideoShape, snap, to_latent
 from lightx2v.vae.loading import FullVAE
 from lightx2v.vae.padded import encode_padded
@@ -262,7 +263,8 @@ def _encode(vae: comfy.sd.VAE) -> Encode:
         height, width = next(frames.shape[3:] for frames in (start, end) if frames is not None)
         host.on_gpu(vae.patcher, vae.memory_used_encode((1, 3, num_frames, height, width), vae.vae_dtype))
         try:
-            return encode_padded(network, num_frames, start=start, end=end, on_chunk=host.progress())
+            on_chunk = host.progress()
+            return unless_lost(lambda: encode_padded(network, num_frames, start=start, end=end, on_chunk=on_chunk))
         except mm.OOM_EXCEPTION:
             host.log.warning("Too little GPU memory to encode %d frames at once; ComfyUI tries tiles", num_frames)
         return whole(num_frames, start=start, end=end)

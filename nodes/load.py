@@ -1,5 +1,6 @@
 """Loaders. Each picker lists only the files that fit it, told from their headers."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from lightx2v.config import DTYPES, QUANTS, Engine
 from lightx2v.experts import require_pair
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import build_transformer, compute_dtype, fill, with_attention
-from lightx2v.lora import Applied, Lora, apply_loras, check_loras, for_expert
-from lightx2v.memory import transformer_activation_bytes
+from lightx2v.lora import Applied, Lora, check_loras, for_expert
+from lightx2v.memory import fused_by, transformer_activation_bytes
 from lightx2v.models import TextEncoder
 from lightx2v.offload import Home, Placing, Plan
 from lightx2v.offload.disk import left_in_file
@@ -25,10 +26,12 @@ from lightx2v.text.chat import is_tokenizer
 
 from . import host
 from .lora import LoraStack
+from .weights import Waiting, Weights
 
 MODELS, TEXT_ENCODERS = "diffusion_models", "text_encoders"
 UMT5, QWEN, BYT5 = "umT5", "Qwen2.5-VL", "byT5"
 NONE = "none"
+WAITING = Waiting()  # like the host's own list of what is loaded, one for all graphs
 EXPERTS = tuple((f"{role}_original_ckpt", f"{role}_quantized_ckpt") for role in ("high_noise", "low_noise"))
 
 
@@ -36,56 +39,92 @@ class LoadedTransformer(host.EngineHandle):
     """A transformer in the host's books, with what its file said about itself.
 
     Its weights are read when they are first needed, straight to where they are needed: a request that does not fit the
-    model is refused before that, and encoders run while it is not there yet.
+    model is refused before that, and encoders run while it is not there yet. Where a handle for the same file has just
+    gone, this one takes its weights over, with other LoRAs.
     """
 
-    def __init__(self, info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...]) -> None:
+    def __init__(self, info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...], name: str = "") -> None:
         device = mm.get_torch_device()
-        network = build_transformer(info, engine, device)
-        super().__init__(host.Housed(network), device, mm.unet_offload_device())
-        self.info, self.engine, self.loras = info, engine, loras
-        self.applied: Applied | None = None  # None: the weights are not read yet
-        self.placing = Placing(device)
-        self._home: Home | None = None  # once they were in RAM
-        self._filed = 0  # blocks that were left in the file
+        key = (*host.version(info.path), engine.dtype, engine.quant, str(device))
+        self.held = WAITING.take(key) or Weights(key, engine, build_transformer(info, engine, device), Placing(device))
+        super().__init__(host.Housed(self.held.network), device, mm.unet_offload_device())
+        self.info, self.loras = info, loras
+        WAITING.follow(self, self.held, name)
 
-    def read(self, device: torch.device | None = None, filed: int = 0) -> None:
-        """Read the weights to a device, the load device where none is given, unless they were. filed: of so many blocks
-        they stay in the file."""
+    @property
+    def engine(self) -> Engine:
+        return self.held.engine
+
+    @property
+    def placing(self) -> Placing:
+        return self.held.placing
+
+    @placing.setter
+    def placing(self, shared: Placing) -> None:
+        self.held.placing = shared
+
+    @property
+    def applied(self) -> Applied | None:
+        """None: the weights are not read yet, or still have other LoRAs."""
+        applied = self.held.applied
+        return applied if applied is not None and applied.loras == self.loras else None
+
+    def read(self, plan: Plan | None = None) -> None:
+        """Read the weights, unless they were: to RAM as far as a plan does not leave them in the file, or to the load
+        device where there is none."""
+        held = self.held
         if self.applied is not None:
             return
-        network, how = self.model.network, "branch" if filed else "auto"  # what is read again cannot be changed
-        left, self._filed = left_in_file(network, filed), filed
-        fill(network, self.info, device or self.load_device, self.load_device, only=lambda name: name not in left)
-        self.applied = apply_loras(network, self.info, self.loras, how, device=self.load_device)
+        try:
+            if held.applied is None:
+                left, held.filed = frozenset[str](), 0
+                if plan is not None:
+                    left, held.filed = left_in_file(held.network, plan.filed, plan.resident), plan.filed
+                target = self.load_device if plan is None else torch.device("cpu")
+                self._fill(held.network, target, lambda name: name not in left)
+            held.wear(self.loras, self.info, self.load_device)
+        except BaseException:  # cancelled, or a bad file: half of a model is of no use to anybody
+            self._forget()
+            raise
+
+    def _fill(self, network: nn.Module, device: torch.device, only: Callable[[str], bool]) -> None:
+        fill(network, self.info, device, self.load_device, only=only, on_tensor=host.cancel_point)
 
     def _forget(self) -> None:
         """The weights are read again at their next use."""
         self.placing.forget()
-        self._home, self.applied, self._filed = None, None, 0
-        self.model.network = build_transformer(self.info, self.engine, self.load_device)
+        self.held.forget(build_transformer(self.info, self.engine, self.load_device))
+        self.model.network = self.held.network
+
+    def leave(self) -> None:
+        """Somebody else has the weights: none of them stays in this process."""
+        if self.held.applied is not None:
+            host.back_to_ram(self)
+            self._forget()
+            self.tell_host(0)
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
-        if self._filed:
+        if self.held.filed:
             self._forget()
         self.read()
         return super().partially_load(*args, **kwargs)
 
     def move(self, device: torch.device) -> None:
         """What was in RAM once stays there, so that leaving the device copies nothing; unless RAM is short."""
-        if self.applied is None or self._filed:
+        held = self.held
+        if held.applied is None or held.filed:
             return
         if device.type == "cpu":
-            self._home = self._home or Home(self.model.network)
-            self._home.leave()
+            held.home = held.home or Home(held.network)
+            held.home.leave()
             return
         self.placing.forget()
-        if self._home is None:
+        if held.home is None:
             super().move(device)
             return
-        self._home.copy_to(device)
+        held.home.copy_to(device)
         if not host.ram_to_spare():
-            self._home = None
+            held.home = None
 
     def network(self, attention: str) -> nn.Module:
         """The transformer with the attention backend that the sampler asks for; weights are shared, never copied."""
@@ -94,29 +133,30 @@ class LoadedTransformer(host.EngineHandle):
 
     def resting_network(self, attention: str, plan: Plan) -> nn.Module:
         """The same, with its weights in RAM, or in the file as far as the plan leaves them there."""
-        if self.applied is not None and not plan.suits(self._filed):
+        if self.held.applied is not None and not plan.suits(self.held.filed):
             self._forget()
-        self.read(torch.device("cpu"), plan.filed)
+        self.read(plan)
         network = self._with(attention)
-        if not self._filed:
-            self._home = self._home or Home(network)
+        if not self.held.filed:
+            self.held.home = self.held.home or Home(network)
         return network
 
     def _with(self, attention: str) -> nn.Module:
+        held = self.held
         if attention != self.engine.attention:
-            if self._home is not None:
+            if held.home is not None:
                 host.back_to_ram(self)
-            self.engine = replace(self.engine, attention=attention)
-            self.model.network = with_attention(self.model.network, self.info, self.engine, self.load_device)
-            self._home = None if self._home is None else Home(self.model.network)
-        return self.model.network
+            held.engine = replace(held.engine, attention=attention)
+            held.network = with_attention(held.network, self.info, held.engine, self.load_device)
+            self.model.network = held.network
+            held.home = None if held.home is None else Home(held.network)
+        return held.network
 
     def activation_bytes(self, samples: Tensor) -> int:
         """Beside the weights, for latents (B, C, T, H, W) or a batch of single frames (B, C, H, W)."""
         shape = samples.shape if samples.ndim == 5 else samples.unsqueeze(2).shape
-        return transformer_activation_bytes(
-            self.info, shape, compute_dtype(self.engine, self.info.dtype, self.load_device)
-        )
+        dtype = compute_dtype(self.engine, self.info.dtype, self.load_device)
+        return transformer_activation_bytes(self.info, shape, dtype, fused=fused_by(self.model.network))
 
 
 @dataclass(frozen=True)
@@ -173,8 +213,9 @@ class LightX2VLoadModel(io.ComfyNode):
         lora: tuple[Lora, ...] = (),
         quant: str = "auto",
     ) -> io.NodeOutput:
-        info = identify(_chosen("original_ckpt", original_ckpt, "quantized_ckpt", quantized_ckpt))
-        return io.NodeOutput(_loaded(info, Engine(dtype=dtype, quant=quant), for_expert(lora, info.expert_hint)))
+        name = _picked("original_ckpt", original_ckpt, "quantized_ckpt", quantized_ckpt)
+        info = identify(host.locate(MODELS, name))
+        return io.NodeOutput(_loaded(info, Engine(dtype=dtype, quant=quant), for_expert(lora, info.expert_hint), name))
 
 
 class LightX2VLoadModelMoE(io.ComfyNode):
@@ -224,14 +265,12 @@ class LightX2VLoadModelMoE(io.ComfyNode):
     def execute(
         cls, dtype: str = "auto", lora: tuple[Lora, ...] = (), quant: str = "auto", **picked: str
     ) -> io.NodeOutput:
-        first, second = (
-            identify(_chosen(original, picked.get(original, NONE), quantised, picked.get(quantised, NONE)))
-            for original, quantised in EXPERTS
-        )
+        names = [_picked(one, picked.get(one, NONE), other, picked.get(other, NONE)) for one, other in EXPERTS]
+        first, second = (identify(host.locate(MODELS, name)) for name in names)
         require_pair(first, second)
         engine = Engine(dtype=dtype, quant=quant)
         high, low = for_expert(lora, "high"), for_expert(lora, "low")
-        experts = LoadedExperts(_loaded(first, engine, high), _loaded(second, engine, low))
+        experts = LoadedExperts(_loaded(first, engine, high, names[0]), _loaded(second, engine, low, names[1]))
         experts.low.placing = experts.high.placing  # they share the GPU's memory where they pass through it
         return io.NodeOutput(experts)
 
@@ -280,8 +319,8 @@ def _fingerprint(*names: str) -> tuple:
     return tuple(host.fingerprint(MODELS, name) for name in names if name != NONE)
 
 
-def _chosen(original: str, original_name: str, quantised: str, quantised_name: str) -> Path:
-    """The one file of two pickers; `original` and `quantised` are their names, for messages."""
+def _picked(original: str, original_name: str, quantised: str, quantised_name: str) -> str:
+    """The one name of two pickers; `original` and `quantised` are their names, for messages."""
     names = [name for name in (original_name, quantised_name) if name != NONE]
     if not names:
         raise ValueError(f"{original} and {quantised} are both {NONE}; pick a file in one of them")
@@ -290,12 +329,12 @@ def _chosen(original: str, original_name: str, quantised: str, quantised_name: s
             f"{original} is {original_name} and {quantised} is {quantised_name}; set one of them to {NONE}: "
             "they are two ways to give the same model"
         )
-    return host.locate(MODELS, names[0])
+    return names[0]
 
 
-def _loaded(info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...]) -> LoadedTransformer:
+def _loaded(info: CheckpointInfo, engine: Engine, loras: tuple[Lora, ...], name: str) -> LoadedTransformer:
     check_loras(loras, info)
-    return LoadedTransformer(info, engine, loras)
+    return LoadedTransformer(info, engine, loras, name)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The sampler node: ComfyUI's conditioning and latents in, ComfyUI's latents out."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management as mm
@@ -13,6 +15,8 @@ from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
 from lightx2v.fitting import check_images, check_latents
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
+from lightx2v.offload.shortage import says_if_lost
+from lightx2v.parallel.jobs import Job
 from lightx2v.preview import read_colours
 from lightx2v.report import Watch
 from lightx2v.schedules import parse_step_list
@@ -22,6 +26,7 @@ from . import host
 from .cache import CacheOptions
 from .load import LoadedExperts, LoadedTransformer
 from .offload import OFFLOADS, said, sampled
+from .parallel import ParallelOptions, Ranks, engine_of, loras_of
 from .report import KEY, so_far
 
 LAST_STEP = 10000
@@ -178,6 +183,11 @@ class LightX2VSampler(io.ComfyNode):
                     "what is free, block as little as can be.",
                 )
             ),
+            ParallelOptions.Input(
+                "parallel",
+                optional=True,
+                tooltip="From Parallel (LightX2V): 2 or more GPUs for this video. Nothing connected: one.",
+            ),
         ]
 
     @staticmethod
@@ -220,6 +230,7 @@ class LightX2VSampler(io.ComfyNode):
         ]
 
     @classmethod
+    @says_if_lost
     def execute(
         cls,
         model: LoadedTransformer | LoadedExperts,
@@ -227,6 +238,7 @@ class LightX2VSampler(io.ComfyNode):
         latent: dict[str, Any],
         negative: list | None = None,
         cache_options: Cache | None = None,
+        parallel: Ranks | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
         sampling, engine = _sampling(widgets), _engine(widgets)
@@ -238,30 +250,60 @@ class LightX2VSampler(io.ComfyNode):
         info, samples = experts[0].info, latent["samples"]
         check_latents(info, samples)
         check_images(info, start=_given(positive, "concat_latent_image"), end=False)
-        caches: list[CacheReport] = []
-        cache = choose(cache_options or Cache(widgets["cache"]), [expert.info for expert in experts], caches.append)
-        space = info.spec.latents
-        picture = host.picture_of(space, read_colours(info.header, space.channels))
-
-        def work(ready: Model) -> Tensor:
-            caches.clear()
-            return diffuse(
-                ready,
-                Start(samples, latent.get("noise_mask"), latent.get("batch_index")),
-                sampling,
-                _conditioning(positive, "positive", info, latent),
-                None if negative is None else _conditioning(negative, "negative", info, latent),
-                hooks=Hooks(host.step_progress(sampling.steps, picture), host.cancel_point),
-                cache=cache,
-            )
-
+        settings = cache_options or Cache(widgets["cache"])
+        cond = _conditioning(positive, "positive", info, latent)
+        uncond = None if negative is None else _conditioning(negative, "negative", info, latent)
+        start = Start(samples, latent.get("noise_mask"), latent.get("batch_index"))
+        picture = host.picture_of(info.spec.latents, read_colours(info.header, info.spec.latents.channels))
         watch = Watch(experts[0].load_device)
         with watch.stage("sample") as lines:
-            out, plan = sampled(experts, engine, samples, cache is not None, work)
-            lines += said(experts, engine, plan, caches)
+            asked = _Asked(experts, engine, start, sampling, (cond, uncond), settings, picture)
+            out, said = asked.here() if parallel is None else asked.by(parallel)
+            lines += said
         passed_on = {key: value for key, value in latent.items() if key != "downscale_ratio_spacial"}
         made = {"samples": out.to(mm.intermediate_device()), KEY: so_far(latent).then(*watch.stages)}
         return io.NodeOutput({**passed_on, **made})
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One pass of the sampler."""
+
+    experts: Sequence[LoadedTransformer]
+    engine: Engine
+    start: Start
+    sampling: Sampling
+    conds: tuple[Conditioning, Conditioning | None]
+    cache: Cache
+    picture: Callable[[Tensor], Tensor]
+
+    def _hooks(self) -> Hooks:
+        return Hooks(host.step_progress(self.sampling.steps, self.picture), host.cancel_point)
+
+    def here(self) -> tuple[Tensor, list[str]]:
+        """Latents and lines for the report, made in this process."""
+        caches: list[CacheReport] = []
+        cache = choose(self.cache, [expert.info for expert in self.experts], caches.append)
+
+        def work(ready: Model) -> Tensor:
+            caches.clear()
+            return diffuse(ready, self.start, self.sampling, *self.conds, hooks=self._hooks(), cache=cache)
+
+        out, plan = sampled(self.experts, self.engine, self.start.latents, cache is not None, work)
+        return out, said(self.experts, self.engine, plan, caches)
+
+    def by(self, ranks: Ranks) -> tuple[Tensor, list[str]]:
+        """The same by worker processes, where they are worth it."""
+        engine = engine_of(self.experts, self.engine, ranks.layout(self.experts, self.sampling.guided))
+        paths = tuple(expert.info.path for expert in self.experts)
+        job = Job(paths, engine, loras_of(self.experts), self.start, self.sampling, *self.conds, self.cache)
+        job = replace(job, pin_limit=host.pin_limit())
+        worth, lines = ranks.worth(self.experts, job)
+        if worth:
+            out, said = ranks.sampled(self.experts, replace(job, previews=host.shows_previews()), self._hooks())
+        else:
+            out, said = self.here()
+        return out, [*lines, *said]
 
 
 def _engine(widgets: dict[str, Any]) -> Engine:

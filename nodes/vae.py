@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from lightx2v.memory import vae_decode_bytes, vae_encode_bytes
+from lightx2v.offload.shortage import unless_lost
 from lightx2v.vae import stream
 from lightx2v.vae.loading import VAE, VAEInfo, identify_vae, load_vae
 from lightx2v.vae.tiling import Tiling, decode_tiled, largest_tile
@@ -121,7 +122,8 @@ class VAEStage(host.Housed):
         height, width = (cell * side for cell, side in zip(stride[1:], raw.shape[3:], strict=True))
         shape = (raw.shape[0], 3, 4 * raw.shape[2] - 3, height, width)
         out = torch.empty(shape, dtype=torch.float32, device=mm.intermediate_device())
-        return stream.decode(self.network, raw, on_chunk=on_chunk or host.progress(), out=out, clamp=False)
+        report = on_chunk or host.progress()
+        return unless_lost(lambda: stream.decode(self.network, raw, on_chunk=report, out=out, clamp=False))
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames (B, 3, F, H, W) in [-1, 1] -> raw latent mean (B, C, T, h, w) float32.
@@ -129,7 +131,7 @@ class VAEStage(host.Housed):
         Frames after the last 4n + 1 are left out, as in the host's own VAEs.
         """
         whole = (frames.shape[2] - 1) // 4 * 4 + 1
-        return stream.encode(self.network, frames[:, :, :whole], on_chunk=host.progress())
+        return unless_lost(lambda: stream.encode(self.network, frames[:, :, :whole], on_chunk=host.progress()))
 
 
 def _vae_files() -> list[str]:

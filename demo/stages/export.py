@@ -22,7 +22,7 @@ VAE = "Wan2.1_VAE.safetensors"
 TOKENIZER = "google/umt5-xxl/spiece.model"
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_half(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in tensors.items()}
     for name, value in halves.items():
@@ -35,12 +35,12 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def export_vae(vae: WanVAE, folder: Path) -> None:
     """Write the autoencoder under Wan2.1_VAE.pth's key names."""
-    _save(vae.state_dict(), folder / VAE)
+    save_half(vae.state_dict(), folder / VAE)
 
 
 def export_tae(tae: TinyVAE, path: Path) -> None:
     """Write a tiny autoencoder under taew2_1.pth's key names."""
-    _save(tae.state_dict(), path)
+    save_half(tae.state_dict(), path)
 
 
 def import_t2v(folder: Path) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def export_t2v(run: Run, weights: Mapping[str, Tensor], folder: Path) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
-    _save(part("transformer."), folder / TRANSFORMER)
-    _save(to_original_layout(part("encoder.")), folder / TEXT_ENCODER)
+    save_half(part("transformer."), folder / TRANSFORMER)
+    save_half(to_original_layout(part("encoder.")), folder / TEXT_ENCODER)
     (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run.state / "spiece.model", folder / TOKENIZER)

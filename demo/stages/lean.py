@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightx2v.vae.wan import CausalConv3d, RMSNorm, State, WanVAE
+from lightx2v.vae.hunyuan15 import LOOKS_BACK, EdgeConv3d
+from lightx2v.vae.wan import CausalConv3d, RMSNorm, State
 
 ConvForm = Callable[[nn.Conv3d, Tensor], Tensor]
+Sizes = tuple[tuple[int, int, int], ...]
 
 
 def drop_frames(conv: nn.Conv3d, x: Tensor) -> Tensor:
@@ -34,9 +36,12 @@ def pad_frames(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 def stack_taps(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """The taps in time as input channels of a 2D convolution."""
+    return _stacked(conv, F.pad(x, (0, 0, 0, 0, conv.kernel_size[0] - 1, 0)))
+
+
+def _stacked(conv: nn.Conv3d, padded: Tensor) -> Tensor:
     taps = conv.kernel_size[0]
-    batch, _, frames = x.shape[:3]
-    padded = F.pad(x, (0, 0, 0, 0, taps - 1, 0))
+    batch, frames = padded.shape[0], padded.shape[2] - taps + 1
     stacked = torch.cat([padded[:, :, tap : tap + frames] for tap in range(taps)], 1)
     weight = conv.weight.transpose(1, 2).flatten(1, 2)  # (out, taps in, h, w), taps before channels as in `stacked`
     made = F.conv2d(stacked.transpose(1, 2).flatten(0, 1), weight, conv.bias, padding=conv.padding[1:])
@@ -46,9 +51,31 @@ def stack_taps(conv: nn.Conv3d, x: Tensor) -> Tensor:
 FORMS: Mapping[str, ConvForm] = {"drop": drop_frames, "pad": pad_frames, "stack": stack_taps}
 
 
+def extend_edges(x: Tensor) -> Tensor:
+    """The first frame twice before the clip, the last pixel once beyond every side. By copies: the gradient of torch's
+    own replicating pad is a sum of atomic additions."""
+    x = torch.cat([x[:, :, :1]] * LOOKS_BACK + [x], 2)
+    x = torch.cat([x[..., :1, :], x, x[..., -1:, :]], 3)
+    return torch.cat([x[..., :1], x, x[..., -1:]], 4)
+
+
+def extend(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """Edges that go on, then the convolution."""
+    return F.conv3d(extend_edges(x), conv.weight, conv.bias)
+
+
+def extend_and_stack(conv: nn.Conv3d, x: Tensor) -> Tensor:
+    """Edges that go on, then the taps in time as channels."""
+    return _stacked(conv, extend_edges(x))
+
+
+EDGE_FORMS: Mapping[str, ConvForm] = {"extend": extend, "stack": extend_and_stack}
+
+
 def _time(form: ConvForm, channels: int, size: int, frames: int, device: torch.device) -> float:
     """Seconds of forward and backward over a batch of typical clips."""
-    conv = CausalConv3d(channels, channels, (3, 3, 3)).to(device, memory_format=torch.channels_last_3d)
+    conv = nn.Conv3d(channels, channels, 3, padding=0 if form in EDGE_FORMS.values() else (0, 1, 1))
+    conv = conv.to(device, memory_format=torch.channels_last_3d)
     x = torch.randn(20, channels, frames, size, size, device=device).to(memory_format=torch.channels_last_3d)
     x = x.bfloat16().requires_grad_()
     started = 0.0
@@ -62,11 +89,11 @@ def _time(form: ConvForm, channels: int, size: int, frames: int, device: torch.d
     return (time.monotonic() - started) / 3
 
 
-def choose_forms(base: int, device: torch.device) -> dict[int, str]:
-    """Output channels -> name of the fastest form at the sizes where that width occurs."""
+def choose_forms(sizes: Sizes, device: torch.device, forms: Mapping[str, ConvForm] = FORMS) -> dict[int, str]:
+    """Channels -> name of the fastest form. sizes: channels, pixels of a side and frames where a width occurs."""
     chosen = {}
-    for channels, size, frames in ((base, 64, 9), (base * 2, 32, 9), (base * 4, 16, 5)):
-        seconds = {name: _time(form, channels, size, frames, device) for name, form in FORMS.items()}
+    for channels, size, frames in sizes:
+        seconds = {name: _time(form, channels, size, frames, device) for name, form in forms.items()}
         chosen[channels] = min(seconds, key=seconds.__getitem__)
     return chosen
 
@@ -77,7 +104,7 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 def _convolve(
-    conv: CausalConv3d,
+    conv: nn.Conv3d,
     form: ConvForm,
     x: Tensor,
     state: State | None = None,
@@ -86,12 +113,12 @@ def _convolve(
     residual: Tensor | None = None,
 ) -> Tensor:
     if state is not None:
-        raise ValueError("the training forms take whole clips; load a fresh WanVAE to stream")
+        raise ValueError("the training forms take whole clips; load a fresh one to stream")
     y = form(conv, x if norm is None else F.silu(norm(x)))
     return y if residual is None else residual + y
 
 
-def make_lean(vae: WanVAE, forms: Mapping[int, str]) -> None:
+def make_lean(vae: nn.Module, forms: Mapping[int, str]) -> None:
     """Let a module's norms and 3x3x3 convolutions take their fast forms from now on."""
     for module in vae.modules():
         if isinstance(module, RMSNorm):
@@ -100,3 +127,6 @@ def make_lean(vae: WanVAE, forms: Mapping[int, str]) -> None:
             fallback = forms[min(forms)]
             name = forms.get(max(module.out_channels, module.in_channels), fallback)
             module.forward = partial(_convolve, module, FORMS[name])
+        elif isinstance(module, EdgeConv3d):
+            name = forms.get(module.conv.in_channels, forms[min(forms)])
+            module.forward = partial(_convolve, module.conv, EDGE_FORMS[name])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from demo.optim import Optimizer, plateau
-from demo.stages.run import Run
+from demo.stages.run import Run, save_state
 
 Work = Callable[[], tuple[Tensor, Tensor]]
 
@@ -99,3 +99,38 @@ def fit(
         on_step(spent() / clock.seconds)
     run.synchronize()
     return spent()
+
+
+def learn(
+    run: Run,
+    name: str,
+    optimizer: Optimizer,
+    loss: Callable[[torch.Generator], tuple[Tensor, Tensor]],
+    seconds: float,
+    *,
+    after: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Tensor], float]:
+    """Train until `seconds` of training in all invocations together, or until the deadline.
+
+    loss: what to minimise and, detached, the error to tell, of a fresh batch. after: follows every step.
+    Returns the averaged weights by parameter name and the progress, 0..1. State: `name`.pt.
+    """
+    generator, spent, path = run.generator(4), 0.0, run.state / f"{name}.pt"
+    if path.exists():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        optimizer.restore(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        spent = saved["spent"]
+
+    def work() -> tuple[Tensor, Tensor]:
+        value, error = loss(generator)
+        value.backward()
+        norm = optimizer.apply()
+        after()
+        return error, norm
+
+    clock = Clock(seconds, spent, warm=0.02, decay=0.5)
+    spent = fit(run, name, optimizer, work, generator, clock, graph=run.compile)
+    save_state(path, {"optimizer": optimizer.state(), "generator": generator.get_state(), "spent": spent})
+    run.report(f"{name}_train", {"steps": optimizer.steps, "seconds": round(spent, 1)})
+    return optimizer.averaged(), min(1.0, spent / seconds)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,6 @@ from demo.grammar import Attributes, caption, training_attributes
 from demo.stages.run import Run, save_state
 from demo.tokenizer import PAD, Tokenizer, make_tokenizer
 from demo.world import Clips, Scene, render, scene_of
-from lightx2v.latents import WAN21
-from lightx2v.vae.wan import WanVAE
 
 CAPTIONS = 4  # a clip
 TOKENS = 31  # longest caption that training sees, </s> included; the grammar's longest has 25
@@ -27,8 +26,8 @@ TOKENS = 31  # longest caption that training sees, </s> included; the grammar's 
 class Pool:
     """N clips on the run's device.
 
-    latents: (N, 16, T, h, w) float16, model space. coverage: (N, T, h, w) uint8, 255 where the object is at some time.
-    ids: (N, CAPTIONS, TOKENS) int16, closed by </s>, then padding.
+    latents: (N, C, T, h, w) float16, model space. coverage: (N, T, h, w) uint8, 255 where the object is at some time.
+    ids: (N, CAPTIONS, TOKENS) int16, closed as the tokenizer closes prompts, then padding.
     """
 
     latents: Tensor
@@ -55,19 +54,33 @@ def pad_ids(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [PAD] * (TOKENS - len(row)) for row in rows])
 
 
-def _caption_ids(attributes: list[Attributes], tokenizer: Tokenizer, seed: int) -> Tensor:
+Ids = Callable[[list[str]], Tensor]
+"""n captions -> (n, TOKENS) ids, closed and padded."""
+
+
+def wan_ids(run: Run) -> Ids:
+    """As umT5 reads them."""
+    tokenizer = tokenizer_of(run)
+    return lambda texts: pad_ids(tokenizer.encode(texts))
+
+
+def _caption_ids(attributes: list[Attributes], to_ids: Ids, seed: int) -> Tensor:
     rng = random.Random(seed)
     texts = [caption(a, rng) for a in attributes for _ in range(CAPTIONS)]
-    return pad_ids(tokenizer.encode(texts)).view(len(attributes), CAPTIONS, TOKENS).to(torch.int16)
+    return to_ids(texts).unflatten(0, (len(attributes), CAPTIONS)).to(torch.int16)
 
 
-def latent_coverage(coverage: Tensor) -> Tensor:
-    """(B, F, H, W) pixel coverage -> (B, T, h, w) uint8: where the object or its edge is during a latent frame."""
+def latent_coverage(coverage: Tensor, cell: int = 8) -> Tensor:
+    """(B, F, H, W) pixel coverage -> (B, T, h, w) uint8: where the object or its edge is during a latent frame.
+
+    cell: pixels a side. Cells of 8 take in their neighbours; larger ones hold the edge already.
+    """
     batch, frames = coverage.shape[:2]
-    cells = F.max_pool2d(coverage, 8)  # (B, F, h, w)
+    cells = F.max_pool2d(coverage, cell)  # (B, F, h, w)
     cells = torch.cat([cells[:, :1].expand(-1, 4, -1, -1), cells[:, 1:]], 1)
     cells = cells.unflatten(1, ((frames + 3) // 4, 4)).amax(2)
-    return (F.max_pool2d(cells, 3, 1, 1) * 255).round().to(torch.uint8).view(batch, -1, *cells.shape[-2:])
+    cells = F.max_pool2d(cells, 3, 1, 1) if cell <= 8 else cells
+    return (cells * 255).round().to(torch.uint8).view(batch, -1, *cells.shape[-2:])
 
 
 Look = Callable[[Scene, Clips], Clips]
@@ -79,15 +92,25 @@ def as_drawn(scene: Scene, clips: Clips) -> Clips:
 
 
 @torch.no_grad()
-def draw_pool(run: Run, vae: WanVAE, count: int, seconds: float, *, after: int = 0, look: Look = as_drawn) -> Pool:
+def draw_pool(
+    run: Run,
+    vae: Any,
+    count: int,
+    seconds: float,
+    *,
+    after: int = 0,
+    look: Look = as_drawn,
+    to_ids: Ids | None = None,
+) -> Pool:
     """Encode `count` clips, or fewer when the time is over; the same seed and `after` give the same clips.
 
     after: how many clips there are already; these are others. look: sees every batch, and may change how it looks.
+    to_ids: how captions are read; None: as Wan's umT5 does.
     """
     start = time.monotonic()
     generator = run.generator(2 + after)
     attributes = training_attributes(count, seed=run.seed + 777 + after)
-    ids = _caption_ids(attributes, tokenizer_of(run), seed=run.seed + 778 + after)
+    ids = _caption_ids(attributes, to_ids or wan_ids(run), seed=run.seed + 778 + after)
     latents, coverage, done = [], [], 0
     batch = 4 if run.dry else 64
     while done < count and time.monotonic() - start < seconds:
@@ -95,8 +118,8 @@ def draw_pool(run: Run, vae: WanVAE, count: int, seconds: float, *, after: int =
         drawn = look(scene, render(scene, generator))
         with run.autocast():
             raw = vae.posterior(drawn.frames)[0]
-        latents.append(WAN21.normalize(raw).half())
-        coverage.append(latent_coverage(drawn.coverage))
+        latents.append(vae.space.normalize(raw).half())
+        coverage.append(latent_coverage(drawn.coverage, vae.space.stride[1]))
         done += len(raw)
         if done % (16 * batch) == 0:
             run.synchronize()
@@ -104,10 +127,19 @@ def draw_pool(run: Run, vae: WanVAE, count: int, seconds: float, *, after: int =
 
 
 @torch.no_grad()
-def grow_pool(run: Run, vae: WanVAE, pool: Pool | None, clips: int, seconds: float, look: Look = as_drawn) -> Pool:
+def grow_pool(
+    run: Run,
+    vae: Any,
+    pool: Pool | None,
+    clips: int,
+    seconds: float,
+    *,
+    look: Look = as_drawn,
+    to_ids: Ids | None = None,
+) -> Pool:
     """Add clips until there are `clips` or the time is over, and save the pool."""
     start, have = time.monotonic(), len(pool) if pool else 0
-    new = draw_pool(run, vae, clips - have, seconds, after=have, look=look)
+    new = draw_pool(run, vae, clips - have, seconds, after=have, look=look, to_ids=to_ids)
     if pool:
         new = Pool(*(torch.cat([getattr(pool, f.name), getattr(new, f.name)]) for f in fields(Pool)))
     probe = new.latents[:2000].float()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from demo.optim import Optimizer, Settings
-from demo.stages.loop import Clock, fit
+from demo.stages.loop import learn
 from demo.stages.pool import TOKENS, Pool
-from demo.stages.run import Run, save_state
+from demo.stages.run import Run
 from demo.tokenizer import EOS, PAD
 from lightx2v.models.wan.spec import HEAD_DIM, WanConfig, keep_float32
 from lightx2v.models.wan.transformer import WanTransformer
@@ -200,10 +200,10 @@ def _noise_levels(count: int, mixture: Mixture, generator: torch.Generator) -> T
 
 @dataclass(frozen=True)
 class Draw:
-    """A training batch: B = clips * noises samples of (16, T, h, w) latents."""
+    """A training batch: B = clips * noises samples of (C, T, h, w) latents."""
 
     chosen: Tensor  # (B,) rows of the pool
-    context: Tensor  # (B, TOKENS + 1, 4096)
+    context: Tensor  # (B, TOKENS + 1, 4096); for HunyuanVideo-1.5 (B, TOKENS) ids
     clean: Tensor
     noise: Tensor
     levels: Tensor  # (B,) sigma
@@ -232,7 +232,13 @@ def draw_batch(networks: Networks, pool: Pool, clips: int, generator: torch.Gene
     chosen = torch.randint(len(pool), (clips,), device=device, generator=generator)
     ids = _caption_batch(pool, chosen, vocabulary, mixture, generator)
     dtype = networks.transformer.patch_embedding.weight.dtype
-    context = encode_text(networks.encoder, ids, dtype).repeat_interleave(mixture.noises, 0)
+    return add_noise(pool, chosen, encode_text(networks.encoder, ids, dtype), mixture, generator)
+
+
+def add_noise(pool: Pool, chosen: Tensor, context: Tensor, mixture: Mixture, generator: torch.Generator) -> Draw:
+    """Each of the chosen clips and its context at several noise levels."""
+    device = pool.latents.device
+    context = context.repeat_interleave(mixture.noises, 0)
     chosen = chosen.repeat_interleave(mixture.noises, 0)
     clean = pool.latents[chosen].float()
     noise = torch.randn(clean.shape, device=device, generator=generator)
@@ -278,21 +284,9 @@ def train_t2v(
             for name, weight in networks.named_parameters():
                 weight.copy_(start_from[name])
     optimizer = Optimizer(networks.named_parameters(), SETTINGS, is_matrix)
-    generator, spent, path = run.generator(4), 0.0, run.state / "t2v.pt"
-    if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        optimizer.restore(saved["optimizer"])
-        generator.set_state(saved["generator"])
-        spent = saved["spent"]
     clips = 4 if run.dry else CLIPS
 
-    def work() -> tuple[Tensor, Tensor]:
-        loss, error = training_loss(networks, pool, clips, generator)
-        loss.backward()
-        return error, optimizer.apply()
+    def loss(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return training_loss(networks, pool, clips, generator)
 
-    clock = Clock(seconds, spent, warm=0.02, decay=0.5)
-    spent = fit(run, "t2v", optimizer, work, generator, clock, graph=run.compile)
-    save_state(path, {"optimizer": optimizer.state(), "generator": generator.get_state(), "spent": spent})
-    run.report("t2v_train", {"steps": optimizer.steps, "batch": clips * Mixture().noises, "seconds": round(spent, 1)})
-    return optimizer.averaged(), min(1.0, spent / seconds)
+    return learn(run, "t2v", optimizer, loss, seconds)

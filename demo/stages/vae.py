@@ -1,10 +1,12 @@
-"""Stage 1: the autoencoder, in the engine's own Wan2.1 network at a sixth of its width."""
+"""Stage 1: the autoencoder, in the engine's own network of a family at a small part of its width. Here: Wan2.1's."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from demo.judge import judge, score
 from demo.optim import Optimizer, Settings, plateau
 from demo.stages.lean import choose_forms, make_lean
+from demo.stages.loop import capture
 from demo.stages.run import Run, save_state
 from demo.world import (
     FRAMES,
@@ -29,6 +32,7 @@ from demo.world import (
     whole,
 )
 from lightx2v.latents import WAN21
+from lightx2v.vae.stream import arrange
 from lightx2v.vae.wan import AttentionBlock, ResidualBlock, WanVAE, WanVAEConfig
 
 BASE_CHANNELS = 16  # 96 in Wan2.1
@@ -49,13 +53,46 @@ PHASES = (Phase((5, 32, 32), 32, 0.2), Phase((9, 64, 64), 20, 0.75), Phase((FRAM
 DRY_PHASES = (Phase((5, 32, 32), 2, 0.7), Phase((5, 64, 64), 1, 1.0))
 
 
-def new_vae(device: torch.device, generator: torch.Generator) -> WanVAE:
-    """Fresh weights. torch's own initialisation would let the biases drown the signal under the RMS norms."""
-    vae = WanVAE(WanVAEConfig(base_channels=BASE_CHANNELS)).to(device)
+@dataclass(frozen=True)
+class Autoencoder:
+    """What a family's autoencoder is, to this stage.
+
+    empty: the network. start: sets fresh weights. is_matrix: see demo.optim. speed_up: takes faster forms of layers.
+    settle: gives the latents of the trained network the statistics that engines assume, from their mean and std.
+    pull: loss weight of those statistics, where nothing could settle them later. graph: train as CUDA graphs.
+    """
+
+    empty: Callable[[], Any]
+    start: Callable[[Any, torch.Generator], None]
+    is_matrix: Callable[[str, Tensor], bool]
+    speed_up: Callable[[Any, Run], None]
+    settle: Callable[[Any, Tensor, Tensor], None]
+    pull: float = 0.0
+    phases: tuple[Phase, ...] = PHASES
+    graph: bool = False
+
+
+def start_convolutions(vae: nn.Module, generator: torch.Generator) -> None:
+    """torch's own initialisation would let the biases drown the signal under the RMS norms."""
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5, generator=generator)
             nn.init.zeros_(module.bias)
+
+
+def new_vae(device: torch.device, generator: torch.Generator) -> WanVAE:
+    """Wan's, with fresh weights."""
+    vae = WAN.empty().to(device)
+    WAN.start(vae, generator)
+    return arrange(vae)
+
+
+def _empty() -> WanVAE:
+    return WanVAE(WanVAEConfig(base_channels=BASE_CHANNELS))
+
+
+def _start(vae: WanVAE, generator: torch.Generator) -> None:
+    start_convolutions(vae, generator)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, ResidualBlock):
@@ -64,12 +101,6 @@ def new_vae(device: torch.device, generator: torch.Generator) -> WanVAE:
                 module.proj.weight.zero_()
         # Start almost without posterior noise, or nothing is learnt.
         vae.conv1.bias[vae.config.latent_channels :] = -5.0
-    for module in vae.modules():
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
-        elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-    return vae
 
 
 def is_matrix(name: str, weight: Tensor) -> bool:
@@ -148,7 +179,13 @@ def _difference_loss(made: Tensor, true: Tensor) -> Tensor:
     return sum((torch.diff(made, dim=d) - torch.diff(true, dim=d)).abs().mean() for d in (2, 3, 4)) / 3
 
 
-def _loss(vae: WanVAE, clips: Tensor, generator: torch.Generator, run: Run) -> tuple[Tensor, Tensor]:
+def _strangeness(latents: Tensor, std: float) -> Tensor:
+    """How far the channels' statistics are from mean 0 and `std`."""
+    values = latents.float().transpose(0, 1).flatten(1) / std
+    return (values.mean(1).square() + (values.std(1) - 1).square()).mean()
+
+
+def _loss(vae: Any, clips: Tensor, generator: torch.Generator, run: Run, pull: float = 0.0) -> tuple[Tensor, Tensor]:
     with run.autocast():
         mean, log_variance = vae.posterior(clips)
         log_variance = log_variance.clamp(-12, 4)
@@ -158,6 +195,8 @@ def _loss(vae: WanVAE, clips: Tensor, generator: torch.Generator, run: Run) -> t
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     # The square term finds the colours sooner than L1 alone.
     loss = absolute + 4 * (made - clips).square().mean() + 0.5 * _difference_loss(made, clips) + KL_WEIGHT * divergence
+    if pull:
+        loss = loss + pull * _strangeness(mean, vae.space.std[0])
     return loss, absolute.detach()
 
 
@@ -180,9 +219,7 @@ def fold_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
 
 
 @torch.no_grad()
-def measure_latents(
-    vae: WanVAE, run: Run, generator: torch.Generator, batches: int, batch: int
-) -> tuple[Tensor, Tensor]:
+def measure_latents(vae: Any, run: Run, generator: torch.Generator, batches: int, batch: int) -> tuple[Tensor, Tensor]:
     """Per-channel mean and std of the raw latents of rendered clips."""
     means = []
     for _ in range(batches):
@@ -194,7 +231,7 @@ def measure_latents(
 
 
 @torch.no_grad()
-def report_vae(vae: WanVAE, run: Run, count: int) -> None:
+def report_vae(vae: Any, run: Run, count: int) -> None:
     """PSNR of reconstructions, and whether the judge still reads them."""
     generator = run.generator(90)
     scene = sample_scene(count, generator)
@@ -212,49 +249,91 @@ def report_vae(vae: WanVAE, run: Run, count: int) -> None:
 def speed_up(vae: WanVAE, run: Run) -> None:
     """On a GPU, take the layers' fast forms (see demo.stages.lean)."""
     if run.device.type == "cuda":
-        forms = choose_forms(BASE_CHANNELS, run.device)
+        base = BASE_CHANNELS
+        forms = choose_forms(((base, 64, 9), (base * 2, 32, 9), (base * 4, 16, 5)), run.device)
         make_lean(vae, forms)
         run.log(f"convolution forms {forms}")
 
 
-def train_vae(run: Run, seconds: float) -> WanVAE:
-    """Train for `seconds`, fold the latents' statistics, save to state/vae.pt."""
-    generator = run.generator(1)
-    vae = new_vae(run.device, generator)
-    speed_up(vae, run)
-    optimizer = Optimizer(vae.named_parameters(), SETTINGS, is_matrix)
-    phases = DRY_PHASES if run.dry else PHASES
-    start, total, count = time.monotonic(), torch.zeros((), device=run.device), 0
-    while (progress := (time.monotonic() - start) / seconds) < 1:
-        phase = next(p for p in phases if progress < p.until)
-        loss, absolute = _loss(vae, training_clips(phase.batch, phase.window, generator), generator, run)
+WAN = Autoencoder(_empty, _start, is_matrix, speed_up, fold_statistics)
+
+
+def _repeated(
+    vae: Any, optimizer: Optimizer, run: Run, kind: Autoencoder, generator: torch.Generator
+) -> Callable[[Phase, Callable[[], None]], Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """For each phase a step on a batch of clips, after `prepare`: error and the gradients' norm. As a CUDA graph, where
+    the kind asks for it, it reads the clips from one place."""
+
+    def work(clips: Tensor) -> tuple[Tensor, Tensor]:
+        loss, absolute = _loss(vae, clips, generator, run, kind.pull)
         loss.backward()
-        norm = optimizer.step(plateau(progress, warm=0.03, decay=0.45))
+        return absolute, optimizer.apply()
+
+    def captured(phase: Phase, prepare: Callable[[], None]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        if not kind.graph or not run.compile:
+            return work
+        place = training_clips(phase.batch, phase.window, run.generator(7))
+        replay = capture(lambda: work(place), prepare, generator)
+
+        def step(clips: Tensor) -> tuple[Tensor, Tensor]:
+            place.copy_(clips)
+            return replay()
+
+        return step
+
+    return captured
+
+
+def train_vae(run: Run, seconds: float, kind: Autoencoder = WAN) -> Any:
+    """Train for `seconds`, settle the latents' statistics, save to state/vae.pt."""
+    generator = run.generator(1)
+    vae = kind.empty().to(run.device)
+    kind.start(vae, generator)
+    arrange(vae)
+    kind.speed_up(vae, run)
+    optimizer = Optimizer(vae.named_parameters(), SETTINGS, kind.is_matrix)
+    phases = DRY_PHASES if run.dry else kind.phases
+    start, total, count = time.monotonic(), torch.zeros((), device=run.device), 0
+    begin, phase, step = _repeated(vae, optimizer, run, kind, run.generator(6)), None, None
+
+    def share() -> float:
+        return (time.monotonic() - start) / seconds
+
+    def prepare() -> None:
+        optimizer.prepare(plateau(share(), warm=0.03, decay=0.45))
+
+    while (progress := share()) < 1:
+        now = next(p for p in phases if progress < p.until)
+        if now is not phase or step is None:
+            phase, step = now, begin(now, prepare)
+        clips = training_clips(phase.batch, phase.window, generator)
+        prepare()
+        absolute, norm = step(clips)
         total += absolute
         count += 1
+        if optimizer.steps % 16 == 0:
+            run.synchronize()
         if optimizer.steps in (1, 20, 100) or optimizer.steps % 200 == 0:
             mean = float(total) / count
-            now = time.monotonic() - start
-            run.log(f"vae {optimizer.steps} {phase.window} l1 {mean:.4f} norm {float(norm):.2f} at {now:.1f} s")
+            run.log(f"vae {optimizer.steps} {phase.window} l1 {mean:.4f} norm {float(norm):.2f} at {share():.0%}")
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the autoencoder's loss is {mean} after {optimizer.steps} steps")
             total, count = torch.zeros_like(total), 0
     vae.load_state_dict(optimizer.averaged())
     vae.eval().requires_grad_(False)
-    mean, std = measure_latents(vae, run, generator, *((1, 2) if run.dry else (16, 48)))
-    fold_statistics(vae, mean, std)
+    kind.settle(vae, *measure_latents(vae, run, generator, *((1, 2) if run.dry else (16, 48))))
     run.report("vae_train", {"steps": optimizer.steps, "seconds": round(time.monotonic() - start, 1)})
     save_state(run.state / "vae.pt", vae.state_dict())
     report_vae(vae, run, 1 if run.dry else 96)
     return vae
 
 
-def load_vae(run: Run) -> WanVAE | None:
+def load_vae(run: Run, kind: Autoencoder = WAN) -> Any:
     """The autoencoder of an earlier invocation, or None."""
     path = run.state / "vae.pt"
     if not path.exists():
         return None
-    vae = WanVAE(WanVAEConfig(base_channels=BASE_CHANNELS)).to(run.device)
+    vae = kind.empty().to(run.device)
     vae.load_state_dict(torch.load(path, map_location=run.device, weights_only=True))
-    speed_up(vae, run)
+    kind.speed_up(vae, run)
     return vae.eval().requires_grad_(False)

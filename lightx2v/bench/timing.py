@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lightx2v.unfinished import unfinished
+
 PACKAGES = ("triton", "diffusers", "transformers", "fa3-fwd", "flash-attn", "sageattention", "sgl-kernel", "torchao")
 NVIDIA_SMI = ("driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.max.sm", "temperature.gpu")
 
@@ -98,7 +100,7 @@ def gpu_state() -> dict[str, str]:
     if tool is None:
         return {}
     line = [tool, f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader", "--id=0"]
-    told = subprocess.run(line, capture_output=True, text=True, check=False)
+    told = subprocess.run(line, capture_output=True, text=True, check=False)  # noqa: S603 - words of ours alone
     return dict(zip(NVIDIA_SMI, (word.strip() for word in told.stdout.split(",")), strict=False))
 
 
@@ -112,9 +114,8 @@ def report(document: dict[str, Any], file: Path | None, *, quiet: bool = False) 
 
 def keep(document: dict[str, Any], file: Path) -> None:
     """Write the document to a file, whole or not at all."""
-    unfinished = file.with_name(file.name + ".part")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n")
-    unfinished.replace(file)
+    with unfinished(file) as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _versions(packages: Iterable[str]) -> Iterable[tuple[str, str]]:

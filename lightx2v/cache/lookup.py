@@ -9,11 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightx2v import strict_json
 from lightx2v.cache.figures import CALIBRATE, Figures
+from lightx2v.checkpoint import CheckpointError
 from lightx2v.checkpoint.reader import read_bytes
 from lightx2v.config import Cache
 from lightx2v.identify import CheckpointInfo
+from lightx2v.messages import readable
 from lightx2v.models import specs
+from lightx2v.unfinished import unfinished
 
 log = logging.getLogger(__name__)
 FORMAT = "lightx2v-cache-1"
@@ -90,7 +94,12 @@ def fingerprint(info: CheckpointInfo) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(info.header.tensors.items()):
         digest.update(f"{name} {tensor.shape}\n".encode())
-    small = next(name for name in ("head.modulation", "final_layer.linear.bias") if name in info.header.tensors)
+    names = [name for name in ("head.modulation", "final_layer.linear.bias") if name in info.header.tensors]
+    if not names:
+        raise CheckpointError(
+            f"{info.path}: has neither head.modulation nor final_layer.linear.bias; download it again"
+        )
+    small = names[0]
     digest.update(read_bytes(info.header, [small])[small])
     return digest.hexdigest()[:32]
 
@@ -128,16 +137,15 @@ def write_figures(info: CheckpointInfo, role: str, figures: Figures, occasion: O
     }
     kept = {}
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = strict_json.read(path)
         if before["format"] == FORMAT and before["checkpoint"]["fingerprint"] == checkpoint["fingerprint"]:
             kept = dict(before["roles"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         log.debug("%s: written anew", path)
     told = {"format": FORMAT, "checkpoint": checkpoint, "roles": {**kept, role: entry}}
     text = re.sub(r"\[[^\]{]*\]", lambda match: " ".join(match[0].split()), json.dumps(told, indent=1))
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with unfinished(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     return path
 
 
@@ -148,22 +156,24 @@ def read_figures(path: Path, info: CheckpointInfo, role: str = "alone", *, stric
     one, earns a line in the log.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = strict_json.read(path)
         if told["format"] != FORMAT:
             raise ValueError(f"format {told['format']!r}")
         checkpoint = told["checkpoint"]
-        variant, measured_on = checkpoint["variant"], checkpoint["fingerprint"]
+        file, variant, measured_on = (str(checkpoint[name]) for name in ("file", "variant", "fingerprint"))
         entries = {name: _entry(path.name, name, entry) for name, entry in told["roles"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read as cache figures ({error!r}); {CALIBRATE}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        why = readable(repr(error), 500)
+        raise ValueError(f"{path}: cannot be read as cache figures ({why}); {CALIBRATE}") from error
     if variant != info.spec.name:
-        raise ValueError(f"{path}: measured on {variant}, the model is {info.spec.name}; {CALIBRATE}")
+        raise ValueError(f"{path}: measured on {readable(variant, 100)}, the model is {info.spec.name}; {CALIBRATE}")
     if role not in entries:
-        raise ValueError(f"{path}: measured {' and '.join(entries)}, not {role}; {CALIBRATE}")
+        known = readable(" and ".join(entries), 300)
+        raise ValueError(f"{path}: measured {known}, not {role}; {CALIBRATE}")
     if measured_on != fingerprint(info):
         if strict:
             raise ValueError(f"{path}: measured on another checkpoint than {info.path.name}; {CALIBRATE}")
-        log.info("%s was measured on %s, used for %s", path.name, checkpoint["file"], info.path.name)
+        log.info("%s was measured on %s, used for %s", path.name, readable(file, 200), info.path.name)
     return entries[role]
 
 

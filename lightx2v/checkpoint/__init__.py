@@ -5,7 +5,7 @@ be known about a checkpoint is decided from it, so that a wrong, truncated or in
 milliseconds and before any weight is read.
 """
 
-from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Packed, TensorInfo
+from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Packed, TensorInfo, block_numbers
 from lightx2v.checkpoint.reader import read_bytes, read_header, read_into, read_tensors
 from lightx2v.checkpoint.weights import DtypeRule, assign, places
 
@@ -17,6 +17,7 @@ __all__ = [
     "Packed",
     "TensorInfo",
     "assign",
+    "block_numbers",
     "places",
     "read_bytes",
     "read_header",

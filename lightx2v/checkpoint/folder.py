@@ -1,11 +1,11 @@
 """Checkpoints of several files: shards, an index, LightX2V's one file a block, diffusers' folders."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
-from lightx2v.checkpoint.header import CheckpointError, Header, merged
+from lightx2v import strict_json
+from lightx2v.checkpoint.header import MAX_BLOCKS, CheckpointError, Header, merged
 from lightx2v.checkpoint.single import safetensors_header
 
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})\.safetensors$")
@@ -66,13 +66,22 @@ def index_of(file: Path) -> Path | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = strict_json.read(index)["weight_map"]
         names = [Path(name).name == name for name in weight_map.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index ({error!r}); download the file again") from error
     if not all(names):
         raise CheckpointError(f"{index}: names a file outside its own folder; download the index again")
+    if others := [name for name in weight_map.values() if not _usual(name)]:
+        raise CheckpointError(
+            f"{index}: names {others[0][:100]!r}, which is no .safetensors file; download the index again"
+        )
     return weight_map
+
+
+def _usual(name: str) -> bool:
+    """A name that can be that of a part; longer ones and those with a NUL no system can look for."""
+    return name.endswith(".safetensors") and len(name.encode()) <= 255 and name.isprintable()
 
 
 def indexed_header(index: Path) -> Header:
@@ -104,6 +113,8 @@ def _block_split_header(folder: Path, files: list[Path]) -> Header:
             "keep one of them in the folder"
         )
     blocks = [int(match[1]) for file in files if (match := BLOCK.match(file.name))]
+    if max(blocks, default=0) >= MAX_BLOCKS:
+        raise CheckpointError(f"{folder}: a file is named for block {max(blocks)}, networks have some 40; remove it")
     count = max(_layers_by_config(folder), max(blocks, default=-1) + 1)
     _require_files(folder / NON_BLOCK, [folder / NON_BLOCK, *(folder / f"block_{i}.safetensors" for i in range(count))])
     return merged(folder, map(safetensors_header, files), "block-split")
@@ -115,10 +126,10 @@ def _layers_by_config(folder: Path) -> int:
     if not config.is_file():
         return 0
     try:
-        layers = json.loads(config.read_text(encoding="utf-8")).get("num_layers", 0)
-    except (ValueError, AttributeError, RecursionError) as error:
+        layers = strict_json.read(config).get("num_layers", 0)
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{config}: not a model's config.json ({error!r}); download the file again") from error
-    return layers if isinstance(layers, int) and 0 <= layers < 10_000 else 0
+    return layers if isinstance(layers, int) and 0 <= layers < MAX_BLOCKS else 0
 
 
 def _require_files(path: Path, files: list[Path]) -> None:

@@ -1,19 +1,18 @@
 """GGUF files: header and raw tensors. Source of the format: ggml-org/ggml, docs/gguf.md, versions 2 and 3."""
 
 import mmap
+import os
+import re
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from torch import Tensor
 
-from lightx2v.checkpoint.header import CheckpointError, Header, TensorInfo
+from lightx2v.checkpoint.header import AGAIN, MAX_AXES, CheckpointError, Header, Stamp, TensorInfo, check_tensor
 
 MAGIC = b"GGUF"
-MAX_DIMENSIONS = 8
 MAX_NESTING = 4
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -43,7 +42,6 @@ BLOCKS = {
     20: ("IQ4_NL", 32, 18),
     23: ("IQ4_XS", 256, 136),
 }
-AGAIN = "download the file again"
 
 
 @dataclass
@@ -108,14 +106,16 @@ class _Cursor:
 
 def gguf_header(path: Path) -> Header:
     """Names, types and values' shapes; raises CheckpointError for files that are cut, damaged or of unknown types."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file; give the checkpoint's file")
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise CheckpointError(f"{path}: does not start as a GGUF file does; {AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parsed(_Cursor(path, data, 4))
+            return _parsed(_Cursor(path, data, 4), Stamp.of(os.fstat(file.fileno())))
 
 
-def _parsed(cursor: _Cursor) -> Header:
+def _parsed(cursor: _Cursor, stamp: Stamp) -> Header:
     path = cursor.path
     version = int(cursor.value("<I"))
     if version not in (2, 3):
@@ -123,18 +123,20 @@ def _parsed(cursor: _Cursor) -> Header:
     tensor_count, entry_count = cursor.count(24), cursor.count(12)
     metadata = {}
     for _ in range(entry_count):
-        key = cursor.text()
+        if (key := cursor.text()) in metadata:
+            raise CheckpointError(f"{path}: damaged: the GGUF entry '{key[:100]}' is listed twice; {AGAIN}")
         metadata[key] = cursor.entry()
     raw: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in range(tensor_count):
         name, dimensions = cursor.text(), int(cursor.value("<I"))
-        if dimensions > MAX_DIMENSIONS:
-            raise CheckpointError(f"{path}: damaged: tensor '{name}' has {dimensions} axes; {AGAIN}")
+        if dimensions > MAX_AXES:
+            raise CheckpointError(f"{path}: damaged: tensor '{name[:100]}' has {dimensions} axes; {AGAIN}")
         shape = tuple(int(cursor.value("<Q")) for _ in range(dimensions))[::-1]  # GGML counts axes from the innermost
+        check_tensor(path, name, shape)
         raw.append((name, shape, int(cursor.value("<I")), int(cursor.value("<Q"))))
     alignment = metadata.get("general.alignment", "32")
-    if not alignment.isdigit() or not 0 < int(alignment) <= 2**20:
-        raise CheckpointError(f"{path}: damaged: GGUF alignment {alignment!r}; {AGAIN}")
+    if not re.fullmatch("[0-9]{1,7}", alignment) or not 0 < int(alignment) <= 2**20:
+        raise CheckpointError(f"{path}: damaged: GGUF alignment {alignment[:40]!r}; {AGAIN}")
     start = -(-cursor.at // int(alignment)) * int(alignment)
     tensors: dict[str, TensorInfo] = {}
     for name, shape, kind, offset in raw:
@@ -143,7 +145,18 @@ def _parsed(cursor: _Cursor) -> Header:
         tensors[name] = _tensor_info(cursor, name, shape, kind, start + offset)
         if wanted := metadata.get(ORIGINAL_SHAPE + name):
             tensors[name] = _reshaped(path, name, tensors[name], wanted)
-    return Header(path, tensors, metadata, "gguf")
+    _require_apart(path, tensors)
+    return Header(path, tensors, metadata, "gguf", {path: stamp})
+
+
+def _require_apart(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Raise CheckpointError for tensors that share bytes: a small file could then hold any number of large ones."""
+    ends, before = 0, ""
+    for (start, size), name in sorted((info.span or (0, 0), name) for name, info in tensors.items()):
+        if size and start < ends:
+            raise CheckpointError(f"{path}: damaged: tensors '{before}' and '{name}' share bytes; {AGAIN}")
+        if size:
+            ends, before = start + size, name
 
 
 def _tensor_info(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorInfo:
@@ -171,27 +184,10 @@ def _tensor_info(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, 
 
 
 def _reshaped(path: Path, name: str, info: TensorInfo, wanted: str) -> TensorInfo:
-    try:
-        shape = tuple(int(size) for size in wanted.split())
-    except ValueError:
-        shape = ()
+    fits = re.fullmatch(r"[0-9]{1,15}( [0-9]{1,15}){0,7}", wanted)
+    shape = tuple(map(int, wanted.split())) if fits else ()
     if prod(shape) != prod(info.shape) or min(shape, default=0) < 1:
         raise CheckpointError(
-            f"{path}: damaged: tensor '{name}' {list(info.shape)} cannot have the shape '{wanted}'; {AGAIN}"
+            f"{path}: damaged: tensor '{name}' {list(info.shape)} cannot have the shape '{wanted[:100]}'; {AGAIN}"
         )
     return TensorInfo(info.dtype, shape, path, encoding=info.encoding, span=info.span)
-
-
-def read_raw(file: BinaryIO, info: TensorInfo) -> Tensor:
-    """The values of a plain tensor in their shape; of a block type all its bytes, (bytes,) uint8."""
-    if info.span is None:
-        raise ValueError(f"{info.file}: '{info.stored}' has no place in a GGUF file")
-    start, size = info.span
-    file.seek(start)
-    raw = bytearray(file.read(size))
-    if len(raw) != size:
-        raise CheckpointError(f"{info.file}: truncated while reading '{info.stored}'; {AGAIN}")
-    if not size:
-        return torch.empty(info.shape, dtype=info.dtype)
-    values = torch.frombuffer(raw, dtype=info.dtype)
-    return values if info.encoding else values.view(info.shape)

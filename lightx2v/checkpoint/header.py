@@ -1,12 +1,16 @@
 """What is known of a checkpoint before its weights are read."""
 
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from lightx2v.messages import readable
 
 # Names of the safetensors format (huggingface/safetensors, "dtype" field).
 DTYPES: dict[str, torch.dtype] = {
@@ -25,8 +29,41 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+MAX_AXES = 8
+MAX_NAME = 500  # characters; published names have up to 100
+MAX_BLOCKS = 200  # of a network; the deepest here has 54
+AGAIN = "download the file again"
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, what was expected and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(readable(message))
+
+
+def check_tensor(path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError for a name or a shape that no file of weights has.
+
+    So whatever is computed from a shape later stays in proportion to the file, and names can be printed.
+    """
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise CheckpointError(f"{path}: damaged: a tensor is named {name[:100]!a}; {AGAIN}")
+    whole = all(type(size) is int and 0 <= size < 2**48 for size in shape[: MAX_AXES + 1])
+    if len(shape) > MAX_AXES or not whole or (len(shape) > 1 and 0 in shape):
+        shown = f"{', '.join(str(size)[:40] for size in shape[:MAX_AXES])}{', ...' if len(shape) > MAX_AXES else ''}"
+        raise CheckpointError(f"{path}: damaged: tensor '{name}' has the impossible shape [{shown}]; {AGAIN}")
+
+
+def block_numbers(path: Path, names: Iterable[str], pattern: re.Pattern[str]) -> set[int]:
+    """The numbers that the first group of `pattern` finds at the start of names.
+
+    Raises CheckpointError for more blocks than a network has: it would be built before anything is missed.
+    """
+    texts = {match[1] for name in names if (match := pattern.match(name))}
+    if long := next((text for text in texts if len(text) > 9 or int(text) >= MAX_BLOCKS), None):
+        raise CheckpointError(f"{path}: damaged: it names a block {long[:40]}, networks have some 40; {AGAIN}")
+    return set(map(int, texts))
 
 
 @dataclass(frozen=True)
@@ -55,6 +92,18 @@ class TensorInfo:
         return self.span[1] if self.span else prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True, order=True)
+class Stamp:
+    """A file as it was when its header was read: bytes, and the time of its last change in ns."""
+
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "Stamp":
+        return cls(stat.st_size, stat.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Packed:
     """A weight that is stored in fewer bits, or in several pieces.
@@ -76,12 +125,14 @@ class Header:
     """Names, shapes and dtypes of one checkpoint, which may be several files.
 
     container: "single", "sharded", "block-split", "pickle" or "gguf".
+    stamps: what tells each of its files from another one that is put in its place.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     container: str = "single"
+    stamps: Mapping[Path, "Stamp"] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         info = self.tensors.get(name)
@@ -122,6 +173,7 @@ def merged(path: Path, parts: Iterable[Header], container: str) -> Header:
     """One header of several files; raises CheckpointError where two of them hold the same tensor."""
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    stamps: dict[Path, Stamp] = {}
     for part in parts:
         for name, info in part.tensors.items():
             if name in tensors:
@@ -131,4 +183,5 @@ def merged(path: Path, parts: Iterable[Header], container: str) -> Header:
                 )
             tensors[name] = info
         metadata.update(part.metadata)
-    return Header(path, tensors, metadata, container)
+        stamps.update(part.stamps)
+    return Header(path, tensors, metadata, container, stamps)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightx2v.checkpoint.header import CheckpointError, Header, Packed, TensorInfo
+from lightx2v.checkpoint.header import AGAIN, CheckpointError, Header, Packed, TensorInfo
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT = "weight"
@@ -18,8 +18,8 @@ def split(header: Header, owner: str, parts: Sequence[str]) -> Header:
     What has a value a row (weight, bias, a scale a row) is cut; what speaks of the whole layer (a scale, a mark) is
     each part's. Raises CheckpointError where the rows cannot be shared out evenly.
     """
-    rows = header.tensors[f"{owner}.{WEIGHT}"].shape[0]
-    if rows % len(parts):
+    rows = (header.tensors[f"{owner}.{WEIGHT}"].shape or (0,))[0]
+    if not rows or rows % len(parts):
         raise CheckpointError(f"{header.path}: '{owner}' has {rows} rows, not {len(parts)} layers of one size")
     size = rows // len(parts)
     tensors: dict[str, TensorInfo] = {}
@@ -57,6 +57,8 @@ def swapped(header: Header, owner: str) -> Header:
         if name.rpartition(".")[0] == owner:
             _require_plain(header, name)
             half = info.shape[0] // 2
+            if not half or info.shape[0] % 2:
+                raise CheckpointError(f"{header.path}: '{name}' has {info.shape[0]} rows, expected two halves")
             stored = replace(info, stored=info.stored or name)
             tensors[name] = _stacked([cut(stored, half, info.shape[0]), cut(stored, 0, half)])
     return replace(header, tensors=tensors)
@@ -68,6 +70,14 @@ def joined(header: Header, names: Sequence[str]) -> TensorInfo:
         if name not in header.tensors:
             raise CheckpointError(f"{header.path}: '{name}' is missing; the file is incomplete: download it again")
         _require_plain(header, name)
+    first = header.tensors[names[0]]
+    for name in names[1:]:
+        info = header.tensors[name]
+        if (info.shape[1:], info.dtype) != (first.shape[1:], first.dtype):
+            raise CheckpointError(
+                f"{header.path}: '{names[0]}' {list(first.shape)} and '{name}' {list(info.shape)} cannot make one "
+                "layer; the file is damaged or of another model"
+            )
     return _stacked([replace(header.tensors[name], stored=header.tensors[name].stored or name) for name in names])
 
 
@@ -93,6 +103,8 @@ def _cat(parts: Mapping[str, Tensor]) -> Tensor:
 
 def _require_plain(header: Header, name: str) -> None:
     info = header.tensors[name]
+    if not info.shape:
+        raise CheckpointError(f"{header.path}: '{name}' is one number, expected rows; {AGAIN}")
     if info.encoding or info.packed is not None or info.dtype not in PLAIN:
         word = info.encoding or str(info.dtype).removeprefix("torch.")
         raise CheckpointError(

@@ -1,18 +1,18 @@
 """The header of any kind of checkpoint, and its tensors one at a time."""
 
 import ctypes
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lightx2v.checkpoint import gguf, pickled
 from lightx2v.checkpoint.folder import INDEX, SHARD, folder_header, index_of, indexed_header, shards_header
-from lightx2v.checkpoint.header import CheckpointError, Header, TensorInfo
+from lightx2v.checkpoint.header import CheckpointError, Header, Stamp, TensorInfo
 from lightx2v.checkpoint.single import safetensors_header
 
 GGUF = ".gguf"
@@ -27,7 +27,7 @@ def read_header(path: str | Path) -> Header:
     Raises CheckpointError for missing, truncated, incomplete and foreign files.
     """
     path = Path(path)
-    if not path.exists():
+    if not _exists(path):
         raise CheckpointError(f"{path}: no such file or folder; check the path or download the checkpoint")
     if path.is_dir():
         return folder_header(path)
@@ -47,13 +47,26 @@ def read_header(path: str | Path) -> Header:
     )
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be looked for ({error.strerror}); check the path") from error
+
+
 def read_tensors(
-    header: Header, names: Iterable[str] | None = None, device: torch.device | str = "cpu"
+    header: Header,
+    names: Iterable[str] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    passing: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream (name, tensor) file by file, so that one tensor at a time is resident.
 
-    Plain tensors come as they are stored, safetensors' and .pth's mapped on the CPU. Packed ones come restored to
-    float32, computed on `device`.
+    Plain tensors come as they are stored, a .pth's mapped on the CPU. Packed ones come restored to float32, computed on
+    `device`. passing: a plain one may be overwritten once the next is asked for, which saves the system the clearing of
+    new pages for every tensor that is copied on anyway.
+    Raises CheckpointError for a file that is gone, too short, or another one than when the header was read.
     """
     wanted: dict[Path, list[str]] = {}
     for name in header.tensors if names is None else names:
@@ -61,40 +74,37 @@ def read_tensors(
             raise CheckpointError(f"{header.path}: has no tensor '{name}'")
         wanted.setdefault(header.tensors[name].file, []).append(name)
     with ExitStack() as stack:
-        files = _Files(stack)
-        for members in wanted.values():
+        files = _Files(header, stack)
+        for file, members in wanted.items():
             for name in members:
                 info = header.tensors[name]
                 if info.packed is None:
-                    yield name, files.tensor(name, info)
+                    yield name, files.tensor(name, info, passing)
                 else:
                     parts = {role: files.tensor(name, part).to(device) for role, part in info.packed.parts.items()}
+                    _require_finite(info.file, name, parts.get("scale"))
                     yield name, info.packed.unpack(parts)
+            _require_same(header, file)  # also at the end: it may have been written to meanwhile
+
+
+def _require_finite(file: Path, name: str, scale: Tensor | None) -> None:
+    """A NaN among the scales makes a row of NaN, which would only show after the first step."""
+    if scale is not None and not bool(scale.isfinite().all()):
+        raise CheckpointError(f"{file}: the scale of '{name}' is NaN or infinite; download the file again")
 
 
 def read_into(header: Header, name: str, target: Tensor) -> None:
     """Read one tensor into contiguous main memory of its shape, and of the type that it is to have there.
 
-    One that lies in the file as it is wanted is read past every other copy. Raises CheckpointError for a file that
-    is gone or ends too early.
+    One that lies in the file as it is wanted is read past every other copy. Raises as `read_tensors` does.
     """
     info = header.tensors[name]
     if info.span is None or info.packed is not None or info.dtype != target.dtype or info.span[1] != target.nbytes:
         ((_, tensor),) = read_tensors(header, [name], target.device)
         target.copy_(tensor)
         return
-    start, nbytes = info.span
-    memory = memoryview((ctypes.c_char * nbytes).from_address(target.data_ptr())).cast("B")
-    try:
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(start)
-            while memory:
-                count = file.readinto(memory)
-                if not count:
-                    raise CheckpointError(f"{info.file}: ends within '{name}'; download the file again")
-                memory = memory[count:]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{info.file}: is gone since the model was loaded; put it back, or load again") from error
+    with ExitStack() as stack:
+        _Files(header, stack).fill(name, info, info.span, target)
 
 
 def read_bytes(header: Header, names: Iterable[str]) -> dict[str, bytes]:
@@ -117,29 +127,68 @@ def read_bytes(header: Header, names: Iterable[str]) -> dict[str, bytes]:
 
 
 class _Files:
-    """The files of one pass, each opened at its first tensor and closed with the stack."""
+    """The files of one pass, each opened at its first tensor and closed with the stack.
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._open: dict[Path, Any] = {}
+    They are read, not mapped: where a mapped file is cut while it is looked at, the system ends the process.
+    """
 
-    def tensor(self, name: str, info: TensorInfo) -> Tensor:
-        """As stored, on the CPU; `name` is the file's where the info has no other."""
-        file, stored = info.file, info.stored or name
-        if file not in self._open:
-            self._open[file] = self._opened(file)
-        if file.suffix == GGUF:
-            return gguf.read_raw(self._open[file], info)
-        if file.suffix in pickled.SUFFIXES:
-            whole = self._open[file][stored]
+    def __init__(self, header: Header, stack: ExitStack) -> None:
+        self._header, self._stack = header, stack
+        self._open: dict[Path, BinaryIO] = {}
+        self._pickled: dict[Path, Mapping[str, Tensor]] = {}
+        self._passing = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, name: str, info: TensorInfo, passing: bool = False) -> Tensor:
+        """As stored, on the CPU; `name` is the file's where the info has no other. Of a block type all bytes."""
+        if info.span is None:
+            whole = self._unpickled(info.file)[info.stored or name]
             return whole[slice(*info.rows)] if info.rows else whole
-        if info.rows:
-            return self._open[file].get_slice(stored)[slice(*info.rows)]
-        return self._open[file].get_tensor(stored)
+        memory = self._memory(info.span[1], passing)
+        self.fill(name, info, info.span, memory)
+        return memory.view(info.dtype) if info.encoding else memory.view(info.dtype).view(info.shape)
 
-    def _opened(self, file: Path) -> Any:
-        if file.suffix in pickled.SUFFIXES:
-            return pickled.open_pickle(file)
-        if file.suffix == GGUF:
-            return self._stack.enter_context(file.open("rb"))
-        return self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+    def _memory(self, nbytes: int, passing: bool) -> Tensor:
+        if not passing:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        if self._passing.numel() < nbytes:
+            self._passing = torch.empty(nbytes, dtype=torch.uint8)
+        return self._passing[:nbytes]
+
+    def fill(self, name: str, info: TensorInfo, span: tuple[int, int], target: Tensor) -> None:
+        """Read a span of the file into contiguous main memory of as many bytes."""
+        if info.file not in self._open:
+            self._open[info.file] = self._opened(info.file)
+        file, (start, nbytes) = self._open[info.file], span
+        memory = memoryview((ctypes.c_char * nbytes).from_address(target.data_ptr())).cast("B")
+        try:
+            file.seek(start)
+            while memory:
+                count = file.readinto(memory)  # type: ignore[attr-defined]
+                if not count:
+                    raise CheckpointError(f"{info.file}: ends within '{name}'; download the file again")
+                memory = memory[count:]
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: cannot be read ({error}); check the disk that it is on") from error
+
+    def _opened(self, path: Path) -> BinaryIO:
+        _require_same(self._header, path)
+        try:
+            return self._stack.enter_context(path.open("rb", buffering=0))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error}); check its permissions") from error
+
+    def _unpickled(self, path: Path) -> Mapping[str, Tensor]:
+        if path not in self._pickled:
+            _require_same(self._header, path)
+            self._pickled[path] = pickled.open_pickle(path)
+        return self._pickled[path]
+
+
+def _require_same(header: Header, path: Path) -> None:
+    """CheckpointError where a file of the checkpoint is not the one that the header was read from."""
+    try:
+        now = Stamp.of(os.stat(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: is gone since the model was loaded; put it back, or load again") from error
+    if now != header.stamps[path]:
+        raise CheckpointError(f"{path}: has changed since the model was loaded; load it again")

@@ -44,22 +44,24 @@ def assign(
     dtype: DtypeRule = None,
     device: torch.device | str = "cpu",
     only: Callable[[str], bool] = lambda name: True,
+    on_tensor: Callable[[], None] = lambda: None,
 ) -> None:
     """Give every parameter and persistent buffer of a meta-device module its weights.
 
     dtype: of floating-point weights; a function decides per module name. None keeps the file's, float32 for packed.
-    only: module names that are read; the others stay without contents.
+    only: module names that are read; the others stay without contents. on_tensor: before each; may raise to cancel.
     Raises as `places` does, before any weight is read.
     """
     origin = places(module, header, rename)
-    for name, tensor in read_tensors(header, [name for name, target in origin.items() if only(target)], device):
+    names = [name for name, target in origin.items() if only(target)]
+    for name, tensor in read_tensors(header, names, device, passing=True):
+        on_tensor()
         target = origin[name]
         wanted = dtype(target) if callable(dtype) else dtype
         if not tensor.is_floating_point():
             wanted = None
-        # a mapped tensor would keep its file open and mapped for the life of the model; an unpacked one is its own
-        mapped = header.tensors[name].packed is None
-        _put(module, target, tensor.to(device=device, dtype=wanted, copy=mapped))
+        passing = header.tensors[name].packed is None  # what was unpacked is its own
+        _put(module, target, tensor.to(device=device, dtype=wanted, copy=passing))
 
 
 def _check_tensor(header: Header, name: str, expected: Tensor) -> None:

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightx2v.checkpoint.header import DTYPES
+from lightx2v.unfinished import unfinished
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # of the data's first byte
@@ -52,7 +52,7 @@ def write_safetensors(
         offset += entry.nbytes
     header = json.dumps(listed, separators=(",", ":")).encode()
     header += b" " * (-len(header) % ALIGNMENT)
-    with _unfinished(path) as file:
+    with unfinished(path) as partial, partial.open("wb") as file:
         _reserve(file, 8 + len(header) + offset)
         file.write(len(header).to_bytes(8, "little") + header)
         for name, tensor in tensors:
@@ -74,15 +74,3 @@ def _reserve(file: BinaryIO, nbytes: int) -> None:
     """Take all the room at once: a full disk shows before hours of work, not after them."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, nbytes)
-
-
-@contextmanager
-def _unfinished(path: Path) -> Iterator[BinaryIO]:
-    unfinished = path.with_name(f"{path.name}.part")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -69,7 +69,7 @@ def apply_loras(
     one_of("how", how, HOW)
     matched = match_all(loras, transformer)
     how = _resolve(how, transformer, matched)
-    return _apply(transformer, matched, how, Source.of(info.header) if info else None, device)
+    return _apply(transformer, matched, how, Source(info.header) if info else None, device)
 
 
 def _apply(

@@ -4,7 +4,8 @@
 All LoRAs of a layer are one pair of matmuls, their ranks concatenated; scale is a vector with an entry per rank.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -61,6 +62,12 @@ class Branch(nn.Module):
         for name, tensor in parts.items():
             self.register_buffer(name, tensor.to(_device(linear), dtype).contiguous(), persistent=False)
 
+    def without_contents(self) -> "Branch":
+        """One of the same shapes on the meta device."""
+        bare = copy.copy(self)
+        bare.__dict__["_buffers"] = {name: tensor.to("meta") for name, tensor in self.named_buffers()}
+        return bare
+
     def set_strength(self, index: int, strength: float) -> None:
         """strength: of the LoRA at `index` of the stack."""
         for segments, values in ((self._ranks, self.scale), (self._bias_rows, self.bias_scale)):
@@ -115,7 +122,6 @@ def attach(module: nn.Module, matched: Sequence[Matched], dtype: torch.dtype | N
     """
     if any(True for _ in branched(module)):
         raise ValueError("this model has LoRA branches already; detach them before attaching others")
-    tensors = [each.read() for each in matched]
     changes: dict[str, list[tuple[int, Patch]]] = {}
     done: set[str] = set()
     for index, each in enumerate(matched):
@@ -128,7 +134,8 @@ def attach(module: nn.Module, matched: Sequence[Matched], dtype: torch.dtype | N
         linear = module.get_submodule(owner)
         factors = Factors([], [], [], [], [])
         for index, patch in found:
-            _add(factors, index, patch, [tensors[index][key] for key in patch.tensors])
+            read = matched[index].read(patch)
+            _add(factors, index, patch, [read[key] for key in patch.tensors])
         _replace(module, owner, BranchedLinear(linear, Branch(factors, linear, dtype or _dtype(linear))))
     for index, each in enumerate(matched):
         set_strength(module, index, each.lora.strength)
@@ -191,8 +198,13 @@ def detach(module: nn.Module) -> None:
 
 def share(source: nn.Module, target: nn.Module) -> None:
     """Give `target`, another network over the same weights, the branches of `source`; their tensors are shared."""
-    for name, layer in list(branched(source)):
-        _replace(target, name, BranchedLinear(target.get_submodule(name), layer.lora))
+    graft(target, {name: layer.lora for name, layer in branched(source)})
+
+
+def graft(target: nn.Module, branches: Mapping[str, Branch]) -> None:
+    """Give `target` these branches, by the names of their layers."""
+    for name, branch in branches.items():
+        _replace(target, name, BranchedLinear(target.get_submodule(name), branch))
 
 
 def _replace(module: nn.Module, name: str, new: nn.Module) -> None:

@@ -11,7 +11,6 @@ kohya's with every dot an underscore. `matching.py` finds the layer in a model.
     Kijai, LightX2V the same, and diff (a weight), diff_b (a bias), diff_m (a modulation)
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from lightx2v import strict_json
 from lightx2v.checkpoint import CheckpointError, Header, read_header, read_tensors
 from lightx2v.identify import other_kind
 
@@ -45,6 +45,7 @@ SUFFIXES = {
     "diff_b": r"\.diff_b|\.b_norm",
     "diff_m": r"\.diff_m",
 }
+MAX_PATTERN = 300  # characters
 # Other ways to change a weight, by their tensors. Applying what is left of such a file would give another picture.
 REFUSED = {
     "DoRA": r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
@@ -209,21 +210,33 @@ def _peft_settings(header: Header) -> PeftSettings:
     source, text = "its metadata 'lora_adapter_metadata'", header.metadata.get("lora_adapter_metadata")
     beside = (header.path if header.path.is_dir() else header.path.parent) / "adapter_config.json"
     files = {info.file.name for info in header.tensors.values()}
-    if text is None and files == {"adapter_model.safetensors"} and beside.is_file():
-        source, text = str(beside), beside.read_text(encoding="utf-8")
-    if text is None:
+    from_file = text is None and files == {"adapter_model.safetensors"} and beside.is_file()
+    if text is None and not from_file:
         return PeftSettings()
     try:
+        if from_file:
+            source = str(beside)
+        told = strict_json.read(beside) if text is None else strict_json.parse(text)
         # diffusers writes "transformer.lora_alpha", a component's name before each entry; PEFT itself does not.
-        entries = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+        entries = {key.removeprefix("transformer."): value for key, value in told.items()}
         alpha = entries.get("lora_alpha")
         return PeftSettings(
             alpha=None if alpha is None else float(alpha),
             alpha_pattern=tuple(
-                (re.compile(rf"(?:.*\.)?(?:{end})"), float(value))
-                for end, value in (entries.get("alpha_pattern") or {}).items()
+                (_pattern(end), float(value)) for end, value in (entries.get("alpha_pattern") or {}).items()
             ),
             use_rslora=bool(entries.get("use_rslora", False)),
         )
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise CheckpointError(f"{header.path}: {source} is damaged ({error}); expected PEFT's settings") from error
+
+
+def _pattern(end: str) -> re.Pattern[str]:
+    """PEFT's pattern of a layer's name, which may begin anywhere in it.
+
+    Raises ValueError for one that could take hours to try: repeated groups, more than two repetitions, back references.
+    """
+    repeated = len(re.findall(r"(?<!\\)[*+{]", end))
+    if len(end) > MAX_PATTERN or repeated > 2 or re.search(r"\)[*+?{]|\\[1-9]|\(\?P=", end):
+        raise ValueError(f"the pattern {end[:60]!r} is not a layer's name")
+    return re.compile(rf"(?:.*\.)?(?:{end})")

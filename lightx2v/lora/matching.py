@@ -134,7 +134,7 @@ def match(file: LoraFile, model: nn.Module | Mapping[str, Shape]) -> Coverage:
             targets = [target for owner in owners if (target := _target(shapes, owner, change.leaf))]
             if not targets or len(targets) < len(owners):
                 skipped |= dict.fromkeys(change.keys, "names a layer that this model does not have")
-            elif (given := _shape(file, change)) and not _fits(given, [shapes[target] for target in targets]):
+            elif not _fits(given := _shape(file, change), [shapes[target] for target in targets]):
                 reason = f"is for {_words(given)}, the model's '{targets[0]}' is {_words(shapes[targets[0]])}"
                 skipped |= dict.fromkeys(change.keys, reason)
                 misfits.append((change.tensors[0], reason))
@@ -184,6 +184,8 @@ def _fits(given: Shape, targets: list[Shape]) -> bool:
     flat = [tuple(size for size in target if size != 1) for target in targets]
     if len(targets) == 1 and given == flat[0]:
         return True
+    if not given:
+        return False
     columns = {math.prod(target[1:]) for target in targets}
     return columns == {math.prod(given[1:])} and sum(target[0] for target in targets) == given[0]
 

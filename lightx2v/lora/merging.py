@@ -6,12 +6,11 @@ rounding cannot be undone by subtracting, so what is replaced is kept as a copy,
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lightx2v.checkpoint import CheckpointError, Header, read_tensors
+from lightx2v.checkpoint import Header, read_tensors
 from lightx2v.lora.dialects import LoraFile, read_lora
 from lightx2v.lora.matching import Coverage, Patch, Shape, match
 from lightx2v.lora.stack import Lora
@@ -26,12 +25,6 @@ class Source:
     """
 
     header: Header  # names as the model has them
-    files: tuple[tuple[Path, int, int], ...]  # path, bytes, time of the last change in ns
-
-    @classmethod
-    def of(cls, header: Header) -> "Source":
-        paths = sorted({info.file for info in header.tensors.values()})
-        return cls(header, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
 
     def gives(self, name: str, parameter: Tensor) -> bool:
         """Whether the file has this parameter, as floats or packed, so that reading it again gives the same bits.
@@ -45,10 +38,6 @@ class Source:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor as stored); raises CheckpointError where a file is not the one that was loaded."""
-        for path, size, changed in self.files:
-            now = path.stat() if path.is_file() else None
-            if now is None or (now.st_size, now.st_mtime_ns) != (size, changed):
-                raise CheckpointError(f"{path}: is gone or has changed since it was loaded; load the model again")
         return read_tensors(self.header, names)
 
 
@@ -60,10 +49,9 @@ class Matched:
     file: LoraFile
     coverage: Coverage
 
-    def read(self) -> Mapping[str, Tensor]:
-        """The file's tensors, mapped: they cost memory only while they are looked at."""
-        needed = {key for patch in self.coverage.patches for key in patch.tensors}
-        return dict(read_tensors(self.file.header, needed))
+    def read(self, patch: Patch) -> Mapping[str, Tensor]:
+        """The tensors of one change."""
+        return dict(read_tensors(self.file.header, patch.tensors))
 
 
 def match_all(loras: Sequence[Lora], model: nn.Module | Mapping[str, Shape]) -> tuple[Matched, ...]:
@@ -108,7 +96,6 @@ def merge(
                 patches.setdefault(patch.parameter, []).append((patch, index))
     parameters = dict(module.named_parameters())
     _require_float(parameters, patches)
-    tensors = [each.read() for each in matched]
     originals: dict[str, Tensor | None] = {}
     try:
         for name, found in patches.items():
@@ -118,7 +105,7 @@ def merge(
             # First moved, then widened: half as many bytes cross over, and the GPU widens them.
             total = parameter.to(device or parameter.device).to(torch.float32, copy=True).contiguous()
             for patch, index in found:
-                add(total, patch, tensors[index], matched[index].lora.strength)
+                add(total, patch, matched[index].read(patch), matched[index].lora.strength)
             parameter.copy_(total)
     except BaseException:
         restore(module, originals, source)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightx2v.checkpoint import Header, read_into
 from lightx2v.lora.branch import is_linear
 from lightx2v.offload.lane import Buffer, pin
-from lightx2v.offload.parts import parts_of, spread
+from lightx2v.offload.parts import filed_blocks, parts_of
 from lightx2v.offload.slab import Slab, host_memory
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,15 @@ class Filed:
         read_into(self.header, self.name, target)
 
 
-def left_in_file(network: nn.Module, count: int) -> frozenset[str]:
-    """Names of the weights of `count` blocks, evenly spread, that can stay in the file: those of linear layers.
+def left_in_file(network: nn.Module, count: int, resident: int = 0) -> frozenset[str]:
+    """Names of the weights of `count` blocks that can stay in the file: those of linear layers.
 
-    What is small stays in RAM, where LoRAs may change it.
+    resident: blocks that will stay on the device, which are chosen first. What is small stays in RAM, where LoRAs may
+    change it.
     """
     blocks = parts_of(network)[0]
-    chosen = {id(module) for index in spread(len(blocks), count) for module in blocks[index].modules()}
+    indices = filed_blocks(len(blocks), min(count, len(blocks)), resident)
+    chosen = {id(module) for index in indices for module in blocks[index].modules()}
     found = network.named_modules()
     return frozenset(f"{name}.weight" for name, module in found if id(module) in chosen and is_linear(module))
 

@@ -3,7 +3,8 @@
 import logging
 import weakref
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightx2v.offload.slab import PAGE
 
 log = logging.getLogger(__name__)
+THREADS = 8  # pinning walks the pages one by one, some 0.5 s a GB and core
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process
 
 
@@ -101,23 +103,35 @@ def pin(pieces: Iterable[Tensor], device: torch.device, limit: int | None = None
     Where the system refuses, the rest stays as it is, which the log says: copies from there are slower and hold up
     the host. On devices other than CUDA nothing is pinned.
     """
-    pinned: list[Tensor] = []
+    chosen: list[Tensor] = []
     total = 0
     for piece in pieces if device.type == "cuda" else ():
         size = _pages(piece)
-        if not size or (limit is not None and total + size > limit):
-            continue
-        if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), size, PORTABLE)) != 0:
-            _clear_error(device)
-            log.warning(
-                "only %.1f GB of weights could be pinned in memory; copies to the GPU are slower than they could be. "
-                "Close other programs, or raise the limit of locked memory (ulimit -l)",
-                total / 1e9,
-            )
-            break
-        pinned.append(piece)
-        total += size
+        if size and (limit is None or total + size <= limit):
+            chosen.append(piece)
+            total += size
+    if not chosen:
+        return Pins([], device)
+    with ThreadPoolExecutor(THREADS, "lightx2v-pin") as pool:
+        registered = list(pool.map(partial(_register, device=device), chosen))
+    pinned = [piece for piece, done in zip(chosen, registered, strict=True) if done]
+    if len(pinned) < len(chosen):
+        log.warning(
+            "only %.1f of %.1f GB of weights could be pinned in memory; copies to the GPU are slower than they could "
+            "be. Close other programs, or raise the limit of locked memory (ulimit -l)",
+            sum(map(_pages, pinned)) / 1e9,
+            total / 1e9,
+        )
     return Pins(pinned, device)
+
+
+def _register(piece: Tensor, device: torch.device) -> bool:
+    """Whether a piece is pinned now. Errors and the GPU in use are each thread's own."""
+    with torch.cuda.device(device):
+        if int(torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), _pages(piece), PORTABLE)) == 0:
+            return True
+        _clear_error(device)
+        return False
 
 
 def _pages(piece: Tensor) -> int:

@@ -8,6 +8,18 @@ def spread(count: int, moving: int) -> tuple[int, ...]:
     return tuple(index for index in range(count) if (index + 1) * moving // count > index * moving // count)
 
 
+def filed_blocks(count: int, filed: int, resident: int) -> tuple[int, ...]:
+    """Which of `count` blocks are left in their file, where `resident` of them stay on the device.
+
+    Those first, which are read once in a network's turn and not in each pass; then of those that move, evenly.
+    """
+    moving = spread(count, max(0, count - resident))
+    staying = [index for index in range(count) if index not in moving]
+    once = min(filed, len(staying))
+    chosen = [staying[index] for index in spread(len(staying), once)]
+    return tuple(sorted(chosen + [moving[index] for index in spread(len(moving), filed - once)]))
+
+
 def parts_of(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """The blocks that a network walks, the one list of modules nearest to its top, and every module beside them.
 

@@ -18,7 +18,7 @@ from lightx2v.config import Engine, Parallel, one_of
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import build_transformer, compute_dtype
 from lightx2v.lora import Applied, Lora
-from lightx2v.memory import transformer_activation_bytes
+from lightx2v.memory import fused_by, transformer_activation_bytes
 from lightx2v.offload.lane import link_rate
 from lightx2v.offload.plan import GB, RAM_RESERVE, DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
 from lightx2v.offload.shortage import Advice
@@ -107,7 +107,8 @@ class Placing:
         shown = networks or [build_transformer(info, alone, self.device) for info in infos]
         info = infos[0]
         dtype = compute_dtype(engine, info.dtype, self.device)
-        activations = transformer_activation_bytes(info, asked.shape, dtype, engine.parallel.sequence)
+        fused, parts = all(fused_by(network) for network in shown), engine.parallel.sequence
+        activations = transformer_activation_bytes(info, asked.shape, dtype, parts, fused=fused)
         activations += kept_bytes(info, asked.shape, dtype) if asked.cached else 0
         activations += 0 if networks else sum(file_bytes(lora.path) for lora in asked.loras)
         here = sum(held_bytes(network) for network in networks if _on(network, self.device))

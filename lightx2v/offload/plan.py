@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lightx2v.offload.parts import parts_of, spread
+from lightx2v.offload.parts import filed_blocks, parts_of, spread
 from lightx2v.offload.slab import ALIGNMENT
 
 GB = 1e9
@@ -188,9 +188,10 @@ def plan(
     stays = needs.vae if not vae_offload and weights + needs.vae + beside <= budget else 0
     passing = _passing(transformers, resident)
     ram = 0 if together or (len(transformers) == 1 and not passing) else sum(sums)
-    filed = _filed(transformers, machine.free_ram - RAM_RESERVE) if ram else 0
-    reading = sum(map(sum, _in_file(transformers, filed)))
-    ram += (PIECES * max(map(max, _in_file(transformers, filed))) if filed else 0) - reading
+    filed = _filed(transformers, machine.free_ram - RAM_RESERVE, resident) if ram else 0
+    away = _in_file(transformers, filed, resident)
+    reading = sum(map(sum, away))
+    ram += (PIECES * max(map(max, away)) if filed else 0) - reading
     return Plan(
         resident=resident,
         streamed=count - resident,
@@ -263,22 +264,22 @@ def streamed_bytes(transformers: tuple[Sizes, ...], resident: int, prefetch: int
     return max(sizes.rest for sizes in transformers) + own + shared
 
 
-def _filed(transformers: tuple[Sizes, ...], room: int) -> int:
+def _filed(transformers: tuple[Sizes, ...], room: int, resident: int) -> int:
     """Blocks that stay in their file: the fewest with which the others go into so much RAM, or all."""
     count = max(len(sizes.blocks) for sizes in transformers)
     total = sum(sizes.total for sizes in transformers)
     for filed in range(count + 1):
-        away = _in_file(transformers, filed)
+        away = _in_file(transformers, filed, resident)
         if total - sum(map(sum, away)) + (PIECES * max(map(max, away)) if filed else 0) <= room:
             return filed
     return count
 
 
-def _in_file(transformers: tuple[Sizes, ...], filed: int) -> list[list[int]]:
+def _in_file(transformers: tuple[Sizes, ...], filed: int, resident: int) -> list[list[int]]:
     """Bytes of each block that stays in its file, of each transformer."""
-    chosen = (spread(len(sizes.blocks), min(filed, len(sizes.blocks))) for sizes in transformers)
-    pairs = zip(transformers, chosen, strict=True)
-    return [[sizes.blocks[index] for index in indices] or [0] for sizes, indices in pairs]
+    counts = [len(sizes.blocks) for sizes in transformers]
+    chosen = [filed_blocks(count, min(filed, count), resident) for count in counts]
+    return [[sizes.blocks[i] for i in each] or [0] for sizes, each in zip(transformers, chosen, strict=True)]
 
 
 def _passing(transformers: tuple[Sizes, ...], resident: int) -> int:

@@ -1,10 +1,11 @@
-"""Memory that ran out: told from other errors, tried once more with less, and said in words."""
+"""Memory that ran out: told from other errors, tried once more with less, and said in words. And a GPU that is lost."""
 
 import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -14,8 +15,20 @@ from lightx2v.shapes import LatentShape, VideoShape, smaller, to_video
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 # What libraries say that allocate beside PyTorch: cuBLAS, cuDNN, Triton and CUDA itself.
 SAID = ("out of memory", "STATUS_ALLOC_FAILED")
+# After these the process can do nothing more with its GPU (CUDA's documentation of cudaError: "the process must be
+# terminated and relaunched"), or there is none.
+LOST = (
+    *("unspecified launch failure", "illegal memory access", "misaligned address", "illegal instruction"),
+    *("device-side assert", "hardware stack error", "invalid program counter", "launch timed out"),
+    *("uncorrectable ECC error", "unknown error", "no CUDA-capable device", "GPU is lost", "driver shutting down"),
+)
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU cannot be used by this process any longer; the message says so, and what to do."""
 
 
 def ran_out(error: BaseException) -> bool:
@@ -23,6 +36,39 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in SAID)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error means that the device is of no more use to this process."""
+    told = isinstance(error, RuntimeError) and not isinstance(error, DeviceLostError)
+    told = told and any(word in str(error) for word in ("CUDA", "HIP", "GPU"))
+    return told and not ran_out(error) and any(word in str(error) for word in LOST)
+
+
+def unless_lost(work: Callable[[], Result]) -> Result:
+    """What `work` returns. Raises DeviceLostError where the device is lost, without the error that said so: that one
+    holds every tensor of the frames that it passed through."""
+    try:
+        return work()
+    except Exception as error:
+        if not lost(error):
+            raise
+        said = _first_line(error)
+    raise DeviceLostError(
+        f"the GPU stopped working ({said}). Nothing more can be computed on it in this process: restart it (ComfyUI, "
+        "or your script). If it happens again, run the same with attention 'torch_sdpa', and look for Xid in the "
+        "system's log (dmesg), which names failing hardware and drivers"
+    )
+
+
+def says_if_lost(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The same function, under `unless_lost`."""
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return unless_lost(lambda: function(*args, **kwargs))
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -34,13 +80,17 @@ class Shortage:
 
 
 def caught(work: Callable[[], Result]) -> Result | Shortage:
-    """What `work` returns, or that memory ran out; every other error is raised."""
+    """What `work` returns, or that memory ran out; every other error is raised, a lost device as `unless_lost` does."""
     try:
-        return work()
+        return unless_lost(work)
     except Exception as error:
         if not ran_out(error):
             raise
-        return Shortage(str(error).partition("\n")[0])
+        return Shortage(_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def once_there_is_room(work: Callable[[], Result], make_room: Callable[[], None], doing: str) -> Result:

@@ -1,5 +1,8 @@
 """All tensors of a part of a network, side by side in one piece of memory, so that one copy moves them."""
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 Holder = dict[str, Any]
 ALIGNMENT = 256  # bytes; the widest that matrix kernels ask of a weight's address is 128
 PAGE = 4096  # bytes, of the operating system: what is pinned at a time
+LARGE_PAGE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class _Entry:
 
 
 Views = tuple[Tensor, ...]
+Layout = tuple[tuple[int, str, tuple[int, ...]], ...]
 
 
 class Stored(Protocol):
@@ -45,17 +50,30 @@ class Slab:
 
     modules: each gives its own tensors, not its children's. Afterwards they lie in host memory, wherever they were.
     stored: by id, tensors without contents that are read from elsewhere each time; they come after the others.
+    memory: (kept,) uint8 to use; tensors without contents are what is there already. None: a piece of its own.
     nbytes: of all, gaps for alignment included. kept: of `host`, which has those that rest there.
     Raises ValueError for weights that were not read yet.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], stored: Mapping[int, Stored] | None = None) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        stored: Mapping[int, Stored] | None = None,
+        memory: Tensor | None = None,
+    ) -> None:
         self._entries, tensors, self.kept, self.nbytes = _lay_out(modules, stored or {})
+        if memory is None:
+            _require_values(self._entries, tensors)
         resting = [entry for entry in self._entries if entry.stored is None]
         with torch.inference_mode(False), torch.no_grad():  # a slab outlives the request that it is made in
-            self.host = _resting(resting, tensors, self.kept)
+            self.host = _resting(resting, tensors, self.kept, memory)
             self._home = tuple(entry.view(self.host) if entry.home is None else entry.home for entry in self._entries)
         self.point(self._home)
+
+    @property
+    def layout(self) -> Layout:
+        """Where each tensor lies, of which type and shape."""
+        return tuple((entry.offset, str(entry.dtype), tuple(entry.shape)) for entry in self._entries)
 
     def to_read(self, memory: Tensor) -> list[tuple[Stored, Tensor]]:
         """What is stored elsewhere, and where it goes in a piece that begins with the first of it."""
@@ -100,8 +118,6 @@ def _lay_out(
     entries, tensors, offset, kept = [], [], 0, 0
     for tensor, holders in sorted(held.values(), key=lambda each: id(each[0]) in stored):
         origin = stored.get(id(tensor))
-        if origin is None and tensor.is_meta:
-            raise ValueError(f"'{holders[0][1]}' {list(tensor.shape)} has no values yet: read the weights before")
         nbytes = tensor.numel() * tensor.element_size()
         parameter = isinstance(tensor, nn.Parameter)
         home = None if origin is None else tensor
@@ -113,14 +129,32 @@ def _lay_out(
     return tuple(entries), tensors, kept, offset
 
 
-def _resting(entries: Sequence[_Entry], tensors: Sequence[Tensor], nbytes: int) -> Tensor:
-    """Host memory that holds the tensors: the piece where they already lie, or a new one."""
-    if (found := _already(entries, tensors, nbytes)) is not None:
+def _require_values(entries: Sequence[_Entry], tensors: Sequence[Tensor]) -> None:
+    for entry, tensor in zip(entries, tensors, strict=False):
+        if tensor.is_meta:
+            name = entry.holders[0][1]
+            raise ValueError(f"'{name}' {list(tensor.shape)} has no values yet: read the weights before")
+
+
+def _resting(entries: Sequence[_Entry], tensors: Sequence[Tensor], nbytes: int, memory: Tensor | None = None) -> Tensor:
+    """Host memory that holds the tensors: the piece where they already lie, the one given, or a new one."""
+    if memory is None and (found := _already(entries, tensors, nbytes)) is not None:
         return found
-    memory = host_memory(nbytes)
+    memory = host_memory(nbytes) if memory is None else memory
     for entry, tensor in zip(entries, tensors, strict=True):
-        entry.view(memory).copy_(tensor)
+        if not tensor.is_meta:
+            entry.view(memory).copy_(tensor)
     return memory
+
+
+def paged(nbytes: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+def rest_bytes(modules: Iterable[nn.Module], stored: Mapping[int, Stored]) -> int:
+    """Of the memory that a slab of these takes for what does not stay elsewhere."""
+    return _lay_out(modules, stored)[2]
 
 
 def _already(entries: Sequence[_Entry], tensors: Sequence[Tensor], nbytes: int) -> Tensor | None:
@@ -145,4 +179,16 @@ def host_memory(nbytes: int) -> Tensor:
     """
     raw = torch.empty(-(-nbytes // PAGE) * PAGE + PAGE, dtype=torch.uint8)
     start = -raw.data_ptr() % PAGE
+    _ask_for_large_pages(raw.data_ptr() + start, nbytes)
     return raw[start : start + nbytes]
+
+
+def _ask_for_large_pages(address: int, nbytes: int) -> None:
+    """Of 2 MB, where Linux has them: 28 GB are 7 million small ones, each of which is mapped and pinned by itself.
+
+    A hint (madvise(2)); a system that does not take it is as it was.
+    """
+    if sys.platform == "linux" and nbytes >= LARGE_PAGE:
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        advise(address, nbytes // PAGE * PAGE, mmap.MADV_HUGEPAGE)

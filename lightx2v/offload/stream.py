@@ -183,13 +183,15 @@ class BlockStream:
 
     def _close(self) -> None:
         self._leave()
-        if self._reader is not None:
-            self._reader.drain()
-        self._lane.drain()
-        self._rest = None
-        self._own, self._moving = [], {}
-        self._idle.clear()
-        self._coming.clear()
+        try:
+            if self._reader is not None:
+                self._reader.drain()
+            self._lane.drain()
+        finally:  # a device that is lost drains nothing
+            self._rest = None
+            self._own, self._moving = [], {}
+            self._idle.clear()
+            self._coming.clear()
 
     def bring(self, expert: str = "") -> nn.Module:
         """The network, with all that is no block's, and the blocks that stay, on the device or on their way there."""

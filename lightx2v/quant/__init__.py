@@ -3,11 +3,11 @@
 A scheme is a file here with `recognise(weight, scale) -> Packed | None`; what it packs says itself how to unpack.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lightx2v import strict_json
 from lightx2v.checkpoint import CheckpointError, Header, TensorInfo, read_bytes
 from lightx2v.quant import fp8, gguf, int8
 
@@ -156,8 +156,8 @@ def _check_marks(header: Header) -> set[str]:
 
 def _json(header: Header, where: str, text: bytes | str) -> dict:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.parse(text)
+    except ValueError as error:
         raise CheckpointError(f"{header.path}: '{where}' is not JSON ({error}); download the file again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{header.path}: '{where}' is no JSON object; download the file again")

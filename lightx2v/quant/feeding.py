@@ -1,5 +1,6 @@
 """Tokens in the form that the next linear layers want: plain, or in 8 bits once for all of them."""
 
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 from lightx2v_kernels import Kernels, Quantized
 
 Tokens = Tensor | Quantized
+# Tokens that a feed-forward takes at once: all of a video at 480p. More go in pieces: their hidden rows would be the
+# largest thing on the device, 4.2 GB of a 14B at 720p.
+WHOLE, PIECE = 1 << 15, 1 << 14
 Reads = torch.dtype | None  # the 8-bit dtype in which layers read tokens; None: plain
 T = TypeVar("T", bound=Tokens)
 
@@ -37,9 +41,38 @@ def modulate(kernels: Kernels, reads: Reads, x: Tensor, shift: Tensor, scale: Te
 
 def gelu_between(kernels: Kernels, whole: nn.Module, first: nn.Module, second: nn.Module, tokens: Tokens) -> Tensor:
     """The feed-forward `whole`, second(gelu(first(tokens))), with what is between in the form that `second` wants."""
-    if (reads := agreed(second)) is None:
-        return whole(tokens)
-    return second(kernels.gelu_quantize(first(tokens), reads))
+    if (reads := agreed(second)) is not None:
+        return second(kernels.gelu_quantize(first(tokens), reads))
+    if type(first) is nn.Linear and isinstance(tokens, Tensor):
+        return second(kernels.linear_gelu(tokens, first.weight, first.bias))
+    return whole(tokens)
+
+
+def piece_of(tokens: int) -> int:
+    """How many tokens a feed-forward takes at once; the same ones whatever memory there is."""
+    return tokens if tokens <= WHOLE else PIECE
+
+
+def in_pieces(feed: Callable[[Tokens], Tensor], tokens: Tokens) -> Tensor:
+    """What `feed` makes of tokens (B, L, K), a piece at a time."""
+    batch, length, _ = (tokens.values if isinstance(tokens, Quantized) else tokens).shape
+    if (piece := piece_of(batch * length)) == batch * length:
+        return feed(tokens)
+    out: Tensor | None = None
+    step = max(1, piece // batch)
+    for start in range(0, length, step):
+        fed = feed(_some(tokens, slice(start, start + step)))
+        out = fed.new_empty(batch, length, fed.shape[2]) if out is None else out
+        out[:, start : start + step] = fed
+        del fed
+    assert out is not None
+    return out
+
+
+def _some(tokens: Tokens, those: slice) -> Tokens:
+    if isinstance(tokens, Quantized):
+        return Quantized(tokens.values[:, those].contiguous(), tokens.scale[:, those].contiguous())
+    return tokens[:, those]
 
 
 def residual_modulate(

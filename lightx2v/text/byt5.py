@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
+from lightx2v.checkpoint import CheckpointError, Header, assign, block_numbers, read_header
 from lightx2v.kinds import in_words
 from lightx2v.layout import plain_dtype
 from lightx2v.quant import find_packed
@@ -97,7 +97,7 @@ def open_encoder(path: Path) -> tuple[Header, Sizes]:
 
 
 def _sizes(header: Header) -> Sizes:
-    blocks = {int(match[1]) for name in header.tensors if (match := _BLOCK.match(name))}
+    blocks = block_numbers(header.path, header.tensors, _BLOCK)
     second = f"encoder.block.1.{BIAS}"
     if blocks != set(range(len(blocks))) or second in header.tensors:
         wrong = "every block has a position table" if second in header.tensors else "blocks are missing"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.checkpoint import CheckpointError, Header, block_numbers
 from lightx2v.kinds import in_words
 
 EMBEDDED_TOKENIZER = "spiece_model"
@@ -138,7 +138,7 @@ def sizes(header: Header, rename: Callable[[str], str | None]) -> Sizes:
     Raises CheckpointError where a tensor needed for that is missing, or where the blocks are T5's instead of umT5's.
     """
     shapes = {target: info.shape for name, info in header.tensors.items() if (target := rename(name))}
-    blocks = {int(match[1]) for name in shapes if (match := _OUR_BLOCK.match(name))}
+    blocks = block_numbers(header.path, shapes, _OUR_BLOCK)
     if not blocks or blocks != set(range(len(blocks))):
         raise CheckpointError(
             f"{header.path}: expected encoder blocks 0, 1, 2 ... without a gap, found {len(blocks)} with numbers up to "

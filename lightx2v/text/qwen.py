@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
+from lightx2v.checkpoint import CheckpointError, Header, assign, block_numbers, read_header
 from lightx2v.kinds import in_words
 from lightx2v.layout import plain_dtype
 from lightx2v.library import from_transformers
@@ -119,7 +119,7 @@ def _prefix(header: Header) -> str:
 
 
 def _sizes(header: Header) -> Sizes:
-    blocks = {int(match[1]) for name in header.tensors if (match := _BLOCK.match(name))}
+    blocks = block_numbers(header.path, header.tensors, _BLOCK)
     if blocks != set(range(len(blocks))) or len(blocks) <= SKIPPED_BLOCKS:
         raise CheckpointError(
             f"{header.path}: expected blocks 0, 1, 2 ... without a gap and more than {SKIPPED_BLOCKS} of them, found "

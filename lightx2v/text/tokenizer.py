@@ -2,7 +2,8 @@
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,19 +123,33 @@ def _from_sentencepiece(proto: bytes, source: str) -> Tokenizer:
 
 
 def _from_json(path: Path) -> Tokenizer:
-    try:
+    with _understood(path):
         fast = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers package raises bare Exception for every kind of damage
-        raise CheckpointError(f"{path}: not a tokenizer.json ({error}); download it again") from error
     _check_end(str(path), fast.token_to_id("</s>"))
     # A saved file may ask for padding or for truncation at a length of its own.
     fast.no_padding()
     fast.no_truncation()
-    return Tokenizer(
-        str(path),
-        fast.get_vocab_size(with_added_tokens=True),
-        lambda text: fast.encode(text, add_special_tokens=False).ids,
-    )
+
+    def pieces(text: str) -> list[int]:
+        with _understood(path):
+            return fast.encode(text, add_special_tokens=False).ids
+
+    return Tokenizer(str(path), fast.get_vocab_size(with_added_tokens=True), pieces)
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """While the tokenizers package is at work: what it raises becomes an error that names the file.
+
+    It raises bare Exception for most damage, also for some that shows at the first text, and its Rust part's panics are
+    none of Exception.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{path}: not a tokenizer.json ({error}); download it again") from error
 
 
 def _check_end(source: str, end: int | None) -> None:

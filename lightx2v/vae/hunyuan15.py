@@ -21,7 +21,7 @@ from lightx2v.checkpoint import CheckpointError, Header, read_header
 from lightx2v.kinds import in_words
 from lightx2v.latents import HUNYUAN15
 from lightx2v.vae.fused import convolve_causally, frame_kernels
-from lightx2v.vae.layers import Head, RMSNorm, State, convolve, run
+from lightx2v.vae.layers import Everywhere, Head, Reach, RMSNorm, State, convolve, run
 from lightx2v.vae.layouts import PREFIXES
 from lightx2v.vae.stream import fill
 
@@ -49,6 +49,8 @@ class HunyuanVAEConfig:
 class EdgeConv3d(nn.Module):
     """A 3x3x3 convolution that sees the past only. Beyond the frame's edge, and before the clip, the last pixel and the
     first frame go on."""
+
+    reach = Reach(1, 1)
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -93,23 +95,23 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = RMSNorm(channels, frames=True)
         self.q, self.k, self.v, self.proj_out = (nn.Conv3d(channels, channels, 1) for _ in range(4))
+        self.everywhere = Everywhere()
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """Keeps keys and values of all frames so far in `state`: at the latents' size, some 15 MB a latent frame of a
         720p clip in half precision."""
         t, h, w = x.shape[2:]
         normed = self.norm(x)
-        q, k, v = (rearrange(conv(normed), "b c t h w -> b 1 (t h w) c") for conv in (self.q, self.k, self.v))
-        kv = torch.stack([k, v])
+        q, k, v = (rearrange(conv(normed), "b c t h w -> b 1 t (h w) c") for conv in (self.q, self.k, self.v))
+        kv = self.everywhere(torch.stack([k, v]))
         if state is not None:
             kv = torch.cat([state[self], kv], 3) if self in state else kv
             state[self] = kv
-        known = kv.shape[3] - t * h * w
+        known = kv.shape[3] - t
         frames = []
         for i in range(t):  # frame by frame in place of a mask: nothing is computed that would be thrown away
-            rows = slice(i * h * w, (i + 1) * h * w)
-            seen = kv[:, :, :, : known + rows.stop]
-            frames.append(F.scaled_dot_product_attention(q[:, :, rows], seen[0], seen[1]))
+            seen = kv[:, :, :, : known + i + 1].flatten(3, 4)
+            frames.append(F.scaled_dot_product_attention(q[:, :, i], seen[0], seen[1]))
         y = rearrange(torch.cat(frames, 2), "b 1 (t h w) c -> b c t h w", h=h, w=w)
         return x + self.proj_out(y)
 
@@ -256,6 +258,7 @@ class HunyuanVAE(nn.Module):
 
     space = HUNYUAN15
     first_chunk = 1
+    at_once = 1
 
     def __init__(self, config: HunyuanVAEConfig | None = None) -> None:
         super().__init__()

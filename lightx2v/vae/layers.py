@@ -8,6 +8,7 @@ and the dict that a call has filled continues it. Both ways compute the same num
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,25 @@ AT_ONCE = 2  # frames: as many as a convolution over three looks back on
 State = dict[nn.Module, Tensor]
 """Frames (B, C, 1 or 2, h, w) that a layer needs again with the next chunk, keyed by the layer.
 Tensors are replaced, never written to, so a shallow copy of the dict is a snapshot."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Rows beside its own that a layer reads, `above` and `below`, and how many rows it makes of one.
+
+    A layer that states its `reach` may be given some rows of a picture instead of all: lightx2v/parallel/frames.py.
+    """
+
+    above: int
+    below: int
+    scale: float = 1
+
+
+class Everywhere(nn.Module):
+    """Keys and values (..., positions, C) as they are: a place where those of a picture's other rows can be joined."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class RMSNorm(nn.Module):
@@ -43,6 +63,10 @@ class CausalConv3d(nn.Conv3d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int]) -> None:
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.kernel_size[1] // 2, self.kernel_size[1] // 2)
 
     def forward(
         self, x: Tensor, state: State | None = None, *, norm: RMSNorm | None = None, residual: Tensor | None = None
@@ -116,12 +140,14 @@ class AttentionBlock(nn.Module):
         self.norm = RMSNorm(channels, frames=False)
         self.to_qkv = nn.Conv2d(channels, channels * 3, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
+        self.everywhere = Everywhere()
 
     def forward(self, x: Tensor) -> Tensor:
         frames, batch = fold_time(x)
         n, c, h, w = frames.shape
         # (n, 3c, h, w) -> (n, 1, h w, 3c) -> three times (n, 1, h w, c)
-        q, k, v = self.to_qkv(self.norm(frames)).reshape(n, 1, 3 * c, h * w).transpose(2, 3).chunk(3, -1)
+        q, kv = self.to_qkv(self.norm(frames)).reshape(n, 1, 3 * c, h * w).transpose(2, 3).split((c, 2 * c), -1)
+        k, v = self.everywhere(kv).chunk(2, -1)
         y = F.scaled_dot_product_attention(q, k, v)
         y = self.proj(y.reshape(n, h, w, c).permute(0, 3, 1, 2))
         return x + unfold_time(y, batch)
@@ -129,6 +155,8 @@ class AttentionBlock(nn.Module):
 
 class Upsample(nn.Module):
     """Doubles height and width; with `time`, doubles every frame but the clip's first."""
+
+    reach = Reach(1, 1, scale=2)
 
     def __init__(self, channels: int, out_channels: int, *, time: bool) -> None:
         super().__init__()
@@ -162,6 +190,8 @@ class Upsample(nn.Module):
 
 class Downsample(nn.Module):
     """Halves height and width; with `time`, also the frames after the clip's first: 1 + 2n -> 1 + n, then 2n -> n."""
+
+    reach = Reach(0, 1, scale=0.5)
 
     def __init__(self, channels: int, *, time: bool) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.checkpoint import Header, assign
+from lightx2v.finite import bad_weight, finite
 from lightx2v.latents import LatentFormat
 from lightx2v.vae.layers import CausalConv3d, Encoder, State
 from lightx2v.vae.transfer import Landing, bring
@@ -21,6 +22,8 @@ class StreamedVAE(Protocol):
     def space(self) -> LatentFormat: ...
     @property
     def first_chunk(self) -> int: ...  # frames that become the first latent frame: 1, or 4
+    @property
+    def at_once(self) -> int: ...  # latent frames that are decoded at a time where nothing else is asked
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor: ...
@@ -30,12 +33,13 @@ class StreamedVAE(Protocol):
 class CausalVAE(StreamedVAE, Protocol):
     """What WanVAE and Wan22VAE have in common."""
 
-    encoder: Encoder
-    conv2: CausalConv3d  # beside the latents, at the decoder's side
+    @property
+    def encoder(self) -> Encoder: ...
+    @property
+    def conv2(self) -> CausalConv3d: ...  # beside the latents, at the decoder's side
 
     def prepare(self, frames: Tensor) -> Tensor: ...
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]: ...
-    def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -128,22 +132,24 @@ def decode(
     vae: StreamedVAE,
     raw: Tensor,
     *,
-    chunk: int = 1,
+    chunk: int | None = None,
     on_chunk: OnChunk | None = None,
     out: Tensor | None = None,
     clamp: bool = True,
 ) -> Tensor:
     """Frames (B, 3, 4T - 3, H, W) float32 of raw latents (B, z, T, h, w), clamped to [-1, 1] unless told not to.
 
-    `chunk` latent frames are decoded at a time; more take more memory and give the same frames. They are written into
+    `chunk` latent frames are decoded at a time, None: as many as suit the VAE; more take more memory and give the same
+    frames. They are written into
     `out`, which is allocated on the VAE's device unless given; it may be in main memory, or of another floating dtype.
-    Raises ValueError for latents or an `out` of another shape.
+    Raises ValueError for latents or an `out` of another shape, FloatingPointError for frames that are not finite.
     """
     channels, device = vae.space.channels, next(vae.parameters()).device
     if raw.ndim != 5 or raw.shape[1] != channels or not raw.numel():
         raise ValueError(
             f"latents are {tuple(raw.shape)}; this VAE decodes (B, {channels}, T, h, w), T, h and w at least 1"
         )
+    chunk = vae.at_once if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is {chunk} latent frames: expected at least 1")
     b, _, total, h, w = raw.shape
@@ -155,12 +161,28 @@ def decode(
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; these latents decode to floating point {shape}")
     state: State = {}
     landing = Landing(out)
+    sums: list[Tensor] = []  # of each chunk: looked at once, at the end, so that the device is never waited for
     with torch.inference_mode():
         for start in range(0, total, chunk):
             stop = min(start + chunk, total)
             frames = vae.reconstruct(raw[:, :, start:stop].to(device), state)
+            sums.append(frames.sum(dtype=torch.float32))
             landing.put(frames.clamp_(-1, 1) if clamp else frames, 4 * stop - 3)
             if on_chunk is not None:
                 on_chunk(stop, total)
         landing.finish()
+        finite = torch.stack(sums).isfinite().tolist()
+    if not all(finite):
+        raise FloatingPointError(_broken(vae, raw, max(0, 4 * chunk * finite.index(False) - 3), out.shape[2]))
     return out
+
+
+def _broken(vae: StreamedVAE, raw: Tensor, frame: int, count: int) -> str:
+    weight = next(vae.parameters())
+    said = f"decoding gave NaN or infinity from frame {frame + 1} of {count} on ({type(vae).__name__}, "
+    said += f"{str(weight.dtype)[6:]}): "
+    if not finite(raw):
+        return said + "the latents held them already; sample or encode again"
+    if isinstance(vae, nn.Module) and (name := bad_weight(vae)) is not None:
+        return f"{said}its {name} is not finite: the VAE's file is damaged; load another"
+    return said + "its weights are finite: their type is too narrow for these latents; load it in bf16 or float32"

@@ -86,7 +86,7 @@ def decode_tiled(
     elif tuple(out.shape) != size:
         raise ValueError(f"out is {tuple(out.shape)}; these latents decode to {size}")
     out.zero_()
-    tiles = list(product(*(range(len(axis.cells)) for axis in axes)))
+    tiles = _places(axes)
     for done, places in enumerate(tiles, 1):
         chosen = list(zip(axes, places, strict=True))
         frames = decode(_part(raw, [axis.cells[place] for axis, place in chosen]))
@@ -98,6 +98,19 @@ def decode_tiled(
         if on_tile is not None:
             on_tile(done, len(tiles))
     return out
+
+
+def tiles_of(raw: Tensor, stride: Stride, tiling: Tiling) -> list[Tensor]:
+    """The latents of each tile, in the order in which `decode_tiled` decodes them."""
+    axes = plan(raw.shape[2:], stride, tiling)
+    return [
+        _part(raw, [axis.cells[place] for axis, place in zip(axes, places, strict=True)]) for places in _places(axes)
+    ]
+
+
+def _places(axes: Sequence[Axis]) -> list[tuple[int, ...]]:
+    """Of each tile its place along every axis."""
+    return list(product(*(range(len(axis.cells)) for axis in axes)))
 
 
 def _part(video: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

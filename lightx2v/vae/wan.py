@@ -89,6 +89,7 @@ class WanVAE(nn.Module):
         super().__init__()
         self.config = config = config or WanVAEConfig()
         z, base = config.latent_channels, config.base_channels
+        self.at_once = 2 if base > 48 else 4  # fewer keep a GPU waiting for launches
         self.encoder = Encoder((3, base, base * 4, z * 2), downsamples(base))
         self.conv1 = CausalConv3d(z * 2, z * 2, (1, 1, 1))
         self.conv2 = CausalConv3d(z, z, (1, 1, 1))

@@ -111,6 +111,7 @@ class Wan22VAE(nn.Module):
 
     space = WAN22
     first_chunk = 1
+    at_once = 1
 
     def __init__(self, config: Wan22VAEConfig | None = None) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from lightx2v.checkpoint import CheckpointError, Header
+from lightx2v.checkpoint import CheckpointError, Header, block_numbers
 from lightx2v.kinds import in_words
 
 HEAD_DIM = 80  # of ViT-H/14: 1280 channels, 16 heads. No shape in a file tells it; every other ViT has another.
@@ -147,7 +147,7 @@ def sizes(header: Header) -> Sizes:
     positions, hidden_size = _matrix(header, found, "embeddings.position_embedding.weight")
     ffn_size, _ = _matrix(header, found, "encoder.layers.0.mlp.fc1.weight")
     patch = found.get("embeddings.patch_embedding.weight", ())
-    layers = {int(match[1]) for name in found if (match := _OUR_BLOCK.match(name))}
+    layers = block_numbers(header.path, found, _OUR_BLOCK)
     grid = isqrt(max(positions - 1, 0))
     if layers != set(range(len(layers))) or len(layers) < 2:
         raise CheckpointError(

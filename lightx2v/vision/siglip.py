@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightx2v.checkpoint import CheckpointError, Header, assign, read_header
+from lightx2v.checkpoint import CheckpointError, Header, assign, block_numbers, read_header
 from lightx2v.kinds import in_words
 from lightx2v.layout import plain_dtype
 from lightx2v.library import from_transformers
@@ -97,7 +97,7 @@ def open_encoder(path: Path) -> tuple[Header, Sizes]:
 
 
 def _sizes(header: Header) -> Sizes:
-    layers = {int(match[1]) for name in header.tensors if (match := _LAYER.match(name))}
+    layers = block_numbers(header.path, header.tensors, _LAYER)
     positions, hidden_size = _shape(header, POSITIONS, 2)
     patch = _shape(header, "embeddings.patch_embedding.weight", 4)
     ffn_size, _ = _shape(header, "encoder.layers.0.mlp.fc1.weight", 2)

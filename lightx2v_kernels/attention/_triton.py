@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -86,9 +85,9 @@ def score(q, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr
     """(BLOCK_M, BLOCK_N) float32: q kᵀ, or MAGIC + q kᵀ from int8."""
     if INT8:
         start = tl.full([BLOCK_M, BLOCK_N], MAGIC_BITS, tl.int32)
-        s = tl.dot(q, k.T, start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+        s = tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
     else:
-        s = tl.dot(q, k.T)
+        s = tl.dot(q, tl.trans(k))
     return s
 
 
@@ -365,6 +364,8 @@ def _addressable(x: Tensor, tma: bool) -> Tensor:
 
 
 def _described(x: Tensor, rows: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # Triton 3.2 has none, and few GPUs want one
+
     # A dimension of one element may have any stride, also one that a descriptor refuses.
     strides = [s if n > 1 else x.shape[-1] for s, n in zip(x.stride(), x.shape, strict=True)]
     strides[-1] = 1

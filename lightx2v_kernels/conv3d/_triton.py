@@ -7,7 +7,7 @@ place; nothing of it is stored.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035 (PyTorch 2.6 knows no other in a schema)
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +163,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def _launch(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: Sequence[int]
 ) -> Tensor:
     made = Tiles(*how)
     (b, c, t, h, w), (o, _, kt, kh, kw) = x.shape, weight.shape
@@ -190,7 +190,9 @@ _opaque = torch.library.custom_op("lightx2v::conv3d", _launch, mutates_args=())
 
 
 @_opaque.register_fake
-def _(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: list[int]) -> Tensor:
+def _(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: Sequence[int]
+) -> Tensor:
     (b, _, t, h, w), (o, _, _, kh, kw) = x.shape, weight.shape
     return x.new_empty(b, t, h - kh + 1, w - kw + 1, o).permute(0, 4, 1, 2, 3)
 

@@ -1,7 +1,7 @@
 """One program makes a run of pixels of one line of one padded frame."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Sequence  # noqa: UP035 (PyTorch 2.6 knows no other in a schema)
 
 import torch
 import triton
@@ -66,7 +66,7 @@ def _line(
     tl.store(to + columns[:, None] * C + channels[None, :], value, mask=inside)
 
 
-def _launch(x: Tensor, gamma: Tensor | None, padding: list[int], replicate: bool, scale: int) -> Tensor:
+def _launch(x: Tensor, gamma: Tensor | None, padding: Sequence[int], replicate: bool, scale: int) -> Tensor:
     rows = x.permute(0, 2, 3, 4, 1)
     rows = rows if rows.stride(4) == 1 else rows.contiguous()
     b, t, h, w, c = rows.shape
@@ -87,7 +87,7 @@ _opaque = torch.library.custom_op("lightx2v::conv_input", _launch, mutates_args=
 
 
 @_opaque.register_fake
-def _(x: Tensor, gamma: Tensor | None, padding: list[int], replicate: bool, scale: int) -> Tensor:
+def _(x: Tensor, gamma: Tensor | None, padding: Sequence[int], replicate: bool, scale: int) -> Tensor:
     (b, c, t, h, w), (pad_h, pad_w) = x.shape, padding
     return x.new_empty(b, t, scale * h + 2 * pad_h, scale * w + 2 * pad_w, c).permute(0, 4, 1, 2, 3)
 

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightx2v_kernels.opaque import opaque
 
@@ -67,11 +66,11 @@ def _store(out, total, scale, weight_scale, bias, row, column, M, N, BIAS: tl.co
 def _dot(a, b, total, INTEGER: tl.constexpr, PROMOTE: tl.constexpr):
     """total + a (BLOCK_M, BLOCK_K) . b (BLOCK_N, BLOCK_K)^T"""
     if INTEGER:
-        total = tl.dot(a, b.T, total, out_dtype=tl.int32)
+        total = tl.dot(a, tl.trans(b), total, out_dtype=tl.int32)
     elif PROMOTE > 0:
-        total = tl.dot(a, b.T, total, max_num_imprecise_acc=PROMOTE)
+        total = tl.dot(a, tl.trans(b), total, max_num_imprecise_acc=PROMOTE)
     else:
-        total = tl.dot(a, b.T, total)
+        total = tl.dot(a, tl.trans(b), total)
     return total
 
 
@@ -152,6 +151,8 @@ def product(
         return out
     # A number that does not change with the size of the video, or each size would be compiled anew.
     programs = multiprocessors(values.device) if tiling.persistent else ALL
+    from triton.tools.tensor_descriptor import TensorDescriptor  # Triton 3.2 has none, and few GPUs want one
+
     a = TensorDescriptor.from_tensor(values, [tiling.block_m, tiling.block_k])
     b = TensorDescriptor.from_tensor(weight, [tiling.block_n, tiling.block_k])
     _by_copy_engine[(min(tiles, programs),)](a, b, *rest, PROGRAMS=programs, **shared)

@@ -5,7 +5,7 @@ takes 7 (H100, 32760 tokens). Restoring inside the product, a tile at a time, wa
 at one: 0.12 against 0.11 ms for Q8_0, 0.51 against 0.16 for Q4_K (5120 x 5120). Layouts: `lightx2v_kernels/ggml.py`.
 """
 
-from collections.abc import Sequence
+from typing import Sequence  # noqa: UP035 (PyTorch 2.6 knows no other in a schema)
 
 import torch
 import torch.nn.functional as F

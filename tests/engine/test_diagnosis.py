@@ -16,13 +16,18 @@ from lightx2v.__main__ import main
 from lightx2v.blocks import RunBlocks
 from lightx2v.cache.turn import Turn
 from lightx2v.config import Sampling
+from lightx2v.diagnosis import explain
 from lightx2v.diffuse import Model, Start, diffuse
 from lightx2v.guidance import Conditioning
 from lightx2v.models import specs
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.offload import BlockStream
+from lightx2v.sampling import Step
+from lightx2v.vae.stream import decode
+from lightx2v.vae.tiling import Tiling, decode_tiled
 from lightx2v_kernels import select
+from tiny_vae import tiny_vae
 from tiny_wan import DIT, SMALL, pipeline, video, write_folder
 
 CPU = torch.device("cpu")
@@ -107,15 +112,42 @@ def test_what_is_around_the_blocks_is_told_apart(
     assert words in message(whole(network))
 
 
-def test_a_bad_prompt_names_its_pass_and_bad_latents_are_no_networks_fault(network: WanTransformer) -> None:
+def test_what_is_given_is_looked_at_before_the_first_step(network: WanTransformer) -> None:
+    network.register_forward_pre_hook(lambda *args: pytest.fail("computed"))
     bad = PROMPTS[1].clone()
-    bad[0, 0, 0] = NAN
-    said = message(whole(network), prompts=(PROMPTS[0], bad))
-    assert "before the blocks (uncond pass" in said and "'context'" in said
-    said = message(whole(network), latents=torch.full((1, 16, 2, 4, 6), NAN))
-    assert said.startswith("step 1 of 3") and said.endswith(
-        "in the latents that the step began with; encode them again"
+    bad[0, 0, :2] = NAN
+    assert message(whole(network), prompts=(PROMPTS[0], bad)) == (
+        "the text embedding ('context') of the negative conditioning held NaN or infinity in 2 of 160 values (float32) "
+        "before sampling: encode again; if they stay, the encoder's file is damaged: use another"
     )
+    assert "of the positive conditioning" in message(whole(network), prompts=(bad, PROMPTS[0]))
+    latents = torch.zeros(1, 16, 2, 4, 6, dtype=torch.float16)
+    latents[0, 3] = float("inf")
+    assert message(whole(network), latents=latents).startswith(
+        "the latents to start from held NaN or infinity in 48 of 768 values (float16) before sampling: encode again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("image", "the image latents or their mask"), ("clip", "the image embedding"), ("glyphs", "quoted text")],
+)
+def test_of_conditioning_the_part_is_named(network: WanTransformer, name: str, words: str) -> None:
+    cond = replace(Conditioning(PROMPTS[0]), **{name: torch.full((1, 2, 3), NAN)})
+    with pytest.raises(FloatingPointError, match=rf"{words} \('{name}'\) of the positive conditioning held NaN"):
+        diffuse(whole(network), Start(torch.zeros(1, 16, 2, 4, 6)), replace(GUIDED, cfg_scale=1.0), cond, None)
+
+
+def test_a_mask_of_nan_is_named(network: WanTransformer) -> None:
+    start = Start(torch.zeros(1, 16, 2, 4, 6), mask=torch.full((4, 6), NAN))
+    with pytest.raises(FloatingPointError, match=r"^the mask held NaN or infinity in 24 of 24 values"):
+        diffuse(whole(network), start, GUIDED, *map(Conditioning, PROMPTS))
+
+
+def test_latents_that_a_solver_breaks_are_no_networks_fault(network: WanTransformer) -> None:
+    step = Step(1, 3, 0.5, 0.2, 500.0)
+    why = explain(lambda: pytest.fail("did the step again"), cached=False)
+    assert why(torch.full((1, 16, 2, 4, 6), NAN), step) == "in the latents that the step began with; encode them again"
 
 
 def test_of_two_experts_the_one_at_fault_is_named(network: WanTransformer) -> None:
@@ -170,7 +202,7 @@ def test_a_finite_run_is_looked_at_once_a_step(network: WanTransformer, monkeypa
     isfinite = Tensor.isfinite
     monkeypatch.setattr(Tensor, "isfinite", lambda x: looks.append(x) or isfinite(x))
     diffuse(whole(network), Start(torch.zeros(1, 16, 2, 4, 6)), GUIDED, *map(Conditioning, PROMPTS))
-    assert len(looks) == 3
+    assert len(looks) == 3 + 3  # each step's estimate; before, the latents and two prompts
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +235,43 @@ def test_the_command_line_leaves_no_file(damaged: Path, tmp_path: Path, capsys: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sound_folder_makes_a_video(damaged: Path, tmp_path: Path) -> None:
-    sound = write_folder(tmp_path)
+def test_a_sound_folder_makes_a_video(sound: Path) -> None:
     video(pipeline(sound, attn_mode="reference"))
+
+
+def test_frames_that_are_not_finite_are_the_vaes_fault() -> None:
+    vae = tiny_vae()
+    raw = torch.randn(1, 16, 3, 4, 4)
+    assert decode(vae, raw).isfinite().all()
+    broken = raw.clone()
+    broken[0, 0, 1, 2, 2] = NAN
+    said = r"^decoding gave NaN or infinity from frame 2 of 9 on \(WanVAE, float32\): the latents held them"
+    with pytest.raises(FloatingPointError, match=said):
+        decode(vae, broken)
+    vae.decoder.head[0].gamma.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"frame 1 of 9 on .*: its decoder\.head\.0\.gamma is not"):
+        decode(vae, raw)
+    with pytest.raises(FloatingPointError, match=r"decoder\.head\.0\.gamma"):
+        decode_tiled(lambda part: decode(vae, part, clamp=False), raw, vae.space.stride, Tiling(32, 16))
+
+
+def test_infinities_are_seen_before_they_are_clamped_to_white() -> None:
+    vae = tiny_vae()
+    vae.decoder.head[2].bias.fill_(3e38)
+    vae.decoder.head[2].weight.mul_(1e38)
+    with pytest.raises(FloatingPointError, match="its weights are finite: their type is too narrow"):
+        decode(vae, 50 * torch.randn(1, 16, 1, 4, 4))
+
+
+def test_a_black_video_is_not_saved(sound: Path, tmp_path: Path) -> None:
+    weights = load_file(sound / "Wan2.1_VAE.safetensors")
+    weights["decoder.conv1.bias"][0] = NAN
+    save_file(weights, sound / "Wan2.1_VAE.safetensors")
+    with pytest.raises(FloatingPointError, match=r"its decoder\.conv1\.bias is not finite"):
+        pipeline(sound).generate(seed=1, prompt="a", save_result_path=tmp_path / "a.mp4", progress=False)
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    return write_folder(tmp_path)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightx2v.checkpoint import CheckpointError, read_header, read_into
+from lightx2v.checkpoint import CheckpointError, read_header, read_into, read_tensors
 from lightx2v.config import Engine
 from lightx2v.identify import identify
 from lightx2v.loading import load_transformer
@@ -127,21 +127,52 @@ def test_a_pipeline_with_little_ram_makes_the_same_video(folder: Path, tmp_path:
         pipe.enable_offload(True, "model", ram_budget_gb=4)
 
 
-def test_a_file_that_is_gone_or_cut_is_said(checkpoint: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "wan2.1_t2v.safetensors"
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"], ids=["as it lies", "converted"])
+def test_a_file_that_is_gone_cut_or_replaced_is_said(checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    copy, away = tmp_path / "wan2.1_t2v.safetensors", tmp_path / "away"
     copy.write_bytes(checkpoint.read_bytes())
     info = identify(copy)
-    network = load_transformer(info, Engine(), CPU, left=lambda network: left_in_file(network, 2))
+    network = load_transformer(info, Engine(dtype=dtype), CPU, left=lambda network: left_in_file(network, 2))
     stream = BlockStream({"": network}, CPU, headers={"": info.header})
+    expected = passes(stream, 0, 1)
+    copy.rename(away)
+    with pytest.raises(CheckpointError, match="is gone since the model was loaded; put it back"):
+        passes(stream, 0, 1)
+    copy.write_bytes(checkpoint.read_bytes())  # of the same size, and perhaps of another training
+    with pytest.raises(CheckpointError, match=r"wan2\.1_t2v\.safetensors: has changed since the model was loaded"):
+        passes(stream, 0, 1)
     with copy.open("r+b") as file:
         file.truncate(copy.stat().st_size // 8)
-    with pytest.raises(CheckpointError, match="ends within"):
+    with pytest.raises(CheckpointError, match="has changed"):
         passes(stream, 0, 1)
-    copy.unlink()
-    with pytest.raises(CheckpointError, match="is gone since the model was loaded"):
-        passes(stream, 0, 1)
+    away.replace(copy)
+    found = passes(stream, 0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "it goes on once the file is back"
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_no_process(checkpoint: Path, tmp_path: Path) -> None:
+    """Of a mapped one the next look would be a SIGBUS."""
+    copy = tmp_path / "wan2.1_t2v.safetensors"
     copy.write_bytes(checkpoint.read_bytes())
-    assert torch.isfinite(passes(stream, 0, 1)[0]).all(), "and it goes on once the file is back"
+    reading = read_tensors(read_header(copy))
+    next(reading)
+    with copy.open("r+b") as file:
+        file.truncate(copy.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="ends within"):
+        for _, tensor in reading:
+            tensor.sum()
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "wan2.1_t2v.safetensors"
+    copy.write_bytes(checkpoint.read_bytes())
+    reading = read_tensors(read_header(copy))
+    next(reading)
+    with copy.open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"1234")
+    with pytest.raises(CheckpointError, match="has changed"):
+        list(reading)
 
 
 def test_reading_into_memory_converts_where_it_must(checkpoint: Path) -> None:

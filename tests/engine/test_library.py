@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from safetensors.torch import save_file
 
@@ -24,6 +23,7 @@ from host.tiny_models import write_transformer
 from lightx2v import LightX2VPipeline
 from lightx2v.__main__ import main
 from lightx2v.checkpoint import CheckpointError
+from pyproject import read_pyproject
 from tiny_wan import DIT, SMALL, T5, pipeline, quantised, video, write_folder
 
 
@@ -296,9 +296,7 @@ print(sorted({{name.split(".")[0] for name in sys.modules}} & set({heavy.split()
 
 
 def test_types_are_packaged() -> None:
-    data = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
-        "package-data"
-    ]
+    data = read_pyproject()["tool"]["setuptools"]["package-data"]
     for package in ("lightx2v", "lightx2v_kernels"):
         assert "py.typed" in data[package] and (REPOSITORY / package / "py.typed").is_file()
 

@@ -1,40 +1,53 @@
-"""The benchmark of offload: what matters most first, and no speed for a wrong result."""
+"""The benchmark of offload: whole at toy size, what fails is said, and no speed for a wrong result."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import offload
-from lightx2v.bench.subjects import subject
+from benchmarks import offload, offload_parts
+from benchmarks.offload_cases import WRONG
 
-COMMAND = ["--device", "cpu", "--model", "demo", "--budget", "0.62", "--waiting-blocks", "2"]
-
-
-@pytest.fixture(autouse=True)
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "subject", lambda name: subject(name).toy())
+COMMAND = ["--tiny", "--device", "cpu", "--caps", "0", "8", "--ram-caps", "1"]
 
 
-def measured(capsys: pytest.CaptureFixture[str], *more: str, status: int = 0) -> dict:
-    assert offload.main([*COMMAND, *more]) == status
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+def parts(file: Path, *more: str, status: int = 0) -> dict[str, Any]:
+    assert offload.main([*COMMAND, "--json", str(file), *more]) == status
+    return json.loads(file.read_text())["parts"]
 
 
-def test_every_case_passes_its_gate(capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(capsys, "--seconds", "600", "--weights", "bf16")
-    rows = found["bf16"]["rows"]
-    assert [row["gate"] for row in rows] == ["passed"] * 8 and all(row["ms"] > 0 for row in rows)
-    assert [row["resident"] for row in rows[3:]] == [0, 0, 0, 1, 2] and len(found["waiting"]) == 6
+def rows(found: Any) -> list[dict[str, Any]]:
+    """Every table of figures within a part."""
+    if isinstance(found, list):
+        return [row for each in found for row in rows(each)]
+    if not isinstance(found, dict):
+        return []
+    return [found, *(row for each in found.values() for row in rows(each))]
 
 
-def test_what_there_is_no_time_for_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(capsys, "--seconds", "0", "--weights", "fp8")
-    assert [row["gate"] for row in found["fp8"]["rows"]] == ["passed", *[offload.LATE] * 7]
-    assert {row["gate"] for row in found["waiting"]} == {offload.LATE}
+def test_every_part_runs_and_passes_its_gate(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    found = parts(tmp_path / "offload.json")
+    assert list(found) == list(offload.PARTS) and not [row for row in rows(found) if "failed" in row]
+    gated = [row for row in rows(found) if "gate" in row]
+    assert len(gated) == 11 and all(row["gate"] == "passed" and row["ms"] > 0 for row in gated)
+    assert found["diffusers"]["error"] < 1e-4 and found["diffusers"]["ms"] > 0
+    assert "2 blocks are read from the file" in found["ram"]["0.001 GB"]["plan"]
+    assert "pass through" in found["pair"]["streamed"]["plan"] and len(found["pair"]["streamed"]["switch_s"]) == 2
 
 
-def test_a_wrong_result_has_no_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_there_is_no_time_for_or_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = parts(tmp_path / "a.json", "--seconds", "-1", "--only", "bf16", "pinning")
+    assert all(part["failed"].startswith("left out") for part in found.values())
+    monkeypatch.setattr(offload_parts, "measured", lambda *_: 1 / 0)
+    found = parts(tmp_path / "b.json", "--only", "bf16", "diffusers", "pinning")
+    assert found["bf16"]["failed"].startswith("ZeroDivisionError") and found["bf16"]["weights_gb"] > 0
+    assert "has to run before" in found["diffusers"]["failed"] and "failed" not in found["pinning"]
+
+
+def test_a_wrong_result_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = lambda self, run, following: lambda blocks, tokens, args: tokens  # noqa: E731
-    monkeypatch.setattr(offload.BlockStream, "around", wrong)
-    rows = measured(capsys, "--seconds", "600", "--weights", "bf16", status=1)["bf16"]["rows"]
-    assert all(row["gate"].startswith("wrong") and "ms" not in row for row in rows[1:])
+    monkeypatch.setattr(offload_parts.BlockStream, "around", wrong)
+    row = parts(tmp_path / "a.json", "--only", "bf16", status=1)["bf16"]["streamed"]
+    assert row["gate"] == WRONG and "ms" not in row

@@ -19,7 +19,7 @@ from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.offload import Home, Plan
 from lightx2v.offload.disk import left_in_file
 from lightx2v.offload.lane import Lane, link_rate, pin
-from lightx2v.offload.plan import GB, Machine, Needs, measure, plan, streamed_bytes, tighter
+from lightx2v.offload.plan import GB, RESERVE, Machine, Needs, measure, plan, streamed_bytes, tighter
 from lightx2v.offload.shortage import Advice, once_more
 from lightx2v.offload.slab import PAGE, host_memory
 from lightx2v.offload.stream import BlockStream
@@ -244,17 +244,17 @@ def test_a_home_is_left_and_found_again() -> None:
 
 def test_memory_that_really_runs_out() -> None:
     """Under a cap that the whole network exceeds: the second try streams, and gives the same."""
-    truth()
-    base, network = torch.cuda.memory_allocated(), wan().to(CUDA)
+    network = wan(config=replace(CONFIG, num_layers=2 * LAYERS)).to(CUDA)
+    base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    passes(resident(network), 2)
+    expected = passes(resident(network), 2)
     sizes = measure(network)
-    activations = torch.cuda.max_memory_allocated() - base - sizes.total
+    activations = torch.cuda.max_memory_allocated() - base
     network.to("cpu")
     gc.collect()
     torch.cuda.empty_cache()
-    stream_bytes = streamed_bytes((sizes,), 0, 1)
-    cap = torch.cuda.memory_reserved() + stream_bytes + int(1.3 * activations) + 150_000_000
+    room = streamed_bytes((sizes,), 0, 1) + activations
+    cap = torch.cuda.memory_reserved() + room + int(0.3 * activations) + 150_000_000
     assert cap < sizes.total
     needs = Needs((sizes,), activations)
     plans = [plan(needs, Machine(100 * int(GB), 100 * int(GB), 0))]
@@ -262,9 +262,10 @@ def test_memory_that_really_runs_out() -> None:
     def work(failed: Plan | None) -> list[Tensor]:
         if failed is None:
             return passes(resident(network.to(CUDA)), 2)
-        plans.append(tighter(needs, Machine(cap, 100 * int(GB), 0), failed))
+        # most of what a plan keeps in reserve is for others than PyTorch, whose cap this is
+        plans.append(tighter(needs, Machine(room + RESERVE, 100 * int(GB), 0), failed))
         stream = BlockStream({"": network}, CUDA)
-        with stream.open(0, 1):
+        with stream.open(plans[-1].resident, plans[-1].prefetch):
             return passes(streamed(stream), 2)
 
     total = torch.cuda.get_device_properties(CUDA).total_memory
@@ -274,7 +275,7 @@ def test_memory_that_really_runs_out() -> None:
         found = once_more(work, lambda: plans[-1], lambda: network.to("cpu"), advice)  # type: ignore[arg-type,return-value]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert len(plans) == 2 and same(found)
+    assert len(plans) == 2 and plans[1].streamed and all(map(torch.equal, found, expected))
 
 
 def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_loras_come_go_and_change(folder: Path, tmp_path: Path, dynamic: bool) -
     path = lora(folder, tmp_path / "lora.safetensors")
     resident, streamed = pipeline(folder), pipeline(folder)
     streamed.enable_offload(vae_offload=True)
-    seen = []
+    seen, read = [], set()
     for strength in (0.0, 1.0, 0.5, None):
         for pipe in (resident, streamed):
             configs = [] if strength is None else [{"path": str(path), "strength": strength}]
@@ -67,6 +67,8 @@ def test_loras_come_go_and_change(folder: Path, tmp_path: Path, dynamic: bool) -
         expected = video(resident)
         assert torch.equal(video(streamed), expected)
         seen.append(expected)
+        read.add(streamed._parts._transformers)
+    assert len(read) == 1, "one network for all strengths, read once"
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert torch.equal(seen[3], video(pipeline(folder)))
 

@@ -10,6 +10,7 @@ import torch
 
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.offload.parts import filed_blocks, spread
 from lightx2v.offload.placing import container_bytes
 from lightx2v.offload.plan import GB, RESERVE, DoesNotFitError, Machine, Needs, Plan, Sizes, has_room, measure, plan
 from lightx2v_kernels import select
@@ -165,3 +166,13 @@ def test_a_network_is_measured_before_its_weights_are_read() -> None:
     numbers = 8 * 256 * 256 + 2 * 256 * 512  # of a block's matrices
     assert 4 * numbers < sizes.blocks[0] < 1.1 * 4 * numbers
     assert sizes.total == pytest.approx(2 * half.total, rel=0.01)
+
+
+def test_what_stays_on_the_device_is_what_need_not_be_in_ram() -> None:
+    for count, resident in ((40, 25), (40, 0), (40, 40), (7, 3)):
+        moving = set(spread(count, count - resident))
+        for filed in range(count + 1):
+            chosen = filed_blocks(count, filed, resident)
+            assert len(set(chosen)) == filed and list(chosen) == sorted(chosen)
+            assert len(moving & set(chosen)) == max(0, filed - resident)
+    assert filed_blocks(8, 4, 0) == spread(8, 4)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from closeness import relative_error
+from demo.grammar import parse
 from demo.stages.tae import MODEL
-from demo.world import render, sample_scene
+from demo.world import render, scene_of
 from lightx2v.vae.loading import VAE, identify_vae, load_vae
 from lightx2v.vae.stream import decode, encode
 from lightx2v.vae.tiling import Tiling, decode_tiled, plan
@@ -18,6 +19,7 @@ from tiny_vae import tiny_tae, tiny_vae, tiny_vae22
 
 WAN, WAN22 = (4, 8, 8), (4, 16, 16)
 LEVELS = 127.5  # of 8 bits, in [-1, 1]
+PROMPT = "a blue triangle moves up over vertical navy and black stripes"
 
 
 def paint(raw: Tensor, stride: tuple[int, int, int] = WAN) -> Tensor:
@@ -67,7 +69,7 @@ def trained() -> tuple[VAE, Tensor, Tensor]:
     """The small trained VAE, raw latents of a drawn clip of 320x256 pixels, and their frames."""
     vae = load_vae(identify_vae(MODEL / "Wan2.1_VAE.safetensors"), dtype=torch.float32, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    raw = encode(vae, render(sample_scene(1, generator), generator, frames=5, height=256, width=320).frames)
+    raw = encode(vae, render(scene_of([parse(PROMPT)]), generator, frames=5, height=256, width=320).frames)
     return vae, raw, decode(vae, raw)
 
 
@@ -92,7 +94,7 @@ def test_without_an_overlap_seams_are_seen(trained: tuple[VAE, Tensor, Tensor]) 
 def test_tiles_in_time_begin_with_what_was_before() -> None:
     vae = load_vae(identify_vae(MODEL / "Wan2.1_VAE.safetensors"), dtype=torch.float32, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    raw = encode(vae, render(sample_scene(1, generator), generator, frames=49, height=64, width=64).frames)
+    raw = encode(vae, render(scene_of([parse(PROMPT)]), generator, frames=49, height=64, width=64).frames)
     whole = decode(vae, raw)
 
     def error(tiling: Tiling) -> float:

@@ -51,6 +51,40 @@ class Fake:
         return 404, b"not found"
 
 
+NAMES = ("../clip.mp4", "/etc/clip.mp4", "..", "", "a\\clip.mp4", "C:clip.mp4", "a" * 300, 7, None, "a\0b")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_a_server_names_no_file_outside_the_folder(
+    fake: tuple[Fake, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: object
+) -> None:
+    state, url = fake
+    (tmp_path / "w.json").write_text(json.dumps(GRAPH), encoding="utf-8")
+    (tmp_path / "inside").mkdir()
+    state.history = {**SUCCESS, "outputs": {"2": {"images": [{**SAVED, "filename": name}]}}}
+    line = [str(tmp_path / "w.json"), "--server", url, "--output", str(tmp_path / "inside")]
+    assert "which is no name of a file in a folder" in failed(capsys, *line)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["inside", "w.json"]
+
+
+@pytest.mark.parametrize(
+    "answer", [[], 3, {"status": []}, {"status": {}, "outputs": 3}, {"outputs": {"1": 2}}, {"a": 1}]
+)
+def test_answers_of_another_shape(
+    fake: tuple[Fake, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: Any
+) -> None:
+    state, url = fake
+    (tmp_path / "w.json").write_text(json.dumps(GRAPH), encoding="utf-8")
+    state.history = answer
+    said = failed(capsys, str(tmp_path / "w.json"), "--server", url)
+    assert said.startswith(f"error: {url} answers something else: is this a ComfyUI server?")
+
+
+def test_only_servers_are_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "w.json").write_text(json.dumps(GRAPH), encoding="utf-8")
+    assert "does not begin with http://" in failed(capsys, str(tmp_path / "w.json"), "--server", f"file://{tmp_path}")
+
+
 def queued(running: tuple[str, ...] = (), pending: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "queue_running": [[index, name, {}] for index, name in enumerate(running)],
@@ -157,7 +191,7 @@ def test_what_fails_while_it_runs_is_said(
     assert "no longer queued and has no history" in failed(capsys, str(graph), "--server", url)
     state.history = {**SUCCESS, "outputs": {"2": {"images": [{**SAVED, "type": "temp"}]}}}
     assert "it ran and saved nothing: add a Save Video node" in failed(capsys, str(graph), "--server", url)
-    state.history = {**SUCCESS, "outputs": {"2": {"images": [{**SAVED, "filename": "../gone.mp4"}]}}}
+    state.history = {**SUCCESS, "outputs": {"2": {"images": [{**SAVED, "filename": "gone.mp4"}]}}}
     assert "404" in failed(capsys, str(graph), "--server", url)
 
 

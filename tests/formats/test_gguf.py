@@ -172,7 +172,7 @@ DAMAGE = {
     "half a block": (raw_gguf(shape=(33,)), r"'a' \[33\] is no whole number of Q8_0's blocks of 32"),
     "unknown type": (raw_gguf(kind=16), "has GGML type 16, which is not supported; known: F32, F16, BF16, Q4_0"),
     "twice": (raw_gguf(twice=True), "tensor 'a' is listed twice"),
-    "huge shape": (raw_gguf(shape=(2**62, 2**62)), "truncated: tensor 'a'"),
+    "huge shape": (raw_gguf(shape=(2**62, 2**62)), "impossible shape"),
 }
 
 

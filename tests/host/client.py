@@ -7,7 +7,7 @@ import io
 import json
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,20 @@ def queue(
     interrupt_after: int | None,
     extra_data: Mapping[str, Any] | None,
     timeout_s: float,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> Result:
     """Run `graph` on the server at `url`; TimeoutError if it has not ended after `timeout_s`."""
-    run = _queue(url, graph, interrupt_after, extra_data or {})
+    run = _queue(url, graph, interrupt_after, extra_data or {}, on_progress)
     return asyncio.run(asyncio.wait_for(run, timeout_s))
 
 
-async def _queue(url: str, graph: Graph, interrupt_after: int | None, extra_data: Mapping[str, Any]) -> Result:
+async def _queue(
+    url: str,
+    graph: Graph,
+    interrupt_after: int | None,
+    extra_data: Mapping[str, Any],
+    on_progress: Callable[[float], None],
+) -> Result:
     client = uuid.uuid4().hex
     events: list[tuple[str, Mapping[str, Any]]] = []
     previews: list[Preview] = []
@@ -143,6 +150,8 @@ async def _queue(url: str, graph: Graph, interrupt_after: int | None, extra_data
             event = json.loads(message.data)
             kind, data = event["type"], event["data"]
             events.append((kind, data))
+            if kind == "progress_state":
+                on_progress(_done(data))
             if interrupt_after is not None and kind == "progress_state" and _done(data) >= interrupt_after:
                 interrupt_after = None
                 await session.post("/interrupt")
@@ -152,6 +161,8 @@ async def _queue(url: str, graph: Graph, interrupt_after: int | None, extra_data
             ):
                 status, error = kind.removeprefix("execution_"), data
                 break
+        else:
+            raise ConnectionError("the server closed the socket while the graph ran")
         outputs = await _outputs(session, prompt)
     return Result(status, outputs, tuple(events), tuple(previews), error if status == "error" else {})
 

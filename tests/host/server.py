@@ -10,9 +10,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class Server:
 
     url: its address, "http://127.0.0.1:PORT".
     base: its folder of models, input, output and user.
+    pid: of its process.
     """
 
     url: str
     base: Path
     log_path: Path
+    pid: int = 0
 
     def run(
         self,
@@ -41,12 +43,21 @@ class Server:
         interrupt_after: int | None = None,
         extra_data: Mapping[str, Any] | None = None,
         timeout_s: float = 300,
+        on_progress: Callable[[float], None] = lambda done: None,
     ) -> Result:
         """Queue an API-format graph ({id: {class_type, inputs}}) and wait until it ends, in whatever way.
 
         interrupt_after: press Cancel once a node reports this many steps done.
+        on_progress: is told how many steps the running node has done, each time that it reports.
         """
-        return queue(self.url, graph, interrupt_after=interrupt_after, extra_data=extra_data, timeout_s=timeout_s)
+        return queue(
+            self.url,
+            graph,
+            interrupt_after=interrupt_after,
+            extra_data=extra_data,
+            timeout_s=timeout_s,
+            on_progress=on_progress,
+        )
 
     def get(self, path: str) -> Any:
         """GET a JSON document, such as "/object_info"."""
@@ -77,7 +88,7 @@ def start(
     try:
         _wait_until_ready(process, server)
         _assert_loaded(server, packs)
-        yield server
+        yield replace(server, pid=process.pid)
     finally:
         _stop(process)
 

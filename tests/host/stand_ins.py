@@ -16,6 +16,7 @@ import tiny_hunyuan
 import tiny_lora
 from dev.environment import REPOSITORY
 from host.tiny_models import I2V, TI2V, Input, transformer_shapes, write_transformer
+from lightx2v.quant.writing import write_quantised
 from tiny_vae import tiny_vae15, tiny_vae22
 
 Api = dict[str, dict[str, Any]]
@@ -81,8 +82,12 @@ STAND_INS = {
 def write_stand_ins(models: Path) -> None:
     """The random ones; the other tiny models are there already."""
     folder = models / "diffusion_models"
-    for seed, (name, takes) in enumerate((("i2v_high_noise", I2V), ("i2v_low_noise", I2V), ("ti2v", TI2V))):
-        write_transformer(folder / f"workflow_{name}.safetensors", takes, seed=seed, num_layers=1)
+    write_transformer(folder / "workflow_ti2v.safetensors", TI2V, seed=2, num_layers=1)
+    for seed, role in enumerate(("high", "low")):
+        # In 8 bits, as the file that it stands for: newer hosts refuse a file that the picker does not list.
+        plain = write_transformer(models / f"{role}_noise.safetensors", I2V, seed=seed, num_layers=1)
+        write_quantised(plain, folder / f"workflow_i2v_{role}_noise.safetensors", "fp8", "comfy")
+        plain.unlink()
     save_file(tiny_vae22().state_dict(), models / "vae" / "workflow_vae22.safetensors")
     (models / "loras").mkdir(exist_ok=True)
     _write_hunyuan(models)

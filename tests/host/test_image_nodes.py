@@ -178,6 +178,7 @@ def test_features_are_those_of_clip_vision_encode(host, tiny_models, encoder, cr
     graph["wan"] = node("LightX2VImageEncode", **our_node)
     result = host.run(keep(graph, "theirs", "same", "wan")).expect()
     theirs, same, wan = (result.kept(f"keep_{name}") for name in ("theirs", "same", "wan"))
+    theirs.pop("image_sizes", None)  # of newer hosts, for encoders without a fixed picture size
     assert set(theirs) == {"last_hidden_state", "penultimate_hidden_states", "image_embeds", "mm_projected"}
     assert_same(same, theirs)
     assert wan["penultimate_hidden_states"].shape == (1, 17, 160)
@@ -225,13 +226,14 @@ def test_sizes_are_snapped_to_what_the_model_can_make(host, tiny_models, encoder
 
 def test_bad_input_is_said_in_words(host, tiny_models, encoder) -> None:
     graph = base(tiny_models, encoder) | {"vae48": node("FixtureCellVae")}
+    middle = node("LightX2VImageEncode", encoder=["ours", 0], image=["first", 0], crop="middle")
     cases = {
-        "TI2V-5B takes a start image only": to_video(OURS, "vae48", start_image="first", end_image="last"),
-        "crop='middle' is not one of none, center": node(
-            "LightX2VImageEncode", encoder=["ours", 0], image=["first", 0], crop="middle"
-        ),
-        "gone.safetensors": node("LightX2VLoadImageEncoder", image_encoder="gone.safetensors"),
+        ("TI2V-5B takes a start image only",): to_video(OURS, "vae48", start_image="first", end_image="last"),
+        # Newer hosts compare with a node's list themselves.
+        ("crop='middle' is not one of none, center", "crop: 'middle' not in ['none', 'center']"): middle,
+        ("gone.safetensors",): node("LightX2VLoadImageEncoder", image_encoder="gone.safetensors"),
     }
     for words, bad in cases.items():
         result = host.run(keep({**graph, "bad": bad}, "bad"))
-        assert result.status in ("rejected", "error") and words in result.message, result.message
+        assert result.status in ("rejected", "error"), result.status
+        assert any(each in result.message for each in words), result.message

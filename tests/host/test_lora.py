@@ -113,6 +113,26 @@ def test_each_expert_gets_its_own(host, tiny_models, loras: Path) -> None:
     assert torch.equal(passing, mine)
 
 
+def test_another_strength_reads_nothing_again(host, tiny_models, loras: Path) -> None:
+    """The weights wait for the loader that runs again, and no longer than until a graph runs that lacks it."""
+
+    def made(strength: float, seed: int, **changes: Any) -> tuple[Tensor, int]:
+        """Latents, and how often the checkpoint was read for them."""
+        before = len(host.log())
+        graph = with_lora(tiny_models, lora=lora("one", strength), out=our_sampler(seed=seed, **changes))
+        found = host.run(keep(graph, "out")).expect().kept("keep_out")["samples"]
+        return found, host.log()[before:].count(f"{tiny_models.diffusion_model}: Wan2.1 T2V")
+
+    for changes in ({}, {"offload": "block"}, {"offload": "model"}):
+        host.run(keep({"empty": base(tiny_models)["empty"]}, "empty")).expect()
+        expected, reads = made(0.4, 31, **changes)
+        assert reads == 1
+        other, reads = made(1.0, 31, **changes)
+        assert reads == 0 and not torch.equal(other, expected)
+        found, reads = made(0.4, 31, **changes)
+        assert reads == 0 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("stack", "words"),
     [

@@ -1,5 +1,7 @@
 """Manners in memory: what ComfyUI's flags ask for, memory that runs out, and what is on the device afterwards."""
 
+import json
+
 import pytest
 import torch
 
@@ -83,3 +85,26 @@ def test_flags_about_memory_are_not_in_the_way(host, tiny_models, tmp_path) -> N
     with start(root, tmp_path, packs, [], extra=flags) as server:
         write_tiny_models(server.base / "models")
         assert torch.equal(server.run(graph).expect().kept("keep_sample")["samples"], expected)
+
+
+def test_what_comfyuis_flags_make_of_a_plan(host, tiny_models) -> None:
+    """On a GPU that is pretended."""
+    model = node("LightX2VLoadModel", original_ckpt=tiny_models.diffusion_model, dtype="fp32")
+
+    def planned(offload: str = "auto", **flags: object) -> dict:
+        asked = {"flags": json.dumps(flags), "offload": offload, "megabytes": 1500}
+        graph = {"ours": model, "plan": node("FixturePlanWith", model=["ours", 0], **asked)}
+        return json.loads(host.run(graph).expect().text("plan"))
+
+    plain = planned()
+    assert plain["resident"] == 2 and not plain["ram"]
+    for flag in ("lowvram", "novram"):
+        little = planned(**{flag: True})
+        assert little["streamed"] == 2 and little["pinned"] == little["ram"] > 0
+        unpinned = planned(**{flag: True}, disable_pinned_memory=True)
+        assert unpinned["streamed"] == 2 and unpinned["ram"] == little["ram"] and not unpinned["pinned"]
+    for flag in ("gpu_only", "highvram"):
+        assert planned(**{flag: True}) is None, "whole, and where ComfyUI has it"
+        assert planned("block", **{flag: True})["streamed"] == 2, "what is asked for by name is done"
+    assert planned("model") is None
+    assert plain["budget"] - planned(reserve_vram=0.8)["budget"] == pytest.approx(0.4 * 2**30, abs=2)

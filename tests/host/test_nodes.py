@@ -43,11 +43,12 @@ NODES = {
         [],
         ["LIGHTX2V_CACHE"],
     ),
+    "LightX2VParallel": (["devices", "use"], ["ulysses", "ring", "cfg", "exchange"], ["LIGHTX2V_PARALLEL"]),
     "LightX2VSampler": (
         ["model", "positive", "latent", "seed", "steps", "cfg", "shift", "scheduler", "attention", "offload", "cache"],
         [
             *("negative", "start_at_step", "end_at_step", "add_noise", "denoising_step_list"),
-            *("cfg_low", "boundary", "boundary_step", "cache_options", "vram_budget"),
+            *("cfg_low", "boundary", "boundary_step", "cache_options", "vram_budget", "parallel"),
         ],
         ["LATENT"],
     ),

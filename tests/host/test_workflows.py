@@ -123,7 +123,12 @@ def test_it_is_up_to_date(host, name: str, tmp_path: Path) -> None:
         (tmp_path / f"{name}{end}").write_bytes((FOLDER / f"{name}{end}").read_bytes())
     fresh = json.loads(write(name, host.get("/object_info"), tmp_path).read_text(encoding="utf-8"))
     page, api = read(name)
-    assert json.loads((tmp_path / f"{name}.api.json").read_text(encoding="utf-8")) == api
+    completed = json.loads((tmp_path / f"{name}.api.json").read_text(encoding="utf-8"))
+    assert completed.keys() == api.keys()
+
+    # A newer host's own nodes have inputs that the oldest one does not.
+    for key, node in api.items():
+        assert not node["class_type"].startswith("LightX2V") or completed[key] == node
 
     def ours(workflow: dict[str, Any]) -> list[dict[str, Any]]:
         return [node for node in workflow["nodes"] if node["type"].startswith("LightX2V") or node["type"] in NOTES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,11 @@ def test_a_right_import_is_left_alone(package, depth, source):
     assert not list(forbidden_imports(source, package, depth))
 
 
+def _has_gluon() -> bool:
+    """Triton's, since 3.4; the one module that needs it is imported only where it is there."""
+    return bool(importlib.util.find_spec("triton.experimental"))
+
+
 def test_importing_the_engine_only_defines():
     """Every module of the engine imports without output, without ComfyUI, and leaves process-wide settings alone."""
     modules = [
@@ -111,6 +117,8 @@ def test_importing_the_engine_only_defines():
         for path in sorted((REPOSITORY / package).rglob("*.py"))
         if path.name != "__main__.py"
     ]
+    if not _has_gluon():
+        modules.remove("lightx2v_kernels.attention._hopper")
     script = f"""
 import importlib, os, sys, torch
 def settings():

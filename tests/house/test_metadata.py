@@ -7,9 +7,9 @@ import re
 import sys
 
 import pytest
-import tomllib
 
 from dev.environment import REPOSITORY
+from pyproject import read_pyproject
 
 # Where the name to install differs from the name to import.
 DISTRIBUTION = {"PIL": "pillow"}
@@ -20,7 +20,7 @@ NOT_DECLARED |= {"comfy", "comfy_api", "comfy_execution", "folder_paths", "serve
 
 @pytest.fixture(scope="module")
 def pyproject() -> dict:
-    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    return read_pyproject()
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -57,7 +57,14 @@ def test_a_package_host_is_found():
 
 @pytest.mark.parametrize(
     ("code", "source"),
-    [("S102", "exec('1')\n"), ("S307", "eval('1')\n"), ("E702", "a = 1; b = 2\n"), ("F821", "print(undefined_name)\n")],
+    [
+        ("S102", "exec('1')\n"),
+        ("S301", "import pickle\npickle.loads(b'')\n"),
+        ("S307", "eval('1')\n"),
+        ("S602", "import subprocess\nsubprocess.run('a', shell=True)\n"),
+        ("E702", "a = 1; b = 2\n"),
+        ("F821", "print(undefined_name)\n"),
+    ],
 )
 def test_ruff_refuses(code, source):
     """With the repository's own settings, for a file of the engine."""

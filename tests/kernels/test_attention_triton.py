@@ -56,15 +56,19 @@ def truth(*qkv: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [WIDE, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
-def test_lengths(queries: int, keys: int, dtype: torch.dtype, kernel: ModuleType, rounding: ModuleType) -> None:
+@pytest.mark.parametrize("tma", [False, True])
+def test_lengths(
+    tma: bool, queries: int, keys: int, dtype: torch.dtype, kernel: ModuleType, rounding: ModuleType
+) -> None:
+    if tma:
+        pytest.importorskip("triton.tools.tensor_descriptor")
     q, k, v = normal(queries, keys, dtype)
     wanted, plain = truth(q, k, v), attention_plain(q, k, v)
-    for tma in (False, True):
-        config = kernel.Config(128, 128, warps=4, tma=tma, ahead=tma)
-        assert_close(f"tma={tma}", kernel.exact(q, k, v, config), wanted, plain)
-        out = kernel.from_int8(rounding.quantize(q, k, config.block_n), v, config)
-        assert out.dtype == dtype
-        assert_exact_enough(out, wanted, MAX_ERROR)
+    config = kernel.Config(128, 128, warps=4, tma=tma, ahead=tma)
+    assert_close(f"tma={tma}", kernel.exact(q, k, v, config), wanted, plain)
+    out = kernel.from_int8(rounding.quantize(q, k, config.block_n), v, config)
+    assert out.dtype == dtype
+    assert_exact_enough(out, wanted, MAX_ERROR)
 
 
 def test_tiles_of_every_shape_agree(kernel: ModuleType) -> None:
@@ -78,6 +82,8 @@ def test_tiles_of_every_shape_agree(kernel: ModuleType) -> None:
 @pytest.mark.parametrize("tma", [False, True])
 def test_strided_inputs(tma: bool, kernel: ModuleType, rounding: ModuleType) -> None:
     """Slices of fused projections, heads-first memory, rows that no tensor descriptor can step over."""
+    if tma:
+        pytest.importorskip("triton.tools.tensor_descriptor")
     config = kernel.Config(32, 32, warps=4, tma=tma)
     for qkv in (
         torch.randn(2, 63, 3, 2, 64).to(DEVICE, WIDE).unbind(2),

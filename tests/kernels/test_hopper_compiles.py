@@ -39,7 +39,7 @@ print(json.dumps(found))
 
 def test_it_compiles_to_what_it_is_for(tmp_path: Path) -> None:
     """Asynchronous products of bf16, int8 and fp16; no conversion of an integer score; within 227 KiB."""
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
+    if importlib.util.find_spec("triton.experimental") is None:
         pytest.skip("this Triton has no Gluon")
     # In a process of its own: the tests beside it run Triton's interpreter.
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path), "TRITON_CACHE_DIR": str(tmp_path)}

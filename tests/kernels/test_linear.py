@@ -94,6 +94,8 @@ def test_hopper_is_given_its_own_tilings() -> None:
 @pytest.mark.parametrize("tma", [False, True], ids=["addresses", "tma"])
 def test_triton_tilings(packed: torch.dtype, tma: bool) -> None:
     """Several tiles each way, the last ones cut; groups of tiles that do not divide; programs that walk several."""
+    if tma:
+        pytest.importorskip("triton.tools.tensor_descriptor")
     from lightx2v_kernels.linear._triton import Tiling, product
 
     args = arguments(packed, 150, 112, 192, torch.bfloat16, GPU, True)

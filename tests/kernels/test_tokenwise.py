@@ -1,5 +1,6 @@
 """Every backend of the ops that work token by token (norms, modulation, RoPE) against the formula in fp64."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from closeness import assert_backend
 from lightx2v_kernels import registry
 
 WIDTH, HEADS, HEAD_DIM, EPS = 256, 2, 128, 1e-6
-OPS = ("rms_norm", "layer_norm", "modulate", "gated_residual", "rope")
+OPS = ("rms_norm", "layer_norm", "modulate", "gated_residual", "rope", "linear_gelu")
 PAIRS = [(op, name) for op in OPS for name in registry.names(op)]
 
 
@@ -39,8 +40,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.einsum("lpij,blhpj->blhpi", turn, x.unflatten(-1, (-1, 2))).flatten(-2)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = torch.einsum("blk,nk->bln", x, weight) + bias
+    return y / 2 * (1 + (math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)).tanh())
+
+
 TRUTHS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (rms_norm, layer_norm, modulate, gated_residual, rope)
+    f.__name__: f for f in (rms_norm, layer_norm, modulate, gated_residual, rope, linear_gelu)
 }
 
 
@@ -67,6 +73,9 @@ def arguments(op: str, length: int, device: torch.device, dtype: torch.dtype, st
         return [(tokens(), tokens(), table(n)[0]) for n in (1, length)]
     if op == "modulate":
         return [(tokens(mean=1), *table(n)[:2], EPS) for n in (1, length)]
+    if op == "linear_gelu":
+        weight = torch.randn(176, WIDTH) * WIDTH**-0.5
+        return [(tokens(), weight.to(device, dtype), torch.linspace(-4, 3, 176).to(device, dtype))]
     weight, bias = torch.randn(2, WIDTH).to(device, dtype)
     if op == "rms_norm":
         return [(tokens(), weight, EPS), (tokens(), weight.float(), EPS)]

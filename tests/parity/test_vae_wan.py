@@ -28,10 +28,11 @@ Peer = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] 
 
 @dataclass(frozen=True)
 class Case:
-    """One VAE, and how wide latents of real clips are."""
+    """One VAE, how wide its layers are, and how wide latents of real clips."""
 
     network: FullVAE
     spread: float
+    width: int = WIDTH
 
     @property
     def space(self) -> LatentFormat:
@@ -55,9 +56,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def diffusers_vae(case: Case) -> Peer:
+    return diffusers_peer(case)
+
+
+def diffusers_peer(case: Case) -> Peer:
     from diffusers import AutoencoderKLWan
 
-    arguments: dict[str, object] = {"base_dim": WIDTH}
+    arguments: dict[str, object] = {"base_dim": case.width}
     if case.space == WAN22:  # the figures that differ from Wan2.1's in vae/config.json of the published TI2V-5B
         arguments |= {"decoder_base_dim": DECODER_WIDTH, "z_dim": 48, "is_residual": True, "in_channels": 12}
         arguments |= {"out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
@@ -69,10 +74,14 @@ def diffusers_vae(case: Case) -> Peer:
 
 @pytest.fixture(scope="module")
 def comfy_vae(case: Case, comfy: ModuleType) -> Peer:
+    return comfy_peer(case)
+
+
+def comfy_peer(case: Case) -> Peer:
     import comfy.ldm.wan.vae
     import comfy.ldm.wan.vae2_2
 
-    arguments: dict[str, object] = {"dim": WIDTH, "z_dim": case.space.channels, "dim_mult": [1, 2, 4, 4]}
+    arguments: dict[str, object] = {"dim": case.width, "z_dim": case.space.channels, "dim_mult": [1, 2, 4, 4]}
     arguments |= {"num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0}
     if case.space == WAN22:
         peer = comfy.ldm.wan.vae2_2.WanVAE(**arguments, dec_dim=DECODER_WIDTH)
@@ -125,6 +134,24 @@ def test_clip_lengths(case: Case, comfy_vae: Peer, frames: int) -> None:
     raw = case.latents(torch.float32, (frames - 1) // 4 + 1, 2, 3, batch=1)
     assert relative_error(encode(case.network, pixels), peer_encode(pixels)) < 5e-6
     assert relative_error(decode(case.network, raw), peer_decode(raw)) < 5e-6
+
+
+@pytest.mark.parametrize("make", [diffusers_peer, comfy_peer])
+def test_lightvae(comfy: ModuleType, make: Callable[[Case], Peer]) -> None:
+    """A quarter of Wan2.1's widths; that the published file has them is held in engine/test_vae_files.py."""
+    case = Case(tiny_vae(24), 2.0, 24)
+    network, peer_encode, peer_decode = make(case)
+    pixels, raw = case.clip(torch.float64, 5, 2, 3, batch=1), case.latents(torch.float64, 2, 2, 3, batch=1)
+    try:
+        case.network.double(), network.double()
+        truth = peer_encode(pixels), peer_decode(raw)
+        made = case.network.posterior(pixels)[0], case.network.reconstruct(raw).clamp(-1, 1)
+    finally:
+        case.network.float(), network.float()
+    assert relative_error(made[0], truth[0]) < SAME_MATHS
+    assert relative_error(made[1], truth[1]) < (SAME_MATHS if make is comfy_peer else SAME_BUT_FOR_FLOAT32)
+    assert_close("encode", encode(case.network, pixels.float()), truth[0], peer_encode(pixels.float()))
+    assert_close("decode", decode(case.network, raw.float()), truth[1], peer_decode(raw.float()))
 
 
 def test_posterior_variance(case: Case, diffusers_vae: Peer) -> None:

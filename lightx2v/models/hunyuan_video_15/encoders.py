@@ -18,6 +18,7 @@ TRANSFORMER = (
     "transformer",
     "diffusion_pytorch_model*.safetensors",
     *("hunyuanvideo1.5_*.safetensors", "hy1*5_*.safetensors", "diffusion_models/hunyuanvideo1.5_*.safetensors"),
+    "hunyuanvideo1.5_*.gguf",
 )
 LANGUAGE = (
     "text_encoder/llm",

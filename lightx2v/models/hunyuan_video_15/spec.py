@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from lightx2v.checkpoint import Header
+from lightx2v.checkpoint import Header, block_numbers
 from lightx2v.latents import HUNYUAN15
 from lightx2v.models import ImageInput, ModelSpec
 from lightx2v.models.hunyuan_video_15.caching import PUBLISHED, time_signal
@@ -28,8 +28,7 @@ def read_config(header: Header) -> HunyuanConfig:
         return header.tensors[f"{name}.weight"].shape
 
     def count(blocks: str) -> int:
-        found = (re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in header.tensors)
-        return max(int(match[1]) for match in found if match) + 1
+        return max(block_numbers(header.path, header.tensors, re.compile(rf"{re.escape(blocks)}\.(\d+)\."))) + 1
 
     patch = shape("img_in.proj")
     patch_size = (patch[2], patch[3], patch[4])

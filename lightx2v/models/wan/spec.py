@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightx2v.checkpoint import Header
+from lightx2v.checkpoint import Header, block_numbers
 from lightx2v.guidance import text_and_images
 from lightx2v.latents import WAN21, WAN22, LatentFormat
 from lightx2v.models import ImageInput, ModelSpec
@@ -17,13 +17,15 @@ from lightx2v.models.wan.encoders import ENCODERS
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v_kernels import Kernels
 
+BLOCK = re.compile(r"blocks\.(\d+)\.")
+
 
 def read_config(header: Header) -> WanConfig:
     """Every size from the shapes of the tensors; call it on a header that `is_wan` accepts."""
     patch = header.tensors["patch_embedding.weight"].shape
     out = header.tensors["head.head.weight"].shape[0]
     patch_size = (patch[2], patch[3], patch[4])
-    layers = {int(m[1]) for name in header.tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+    layers = block_numbers(header.path, header.tensors, BLOCK)
     return WanConfig(
         hidden_size=patch[0],
         ffn_size=header.tensors["blocks.0.ffn.0.weight"].shape[0],

@@ -6,6 +6,8 @@ from comfy_api.latest import ComfyExtension
 
 from .carry import FixtureKeep, FixtureRandomLatent, FixtureWanConditioning
 from .decoding import FixtureCrampedVae, FixturePreviewMethod
+from .faults import FixtureDigest, FixtureTripwire
+from .flags import FixturePlanWith
 from .hunyuan import FixtureHunyuanClip
 from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
 from .text import FixtureUmt5Clip
@@ -17,6 +19,7 @@ class FixtureExtension(ComfyExtension):
         return [
             FixtureClipVision,
             FixtureCrampedVae,
+            FixtureDigest,
             FixtureFailingEncoder,
             FixtureFailingModel,
             FixtureFreeRam,
@@ -25,9 +28,11 @@ class FixtureExtension(ComfyExtension):
             FixtureKeep,
             FixtureLoadedModels,
             FixturePicture,
+            FixturePlanWith,
             FixturePreviewMethod,
             FixtureRandomLatent,
             FixtureTightVae,
+            FixtureTripwire,
             FixtureUmt5Clip,
             FixtureCellVae,
             FixtureWanConditioning,
