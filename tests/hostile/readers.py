@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -173,9 +175,10 @@ def _apply_lora(path: Path) -> None:
 
 @cache
 def _scratch() -> Path:
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix="hostile-"))
+    """A folder that goes with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="hostile-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def _of_tables(
