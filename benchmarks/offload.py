@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import offload_parts as parts
-from benchmarks.offload_cases import Bench, release
+from benchmarks.offload_cases import Bench, place, release
 from lightx2v.bench.subjects import CONFIGS, subject
 from lightx2v.bench.timing import keep, machine, report
 from lightx2v.offload.lane import link_rate
@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def bench_of(options: argparse.Namespace, folder: Path, until: float) -> Bench:
-    device, wanted = torch.device(options.device), subject(options.model)
+    device, wanted = place(options.device), subject(options.model)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     kernels = select(attention=options.attention, device=device, dtype=dtype, head_dim=wanted.spec.head_dim)
     return Bench(

@@ -95,10 +95,22 @@ def latents_of(subject: Subject) -> tuple[int, ...]:
     return (1, subject.spec.latents.channels, *subject.latents)
 
 
+def place(name: str) -> torch.device:
+    """The device of that name, a GPU with its number: some of PyTorch's calls take none without."""
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 @contextmanager
 def capped(device: torch.device, nbytes: float | None) -> Iterator[None]:
     """PyTorch may take so many bytes of a GPU, and has to say that memory ran out beyond them. None: all."""
-    if device.type != "cuda" or nbytes is None:
+    if not on_gpu(device) or nbytes is None:
         yield
         return
     release(device)
@@ -112,14 +124,14 @@ def capped(device: torch.device, nbytes: float | None) -> Iterator[None]:
 
 def release(device: torch.device) -> None:
     gc.collect()
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
 def now(device: torch.device) -> float:
     """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
@@ -132,7 +144,7 @@ class Marks:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        if self.device.type == "cuda":
+        if on_gpu(self.device):
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
             self._marks.append(event)
@@ -140,7 +152,7 @@ class Marks:
             self._marks.append(time.perf_counter())
 
     def ms(self) -> list[float]:
-        if self.device.type == "cuda":
+        if on_gpu(self.device):
             torch.cuda.synchronize(self.device)
             return [round(first.elapsed_time(second), 2) for first, second in pairwise(self._marks)]
         return [round((second - first) * 1000, 3) for first, second in pairwise(self._marks)]
@@ -154,7 +166,7 @@ def measured(
     Memory is counted beside what was there before, as PyTorch allocates and as it reserves.
     """
     device, marks = bench.device, Marks(bench.device)
-    cuda = device.type == "cuda"
+    cuda = on_gpu(device)
     base = torch.cuda.memory_allocated(device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -182,7 +194,7 @@ def streamed(
     bench: Bench, passes: Passes, stream: BlockStream, made: Plan, cap: float | None, truth: Tensor | None, **more: Any
 ) -> dict[str, Any]:
     """Passes as a plan places them, under a cap in bytes. more: as `measured` takes it."""
-    cuda = bench.device.type == "cuda"
+    cuda = on_gpu(bench.device)
     with capped(bench.device, cap):
         base = torch.cuda.memory_allocated(bench.device) if cuda else 0
         if cuda:

@@ -23,6 +23,7 @@ from benchmarks.offload_cases import (
     latents_of,
     measured,
     now,
+    on_gpu,
     release,
     streamed,
 )
@@ -161,7 +162,7 @@ def _switching(
     bench: Bench, passes: Passes, stream: BlockStream, made: Plan, truths: dict[str, Tensor], cap: float | None
 ) -> Found:
     device, marks, right = bench.device, Marks(bench.device), []
-    cuda = device.type == "cuda"
+    cuda = on_gpu(device)
     with capped(device, cap):
         base = torch.cuda.memory_allocated(device) if cuda else 0
         if cuda:

@@ -15,7 +15,7 @@ from lightx2v.text.chat import END, SYSTEM, TURN, ChatTokenizer
 PAD = "<|endoftext|>"
 MARKS = (PAD, TURN, END)  # in Qwen's order
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
-VOCABULARY_SIZE = 580  # at most: 256 bytes and what joins them to the words of the template and the grammar
+VOCABULARY_SIZE = 540  # at most: 256 bytes and what joins them to the words of the template and the grammar
 # Qwen/Qwen2.5-VL-7B-Instruct, tokenizer.json: where text is cut before bytes are joined.
 CUTS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 

@@ -76,6 +76,11 @@ class Optimizer:
         self._rest = rest
         self._groups = list(shapes.values())
         device = self.masters[0].device
+        self._grads = [torch.zeros_like(m) for m in self.masters]
+        kinds: dict[torch.dtype, list[int]] = {}
+        for index, p in enumerate(self.weights):
+            kinds.setdefault(p.dtype, []).append(index)
+        self._kinds = list(kinds.values())
         self._momenta = [torch.zeros(len(group), *shape, device=device) for shape, group in shapes.items()]
         self._first = [torch.zeros_like(self.masters[i]) for i in rest]
         self._second = [torch.zeros_like(self.masters[i]) for i in rest]
@@ -103,20 +108,35 @@ class Optimizer:
 
         Reads nothing from the host, so that a CUDA graph can hold it.
         """
-        pairs = zip(self.weights, self.masters, strict=True)
-        grads = [p.grad.float() if p.grad is not None else torch.zeros_like(m) for p, m in pairs]
+        grads = self._gradients()
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
         self._adam([grads[i] for i in self._rest])
         for group, momentum in zip(self._groups, self._momenta, strict=True):
             self._orthogonal(group, momentum, grads)
-        torch._foreach_copy_([p.data for p in self.weights], self.masters)
+        self._fill_weights()
         change = torch._foreach_sub(self.masters, self.averages)
         torch._foreach_mul_(change, self._numbers["renewal"])
         torch._foreach_add_(self.averages, change)
         for p in self.weights:
             p.grad = None
         return norm
+
+    def _gradients(self) -> list[Tensor]:
+        """All of them as float32, zeros where a weight had no part. One dtype at a time: that is a few large copies."""
+        for kind in self._kinds:
+            reached = [i for i in kind if self.weights[i].grad is not None]
+            if reached:
+                given = [self.weights[i].grad for i in reached]
+                torch._foreach_copy_([self._grads[i] for i in reached], given)
+        unused = [buffer for buffer, p in zip(self._grads, self.weights, strict=True) if p.grad is None]
+        if unused:
+            torch._foreach_zero_(unused)
+        return self._grads
+
+    def _fill_weights(self) -> None:
+        for kind in self._kinds:
+            torch._foreach_copy_([self.weights[i].data for i in kind], [self.masters[i] for i in kind])
 
     def step(self, factor: float) -> Tensor:
         """`prepare` and `apply`."""
@@ -172,4 +192,4 @@ class Optimizer:
         mine = [self.masters, self.averages, self._momenta, self._first, self._second]
         for here, saved in zip(mine, state["tensors"], strict=True):
             torch._foreach_copy_(here, [value.to(here[0].device) for value in saved])
-        torch._foreach_copy_([p.data for p in self.weights], self.masters)
+        self._fill_weights()

@@ -28,8 +28,8 @@ from typing import Any
 
 from dev.environment import REPOSITORY
 
-SLOW = 20  # seconds for one file
-BESIDE = 1 << 30  # bytes of addresses that reading may take, beside what the process has before the first file
+SLOW = 20  # seconds of the processor for one file
+STUCK = 600  # seconds by the clock: then it waits for something
 CLEAR = ("read", "refused")
 FAST = Path("/dev/shm")  # noqa: S108 - memory, in which each file gets a folder of its own
 
@@ -110,11 +110,13 @@ class _Tally:
         from hostile.readers import outcome
 
         folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=FAST if FAST.is_dir() else None))
-        signal.alarm(SLOW)
+        signal.setitimer(signal.ITIMER_PROF, SLOW)
+        signal.alarm(STUCK)
         try:
             said, error = outcome(self.reader, case.write(folder))
         finally:
             signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             shutil.rmtree(folder, ignore_errors=True)
         if said in CLEAR:
             self._counts[said if error is None else f"{said} with {type(error).__name__}"] += 1
@@ -166,15 +168,16 @@ def _prepared(options: argparse.Namespace) -> _Tally:
     for case in READERS[options.child].valid():
         with tempfile.TemporaryDirectory() as folder:
             READERS[options.child].read(case.write(Path(folder)))
-    signal.signal(signal.SIGALRM, _alarm)
+    for each in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(each, _alarm)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * resource.getpagesize() + BESIDE
+    most = pages * resource.getpagesize() + READERS[options.child].memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     return _Tally(options.child, options.seed)
 
 
 def _alarm(number: int, frame: FrameType | None) -> None:
-    raise TooSlow(f"took longer than {SLOW} s")
+    raise TooSlow(f"took longer than {SLOW} s of the processor, or {STUCK} s by the clock")
 
 
 def _led(options: argparse.Namespace) -> int:

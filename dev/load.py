@@ -24,6 +24,10 @@ DEMO = "lightx2v-demo/"
 SIZES = ((96, 96, 9), (128, 128, 17), (128, 96, 13), (64, 128, 17))  # the largest second: from there nothing may grow
 LORAS = ("loras/wan_t2v_4steps_lora_rank16.safetensors", "loras/wan_t2v_night_lora_rank8.safetensors")
 
+# glibc otherwise learns from the first large pieces that are freed to keep such pieces for later: up to 64 MB for each
+# thread that ever allocated (mallopt(3), M_MMAP_THRESHOLD), which hides what the program itself holds.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
@@ -37,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     packs = {PACK_NAME: REPOSITORY, "fixture_pack": TESTS / "host" / "fixture_pack"}
     with tempfile.TemporaryDirectory() as folder:
         models = write_tiny_models(Path(folder) / "models")
-        with start(root, Path(folder), packs, demo_models()) as server:
-            made = {}
+        variables = {} if options.lazy else GIVES_BACK
+        with start(root, Path(folder), packs, demo_models(), variables=variables) as server:
+            made: dict[str, dict[str, Any]] = {}
             if options.prompts:
                 made["mixed"] = _mixed(server, models, options)
             if options.runs:
@@ -55,6 +60,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200, help="of mixed workflows; default: %(default)s")
     parser.add_argument("--clients", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--runs", type=int, default=20, help="of the small trained model; default: %(default)s")
+    parser.add_argument("--lazy", action="store_true", help="let the C library keep freed memory, as it usually does")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there too")
     return parser.parse_args(arguments)
 

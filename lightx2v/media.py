@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lightx2v.checkpoint.writing import Entry, write_safetensors
+from lightx2v.messages import readable
 from lightx2v.unfinished import unfinished
 
 if TYPE_CHECKING:
     import numpy as np
 
 PICTURES = "frame_%05d.png"
+MAX_PIXELS = 1 << 27  # of a picture that is read, 12 bytes each in float32
 _NUMBER = re.compile(r"%(0?\d*)d")
 
 
@@ -32,17 +34,20 @@ def to_frames(video: Tensor) -> Tensor:
 def read_image(path: str | Path) -> Tensor:
     """A picture file (PNG, JPEG, WebP, ...) -> (1, H, W, 3) float32 RGB in [0, 1], turned as its EXIF says.
 
-    Raises FileNotFoundError, and ValueError for a file that is no picture.
+    Raises FileNotFoundError, and ValueError for a file that is no picture, is damaged, or has more than MAX_PIXELS.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such picture")
     try:
         with Image.open(path) as picture:
+            if (count := picture.width * picture.height) > MAX_PIXELS:
+                raise ValueError(f"{count:,} pixels, at most {MAX_PIXELS:,} are read")
             pixels = ImageOps.exif_transpose(picture).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); give a PNG or JPEG file") from error
+    except Exception as error:  # Pillow's readers raise SyntaxError, struct.error and all sorts for damage
+        why = readable(str(error), 300)
+        raise ValueError(f"{path}: cannot be read as a picture ({why}); give a PNG or JPEG file") from error
     raw = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
     return raw.view(1, pixels.height, pixels.width, 3).float() / 255
 

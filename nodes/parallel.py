@@ -1,6 +1,7 @@
 """Parallel: several GPUs for one video, as worker processes that ComfyUI can ask for memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ class Ranks(host.EngineHandle):
         if gain is None:
             host.log.info("parallel: measuring a few blocks on one device and on %d", count)
             self._make_room(experts, job)
-            gain = self.workers.measure(job, Hooks(on_block=host.cancel_point))
+            with self._booked():
+                gain = self.workers.measure(job, Hooks(on_block=host.cancel_point))
             if gain is None:
                 return True, []
             remember(known, gain)
@@ -81,24 +83,40 @@ class Ranks(host.EngineHandle):
         host.log.info(line)
         if not gain.worth:
             self.workers.close()
-            self.tell_host(0)
+            self.detach()
         return gain.worth, [line]
+
+    @contextmanager
+    def _booked(self) -> Iterator[None]:
+        """Where the processes are lost within, they hold nothing any longer."""
+        try:
+            yield
+        finally:
+            if not self.workers.pids():
+                self.detach()
+
+    @property
+    def _here(self) -> int | None:
+        """The rank on the host's own device, if there is one."""
+        own, devices = str(self.load_device), self.workers.devices
+        return devices.index(own) if own in devices else None
 
     def _make_room(self, experts: Sequence[LoadedTransformer], job: Job) -> None:
         for expert in experts:
             expert.leave()
         if job.transformers != self._model:
             self.detach()
-            self.size = sum(expert.info.header.nbytes for expert in experts)
+            self.size = 1 if self._here is None else sum(expert.info.header.nbytes for expert in experts)
             self._model = job.transformers
-        host.on_gpu(self, experts[0].activation_bytes(job.start.latents))
+        host.on_gpu(self, 0 if self._here is None else experts[0].activation_bytes(job.start.latents))
         mm.soft_empty_cache()  # what this process keeps for later, the ranks cannot have
 
     def sampled(self, experts: Sequence[LoadedTransformer], job: Job, hooks: Hooks) -> tuple[Tensor, list[str]]:
         """Raw latents, and lines for the report."""
         self._make_room(experts, job)
-        ranks = self.workers.run(job, hooks)
-        if (held := ranks[0].held) is not None:
+        with self._booked():
+            ranks = self.workers.run(job, hooks)
+        if self._here is not None and (held := ranks[self._here].held) is not None:
             self.size = max(1, held)
             self.tell_host(self.size)
         assert ranks[0].latents is not None

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from demo.chat_tokenizer import FILES
 from demo.stages.export import save_half
+from demo.stages.fp8 import FP8, write
 from demo.stages.gguf import write_gguf
 from demo.stages.run import Run
 from demo.stages.t2v15 import fresh, is_rounded
+from demo.stages.vae15 import is_rounded as is_kernel
 from lightx2v.text.qwen import SKIPPED_BLOCKS
 from lightx2v.vae.hunyuan15 import HunyuanVAE
 
@@ -26,8 +28,10 @@ ARCHITECTURE = "hyvid"  # what ComfyUI-GGUF calls this family
 
 
 def export_vae(vae: HunyuanVAE, folder: Path) -> None:
-    """Write the autoencoder under the original key names."""
-    save_half(vae.state_dict(), folder / VAE)
+    """Write the autoencoder under the original key names, its rounded kernels as float8_e4m3fn."""
+    state = {name: value.detach().cpu() for name, value in vae.state_dict().items()}
+    tensors = {name: value.to(FP8) if is_kernel(name, value) else value.half() for name, value in state.items()}
+    write(tensors, folder / VAE, {"format": "pt"})
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,9 +31,11 @@ def codes_of(weight: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def round_q4_0(weights: Sequence[Tensor]) -> None:
     """Replace the weights by what Q4_0 would keep of them. Never waits for the device."""
-    codes, scale = codes_of(torch.cat([weight.flatten() for weight in weights]))
-    values = ((codes - 8) * scale).flatten().split([weight.numel() for weight in weights])
-    torch._foreach_copy_(list(weights), [part.view_as(w) for part, w in zip(values, weights, strict=True)])
+    for dtype in {weight.dtype: None for weight in weights}:  # copies of one dtype are few and large
+        alike = [weight for weight in weights if weight.dtype == dtype]
+        codes, scale = codes_of(torch.cat([weight.flatten() for weight in alike]))
+        values = ((codes - 8) * scale).flatten().split([weight.numel() for weight in alike])
+        torch._foreach_copy_(alike, [part.view_as(w) for part, w in zip(values, alike, strict=True)])
 
 
 def to_q4_0(weight: Tensor) -> bytes:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from demo.chat_tokenizer import MARKS, make_tokenizer, read_tokenizer
@@ -140,7 +139,6 @@ def new_encoder(vocabulary: int, device: torch.device, generator: torch.Generato
     state = {name: fresh(name, weight.shape, device, generator) for name, weight in encoder.state_dict().items()}
     encoder.load_state_dict(state, assign=True)
     encoder.rotary_emb.to(device)
-    encoder.config._attn_implementation = "eager"
     return encoder
 
 
@@ -189,7 +187,8 @@ def new_networks(run: Run) -> Networks:
         weight.data = weight.data.to(torch.float32 if keep_float32(name) else dtype)
     encoder = new_encoder(len(tokenizer.words), device, generator)
     if run.compile:
-        for block in (*transformer.double_blocks, *transformer.txt_in.individual_token_refiner.blocks):
+        refiner = transformer.txt_in.individual_token_refiner.blocks
+        for block in (*transformer.double_blocks, *refiner, transformer.final_layer):
             block.compile(dynamic=False)
     ids, start = tokenizer.asked("a")
     length = start + TOKENS
@@ -217,14 +216,30 @@ def is_matrix(name: str, weight: Tensor) -> bool:
 
 
 def encode_text(networks: Networks, ids: Tensor) -> Tensor:
-    """(B, TOKENS) ids -> (B, TOKENS, TEXT_DIM) float32, as `lightx2v.text.qwen` computes them. The attention is causal:
-    what pads a prompt changes nothing before it."""
-    whole = torch.cat([networks.prefix.expand(len(ids), -1), ids], 1)
-    hidden = networks.encoder.embed_tokens(whole)
-    for layer in networks.encoder.layers:
-        made = layer(hidden, attention_mask=networks.causal[None, None], position_embeddings=networks.turns)
-        hidden = made[0] if isinstance(made, tuple) else made  # by transformers' version
-    return hidden[:, len(networks.prefix) :]
+    """(B, TOKENS) ids -> (B, TOKENS, TEXT_DIM) float32, as `lightx2v.text.qwen` computes them.
+
+    The attention is causal: what pads a prompt changes nothing before it, and the template before all prompts is the
+    same for all of them. There is one block, so of the template only keys and values are read, once a batch.
+    """
+    (layer,) = networks.encoder.layers
+    attention, (cos, sin), before = layer.self_attn, networks.turns, len(networks.prefix)
+    hidden = networks.encoder.embed_tokens(ids)
+    normed = layer.input_layernorm(hidden)
+    template = layer.input_layernorm(networks.encoder.embed_tokens(networks.prefix[None]))
+    q = _turned(attention.q_proj(normed), cos[:, before:], sin[:, before:])
+    k = _turned(attention.k_proj(normed), cos[:, before:], sin[:, before:])
+    of_template = _turned(attention.k_proj(template), cos[:, :before], sin[:, :before])
+    scores = torch.cat([q @ of_template.transpose(1, 2), q @ k.transpose(1, 2)], 2) * q.shape[-1] ** -0.5
+    shares = (scores + networks.causal[before:]).softmax(-1)
+    seen = shares[:, :, :before] @ attention.v_proj(template) + shares[:, :, before:] @ attention.v_proj(normed)
+    hidden = hidden + attention.o_proj(seen)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of one head (B, S, D): the halves of a head are pairs, as in Qwen's models."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def _bias(valid: Tensor) -> Tensor:
@@ -247,9 +262,11 @@ def velocity(networks: Networks, noisy: Tensor, timestep: Tensor, words: Tensor,
     valid (B, S) -> (B, 32, T, h, w)."""
     model = networks.transformer
     dtype = model.img_in.proj.weight.dtype
-    nothing = noisy.new_zeros(len(noisy), IN_CHANNELS - noisy.shape[1], *noisy.shape[2:])
-    grid = model.img_in(torch.cat([noisy, nothing], 1).to(dtype))
-    tokens = rearrange(grid, "b d t h w -> b (t h w) d")
+    # No frames are given: only the noisy channels are read, and patches are single cells.
+    patch = model.img_in.proj
+    tokens = F.linear(
+        noisy.to(dtype).flatten(2).transpose(1, 2), patch.weight[:, : noisy.shape[1]].flatten(1), patch.bias
+    )
     time = F.silu(model.time_in(timestep).float())
     networks.text.bias = _bias(valid)
     text = refine(model.txt_in, (words * valid[..., None]).to(dtype), valid, timestep)
@@ -261,7 +278,7 @@ def velocity(networks: Networks, noisy: Tensor, timestep: Tensor, words: Tensor,
     for block in model.double_blocks:
         tokens = block(tokens, args)
     patches = model.final_layer(tokens[:, :video], time)
-    return rearrange(patches, "b (t h w) c -> b c t h w", t=grid.shape[2], h=grid.shape[3], w=grid.shape[4])
+    return patches.transpose(1, 2).unflatten(2, noisy.shape[2:])
 
 
 def _captions(networks: Networks, pool: Pool, chosen: Tensor, mixture: Mixture, generator: torch.Generator) -> Tensor:

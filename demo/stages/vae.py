@@ -60,6 +60,7 @@ class Autoencoder:
     empty: the network. start: sets fresh weights. is_matrix: see demo.optim. speed_up: takes faster forms of layers.
     settle: gives the latents of the trained network the statistics that engines assume, from their mean and std.
     pull: loss weight of those statistics, where nothing could settle them later. graph: train as CUDA graphs.
+    round: after every step, keeps of the weights what the file will.
     """
 
     empty: Callable[[], Any]
@@ -70,6 +71,7 @@ class Autoencoder:
     pull: float = 0.0
     phases: tuple[Phase, ...] = PHASES
     graph: bool = False
+    round: Callable[[Any], None] = lambda vae: None
 
 
 def start_convolutions(vae: nn.Module, generator: torch.Generator) -> None:
@@ -267,7 +269,9 @@ def _repeated(
     def work(clips: Tensor) -> tuple[Tensor, Tensor]:
         loss, absolute = _loss(vae, clips, generator, run, kind.pull)
         loss.backward()
-        return absolute, optimizer.apply()
+        norm = optimizer.apply()
+        kind.round(vae)
+        return absolute, norm
 
     def captured(phase: Phase, prepare: Callable[[], None]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         if not kind.graph or not run.compile:
@@ -320,7 +324,7 @@ def train_vae(run: Run, seconds: float, kind: Autoencoder = WAN) -> Any:
                 raise FloatingPointError(f"the autoencoder's loss is {mean} after {optimizer.steps} steps")
             total, count = torch.zeros_like(total), 0
     vae.load_state_dict(optimizer.averaged())
-    vae.eval().requires_grad_(False)
+    kind.round(vae.eval().requires_grad_(False))
     kind.settle(vae, *measure_latents(vae, run, generator, *((1, 2) if run.dry else (16, 48))))
     run.report("vae_train", {"steps": optimizer.steps, "seconds": round(time.monotonic() - start, 1)})
     save_state(run.state / "vae.pt", vae.state_dict())

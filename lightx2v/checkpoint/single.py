@@ -8,7 +8,7 @@ from typing import Any
 from lightx2v import strict_json
 from lightx2v.checkpoint.header import DTYPES, CheckpointError, Header, Stamp, TensorInfo, check_tensor
 
-# The format's own limit is 100 MB, which can become 3 GB of empty lists in memory. Wan2.1 14B's header has 130 kB.
+# The format's own limit is 100 MB, which can become 2 GB of empty lists in memory. Wan2.1 14B's header has 113 kB.
 MAX_HEADER_BYTES = 16 << 20
 
 

@@ -1,6 +1,8 @@
 """Latents to frames on all ranks together: what lightx2v/decoding.py does on one."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch import Tensor
 from lightx2v.decoding import SAID, Decoding, counted, fitting, room_for, too_large
 from lightx2v.offload.plan import DoesNotFitError
 from lightx2v.offload.shortage import Shortage, caught
+from lightx2v.parallel.agreement import StoppedElsewhereError, first_said
 from lightx2v.parallel.frames import SplitVAE, decode
 from lightx2v.parallel.mesh import Mesh
 from lightx2v.vae.loading import VAE, VAEInfo
@@ -27,7 +30,8 @@ def decode_video(
     Every rank of the mesh calls it with the same raw latents (B, C, T, h, w), and decodes its own rows.
     free: bytes on this rank's device, where they are known. "auto" takes tiles where the rank with the least memory has
     too little for its rows of whole frames. Raises DoesNotFitError, which must end all ranks, where memory runs out
-    even so: what the others have sent and wait for cannot be taken back.
+    even so: what the others have sent and wait for cannot be taken back. Frames that are not finite raise
+    FloatingPointError on the first rank and StoppedElsewhereError on the others.
     """
     split = SplitVAE(vae, mesh.whole)
     tiling = (how.tiling or Tiling()) if how.mode == "tiled" else None
@@ -36,14 +40,35 @@ def decode_video(
         tiling = how.tiling or found
         log.warning(SAID, tiling.size, f"the ranks together have {(room or 0) / 1e9:.1f} GB for whole frames, too few")
 
-    def work() -> Tensor | None:
-        with counted("frame" if tiling is None else "tile", progress and mesh.first) as count:
-            return _whole(split, raw, count) if tiling is None else _tiled(split, raw, tiling, count)
+    def by_all(part: Tensor, **options: Any) -> Tensor | None:
+        return _by_all(mesh, split, part, tiling, **options)
 
-    made = caught(work)
-    if isinstance(made, Shortage):
-        raise DoesNotFitError(too_large(raw, split, tiling, made))
-    return made
+    with counted("frame" if tiling is None else "tile", progress and mesh.first) as count:
+        if tiling is None:
+            return by_all(raw, on_chunk=count, out=room_for(split, raw) if split.first else None)
+        return _tiled(by_all, split, raw, tiling, count)
+
+
+def _by_all(mesh: Mesh, split: SplitVAE, raw: Tensor, tiling: Tiling | None, **options: Any) -> Tensor | None:
+    """`decode` on all ranks, after which all know whether the first found frames that are not finite."""
+    made: list[Tensor | None] = []
+    broken: list[FloatingPointError] = []
+
+    def work() -> None:
+        try:
+            made.append(decode(split, raw, **options))
+        except FloatingPointError as error:
+            broken.append(error)
+
+    shortage = caught(work)
+    if isinstance(shortage, Shortage):  # the others may be in the middle of an exchange: there is no way to tell them
+        raise DoesNotFitError(too_large(raw, split, tiling, shortage))
+    stopped = first_said(mesh, str(broken[0]) if broken else None)
+    if broken:
+        raise broken[0]
+    if stopped is not None:
+        raise StoppedElsewhereError(*stopped)
+    return made[0]
 
 
 def _room(mesh: Mesh, split: SplitVAE, raw: Tensor, free: int | None) -> int | None:
@@ -54,19 +79,17 @@ def _room(mesh: Mesh, split: SplitVAE, raw: Tensor, free: int | None) -> int | N
     return None if least == UNKNOWN else int(least) * raw.shape[3] // most
 
 
-def _whole(split: SplitVAE, raw: Tensor, count: OnChunk) -> Tensor | None:
-    return decode(split, raw, on_chunk=count, out=room_for(split, raw) if split.first else None)
-
-
-def _tiled(split: SplitVAE, raw: Tensor, tiling: Tiling, count: OnChunk) -> Tensor | None:
+def _tiled(
+    by_all: Callable[..., Tensor | None], split: SplitVAE, raw: Tensor, tiling: Tiling, count: OnChunk
+) -> Tensor | None:
     stride = split.space.stride
     if not split.first:
         for part in tiles_of(raw, stride, tiling):
-            decode(split, part, clamp=False)
+            by_all(part, clamp=False)
         return None
 
     def decoded(part: Tensor) -> Tensor:
-        frames = decode(split, part, clamp=False)
+        frames = by_all(part, clamp=False)
         assert frames is not None  # this is the first rank
         return frames
 

@@ -34,41 +34,41 @@ class SplitVAE:
 
     def __init__(self, vae: VAE, line: Line) -> None:
         self.first = line.place == 0  # whether this rank gets the frames
-        self._network: Any = vae
+        self.network: Any = vae
         self._rows = Rows(Line((line.ranks[line.place],), 0))
         if not isinstance(vae, TinyVAE):
-            self._network, self._rows = _sharing_weights(vae), Rows(line)
-            _connect(self._network, self._rows)
+            self.network, self._rows = _sharing_weights(vae), Rows(line)
+            _connect(self.network, self._rows)
 
     @property
     def space(self) -> LatentFormat:
-        space: LatentFormat = self._network.space
+        space: LatentFormat = self.network.space
         return space
 
     @property
     def first_chunk(self) -> int:
-        first: int = self._network.first_chunk
+        first: int = self.network.first_chunk
         return first
 
     @property
     def at_once(self) -> int:
-        frames: int = self._network.at_once
+        frames: int = self.network.at_once
         return frames
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        return iter(self._network.parameters())
+        return iter(self.network.parameters())
 
     def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor:
         """Whole raw latents of whole frames, as the VAE's own."""
         self._share_out(frames)
-        return self._rows.joined(self._network.to_latents(self._rows.own(frames), state), 3)
+        return self._rows.joined(self.network.to_latents(self._rows.own(frames), state), 3)
 
     def reconstruct(self, raw: Tensor, state: State | None = None) -> Tensor:
         """Whole frames of whole raw latents on the first rank, as the VAE's own; (B, 3, 0, ...) on the others."""
         self._rows.share_out(raw.shape[3])
         if not self.first and not self._rows.shared:
             return raw.new_empty(raw.shape[0], 3, 0, 0, 0)
-        frames: Tensor = self._network.reconstruct(self._rows.own(raw), state)
+        frames: Tensor = self.network.reconstruct(self._rows.own(raw), state)
         whole = self._rows.joined_on_first(frames, 3)
         return frames[:, :, :0] if whole is None else whole
 
@@ -81,23 +81,23 @@ class SplitVAE:
 
     @property
     def encoder(self) -> Encoder:
-        encoder: Encoder = self._network.encoder
+        encoder: Encoder = self.network.encoder
         return encoder
 
     @property
     def conv2(self) -> CausalConv3d:
-        conv: CausalConv3d = self._network.conv2
+        conv: CausalConv3d = self.network.conv2
         return conv
 
     def prepare(self, frames: Tensor) -> Tensor:
         """What the encoder's first stage reads of whole frames, own rows of it."""
         self._share_out(frames)
-        prepared: Tensor = self._network.prepare(self._rows.own(frames))
+        prepared: Tensor = self.network.prepare(self._rows.own(frames))
         return prepared
 
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Whole mean and log-variance of own rows of what the encoder's last stage gives."""
-        mean, log_variance = self._network.moments(hidden)
+        mean, log_variance = self.network.moments(hidden)
         return self._rows.joined(mean, 3), self._rows.joined(log_variance, 3)
 
     def _share_out(self, frames: Tensor) -> None:
@@ -115,7 +115,8 @@ def decode(
 ) -> Tensor | None:
     """lightx2v.vae.stream.decode on all ranks together: its frames on the first, chunk by chunk; None on the others.
 
-    on_chunk and `chunk` must be alike on all ranks; `out` counts on the first.
+    on_chunk and `chunk` must be alike on all ranks; `out` counts on the first, which alone looks at the frames: what
+    `stream.decode` raises of them is raised there.
     """
     if vae.first:
         return stream.decode(vae, raw, chunk=chunk, on_chunk=on_chunk, out=out, clamp=clamp)

@@ -3,7 +3,7 @@
 Rows travel from rank to rank, uneven numbers of them, with torch.distributed's batched sends and receives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -63,11 +63,10 @@ class Rows:
             sent.append((place + 1, rows[:, :, height - reach.above :]))
         upper, lower = (_room(rows, 2, count) for count in (above, below))
         received = [parcel for parcel in ((place - 1, upper), (place + 1, lower)) if parcel[1].numel()]
-        under_way = self._start(sent, received)
+        arrive = self._start(sent, received)
         whole = _room(rows, 2, above + height + below)
         whole[:, :, above : above + height] = rows
-        for work in under_way:
-            work.wait()
+        arrive()
         whole[:, :, :above] = upper
         whole[:, :, above + height :] = lower
         return whole.movedim(-1, 1)
@@ -89,8 +88,7 @@ class Rows:
             return x
         others = [place for place in range(self.line.size) if place != self.line.place]
         rooms = {place: self._room_of(place, x, dim) for place in others}
-        for work in self._start([(place, x) for place in others], list(rooms.items())):
-            work.wait()
+        self._start([(place, x) for place in others], list(rooms.items()))()
         rooms[self.line.place] = x
         return torch.cat([rooms[place] for place in range(self.line.size)], dim)
 
@@ -99,12 +97,10 @@ class Rows:
         if not self.shared:
             return x if self.line.place == 0 else None
         if self.line.place:
-            for work in self._start([(0, x)], []):
-                work.wait()
+            self._start([(0, x)], [])()
             return None
         rooms = {place: self._room_of(place, x, dim) for place in range(1, self.line.size)}
-        for work in self._start([], list(rooms.items())):
-            work.wait()
+        self._start([], list(rooms.items()))()
         return torch.cat([x, *rooms.values()], dim)
 
     def _beside(self, reach: Reach) -> tuple[int, int]:
@@ -116,12 +112,19 @@ class Rows:
         """For what that rank has along `dim` where this one has `own`."""
         return _room(own, dim, own.shape[dim] // self._cells[self.line.place] * self._cells[place])
 
-    def _start(self, sent: Sequence[Parcel], received: Sequence[Parcel]) -> list[dist.Work]:
+    def _start(self, sent: Sequence[Parcel], received: Sequence[Parcel]) -> Callable[[], None]:
+        """Let parcels travel; what it returns waits for them, and keeps what is sent alive until then."""
         ranks, group = self.line.ranks, self.line.group
         ops = [dist.P2POp(dist.isend, what.contiguous(), ranks[place], group) for place, what in sent]
         ops += [dist.P2POp(dist.irecv, room, ranks[place], group) for place, room in received]
         works: list[dist.Work] = dist.batch_isend_irecv(ops) if ops else []
-        return works
+
+        def arrive() -> None:
+            for work in works:
+                work.wait()
+            ops.clear()
+
+        return arrive
 
 
 def _room(like: Tensor, dim: int, size: int) -> Tensor:

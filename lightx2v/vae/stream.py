@@ -178,11 +178,11 @@ def decode(
 
 
 def _broken(vae: StreamedVAE, raw: Tensor, frame: int, count: int) -> str:
-    weight = next(vae.parameters())
-    said = f"decoding gave NaN or infinity from frame {frame + 1} of {count} on ({type(vae).__name__}, "
+    weight, network = next(vae.parameters()), getattr(vae, "network", vae)  # of a VAE that is split over ranks
+    said = f"decoding gave NaN or infinity from frame {frame + 1} of {count} on ({type(network).__name__}, "
     said += f"{str(weight.dtype)[6:]}): "
     if not finite(raw):
         return said + "the latents held them already; sample or encode again"
-    if isinstance(vae, nn.Module) and (name := bad_weight(vae)) is not None:
+    if isinstance(network, nn.Module) and (name := bad_weight(network)) is not None:
         return f"{said}its {name} is not finite: the VAE's file is damaged; load another"
     return said + "its weights are finite: their type is too narrow for these latents; load it in bf16 or float32"

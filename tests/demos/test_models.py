@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from demo import report
-from demo.shipped import BASE
+from demo.shipped import BASE, MODELS
 from demo.stages.export import TEXT_ENCODER, TOKENIZER, TRANSFORMER, VAE
 from demo.world import render, sample_scene
 from lightx2v.checkpoint import assign, read_header
@@ -22,6 +22,10 @@ def test_files_are_small_and_half_precision():
     assert sum(sizes.values()) < 31 * MEGABYTE, sizes
     for name in (TRANSFORMER, TEXT_ENCODER, VAE):
         assert {info.dtype for info in read_header(FOLDER / name).tensors.values()} == {torch.float16}
+
+
+def test_everything_that_is_shipped_is_small():
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) < 51 * MEGABYTE
 
 
 def test_the_transformer_is_recognised_as_wan():

@@ -20,6 +20,7 @@ from lightx2v.checkpoint import assign, read_header
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import identify
 from lightx2v.text import hunyuan15
+from lightx2v.vae.hunyuan15 import load
 from lightx2v_kernels.ggml import restore
 
 PROMPTS = [
@@ -111,6 +112,19 @@ def test_q4_0_is_ggmls(run):
     again = rounded.clone()
     round_q4_0([again])
     assert torch.equal(again, rounded) and 0.02 < difference(rounded, weight) < 0.12
+
+
+def test_the_autoencoders_file_holds_what_was_trained(run, exported):
+    vae = HUNYUAN15.empty()
+    HUNYUAN15.start(vae, torch.Generator().manual_seed(5))
+    before = vae.state_dict()["decoder.mid.block_1.conv1.conv.weight"].clone()
+    HUNYUAN15.round(vae)
+    export_vae(vae, run.out)
+    stored = load(run.out / VAE, dtype=torch.float32, device="cpu").state_dict()
+    kept = vae.state_dict()
+    name = "decoder.mid.block_1.conv1.conv.weight"
+    assert torch.equal(stored[name], kept[name]) and 0.01 < difference(kept[name], before) < 0.05
+    assert all(torch.equal(stored[each], kept[each].half().float()) for each in kept)
 
 
 @torch.no_grad()

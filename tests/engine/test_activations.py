@@ -19,6 +19,7 @@ from lightx2v.memory import FUSED, fused_by, transformer_activation_bytes
 from lightx2v.quant.feeding import PIECE, WHOLE, in_pieces, piece_of
 from lightx2v.quant.linear import ScaledLinear
 from lightx2v_kernels import TOKENWISE, Kernels, Quantized, references, registry, rotary_attention
+from lightx2v_kernels.linear_gelu import torch_steps
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,6 +38,8 @@ def kernels(int8: bool) -> Kernels:
         op: backend.load() for op in TOKENWISE for backend in registry.registry(op).backends if backend.name == "triton"
     }
     rotary = attend_int8 if int8 else rotary_attention(attend, ours["norm_rope"])
+    # of what a GPU may choose for this, the one that takes more
+    ours["linear_gelu"] = torch_steps.linear_gelu
     made = references(**ours, attention=attend, cross_attention=attend, rotary_attention=rotary)
     return replace(made, names={op: "triton" for op in ours})
 

@@ -110,7 +110,7 @@ STAGES: dict[str, tuple[object, str, int, Callable[..., bool]]] = {
     "merging a LoRA": (merging, "add", 1, lambda *_: True),
     "sampling": (WanBlock, "forward", 3, lambda *_: True),
     "reading the VAE": (weights, "_put", 2, named("decoder.")),
-    "decoding": (WanVAE, "reconstruct", 1, lambda *_: True),
+    "decoding": (WanVAE, "reconstruct", 0, lambda *_: True),
 }
 
 

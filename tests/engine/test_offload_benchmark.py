@@ -1,13 +1,17 @@
 """The benchmark of offload: whole at toy size, what fails is said, and no speed for a wrong result."""
 
 import json
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.cuda._utils import _get_device_index
 
-from benchmarks import offload, offload_parts
-from benchmarks.offload_cases import WRONG
+from benchmarks import offload, offload_cases, offload_parts
+from benchmarks.offload_cases import WRONG, capped, place
 
 COMMAND = ["--tiny", "--device", "cpu", "--caps", "0", "8", "--ram-caps", "1"]
 
@@ -35,6 +39,77 @@ def test_every_part_runs_and_passes_its_gate(tmp_path: Path) -> None:
     assert found["diffusers"]["error"] < 1e-4 and found["diffusers"]["ms"] > 0
     assert "2 blocks are read from the file" in found["ram"]["0.001 GB"]["plan"]
     assert "pass through" in found["pair"]["streamed"]["plan"] and len(found["pair"]["streamed"]["switch_s"]) == 2
+
+
+class Card:
+    """What the benchmark asks of a GPU's memory; a cap without the GPU's number is refused, as PyTorch refuses it."""
+
+    total_memory = 80 * 10**9
+
+    def __init__(self) -> None:
+        self.caps: list[float] = []
+
+    def cap(self, share: float, device: Any = None) -> None:
+        _get_device_index(device)
+        self.caps.append(share * self.total_memory)
+
+    def fakes(self) -> dict[str, Any]:
+        told = dict.fromkeys(("memory_allocated", "max_memory_allocated", "max_memory_reserved"), lambda *_: 10**9)
+        silent = dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats"), lambda *_: None)
+        return {
+            **told,
+            **silent,
+            "get_device_properties": lambda *_: self,
+            "set_per_process_memory_fraction": self.cap,
+            "current_device": lambda: 0,
+        }
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    card = Card()
+    for name, fake in card.fakes().items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return card
+
+
+def test_a_cap_names_its_gpu(card: Card) -> None:
+    with pytest.raises(ValueError, match="specified index"), capped(torch.device("cuda"), 8e9):
+        pass
+    assert place("cuda") == torch.device("cuda", 0) and place("cuda:1").index == 1 and place("cpu").type == "cpu"
+    with capped(place("cuda"), 8e9):
+        assert card.caps == [8e9]
+    assert card.caps == [8e9, 80e9]
+
+
+def test_a_gpus_memory_is_told_in_every_part(tmp_path: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches that a CPU does not take, on tensors of the CPU."""
+    cap, gpu = card.cap, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: cap(share, gpu))
+    monkeypatch.setattr(offload_cases, "on_gpu", lambda device: True)
+    monkeypatch.setattr(offload_parts, "on_gpu", lambda device: True)
+    monkeypatch.setattr(offload_cases, "Marks", Ticks)
+    monkeypatch.setattr(offload_parts, "Marks", Ticks)
+    found = parts(tmp_path / "offload.json", "--only", "bf16", "fp8", "caps", "pair", "ram")
+    assert not [row for row in rows(found) if "failed" in row]
+    for row in (
+        found["bf16"]["streamed"],
+        found["caps"]["160x96"][1],
+        found["pair"]["streamed"],
+        found["ram"]["0.001 GB"],
+    ):
+        assert row["gate"] == "passed" and row["reserved_gb"] == 1 and "peak_gb" in row
+    assert min(card.caps) < 1e9 and card.caps[-1] == 80e9
+
+
+class Ticks(offload_cases.Marks):
+    """By the host's clock."""
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    def ms(self) -> list[float]:
+        return [1000 * (second - first) for first, second in pairwise(self._marks)]
 
 
 def test_what_there_is_no_time_for_or_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,19 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from lightx2v.bench.subjects import subject
 from lightx2v.checkpoint import CheckpointError, Header
 from lightx2v.preview import COLOURS_KEY, Colours, LoopingPicture, latent_to_rgb, read_colours, tiny_to_rgb
 from lightx2v.vae.stream import decode
+from lightx2v.vae.tae import TinyVAE
 from tiny_vae import tiny_tae
 
 RED_IS_FIRST = Colours([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [0, 0, -1])
@@ -40,6 +44,21 @@ def test_a_tiny_autoencoder_shows_what_it_decodes() -> None:
     assert frames.shape == (4, 16, 24, 3) and frames.dtype == torch.uint8 and frames.float().std() > 10
     decoded = decode(tae, tae.space.denormalize(x0[:1, :, [0, 10, 19, 29]]))[0, :, [0, 4, 8, 12]]
     assert torch.equal(frames, ((decoded.movedim(0, -1) + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_a_preview_is_at_most_a_hundredth_of_a_pass() -> None:
+    """Arithmetic at 832x480 and 81 frames, of the smallest model: a step is one pass, or two with guidance. Counted
+    for a small piece of the picture, for it grows with the pixels."""
+    small, whole = (4, 4), (60, 104)
+    x0, tae = torch.randn(1, 16, 21, *small), TinyVAE().eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as of_colours:
+        latent_to_rgb(x0, Colours([[1, 0, 0]] * 16, [0, 0, 0]))
+    with FlopCounterMode(display=False) as of_tiny:
+        frames = tiny_to_rgb(x0, tae)
+    times = math.prod(whole) / math.prod(small)
+    least = 0.01 * subject("wan2.1-1.3b", "480p").flops()
+    assert 0 < of_colours.get_total_flops() < of_tiny.get_total_flops() < least / times
+    assert frames.shape == (5, 32, 32, 3)
 
 
 def test_picture_loops() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dev.comfyui import command, make_base
@@ -74,14 +75,23 @@ class Server:
 
 @contextmanager
 def start(
-    comfyui: Path, base: Path, packs: Mapping[str, Path], model_roots: Sequence[Path], *, extra: Sequence[str] = ()
+    comfyui: Path,
+    base: Path,
+    packs: Mapping[str, Path],
+    model_roots: Sequence[Path],
+    *,
+    extra: Sequence[str] = (),
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Server]:
-    """Run ComfyUI on a free port of 127.0.0.1 with `packs` in custom_nodes; AssertionError if one fails to load."""
+    """Run ComfyUI on a free port of 127.0.0.1 with `packs` in custom_nodes; AssertionError if one fails to load.
+
+    extra: arguments of its own. variables: of its environment, beside this process's.
+    """
     make_base(base, packs, model_roots)
     port = _free_port()
     server = Server(f"http://127.0.0.1:{port}", base, base / "server.log")
     line = command(Path(sys.executable), comfyui, base, listen="127.0.0.1", port=port, extra=["--cpu", *extra])
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     # In a session of its own, so that stopping reaches whatever it has started.
     with server.log_path.open("wb") as log:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)

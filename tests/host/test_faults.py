@@ -23,7 +23,7 @@ STAGES: dict[str, tuple[str, int, str]] = {
     "encoding": ("lightx2v.text.resting:Widened.forward", 1, ""),
     "reading the transformer": ("lightx2v.checkpoint.weights:_put", 20, "blocks."),
     "sampling": ("lightx2v.models.wan.transformer:WanBlock.forward", 3, ""),
-    "decoding": ("lightx2v.vae.wan:WanVAE.reconstruct", 1, ""),
+    "decoding": ("lightx2v.vae.wan:WanVAE.reconstruct", 0, ""),
     "saving": ("comfy_api.latest._input_impl.video_types:VideoFromComponents.save_to", 0, ""),
 }
 ENDS = {"cancel": "interrupted", "fail": "error", "lose": "error"}
@@ -64,7 +64,7 @@ def expected(host: Server, tiny_models: TinyModels) -> Result:
     return host.run(graph_of(tiny_models)).expect()
 
 
-@pytest.mark.parametrize(("deed", "stage"), CASES, ids=" while ".join)
+@pytest.mark.parametrize(("deed", "stage"), CASES, ids=[" while ".join(case) for case in CASES])
 def test_a_prompt_that_ends_early_and_the_next(
     host: Server, tiny_models: TinyModels, expected: Result, deed: str, stage: str
 ) -> None:

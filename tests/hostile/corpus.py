@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from host.tiny_models import train_tokenizer
@@ -236,6 +238,20 @@ def blocks() -> dict[str, bytes]:
     inside = tuple(entry for entry in table.entries if entry.name.startswith("blocks.0."))
     outside = tuple(entry for entry in table.entries if entry not in inside)
     return {"block_0.safetensors": plain(Table(inside)), "non_block.safetensors": plain(Table(outside))}
+
+
+@cache
+def pictures() -> dict[str, bytes]:
+    """One small picture in the usual formats, with an orientation in its EXIF."""
+    picture = Image.linear_gradient("L").resize((24, 16)).convert("RGB")
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    made = {}
+    for kind in ("png", "jpeg", "webp", "gif", "bmp", "tiff"):
+        file = io.BytesIO()
+        picture.save(file, kind, exif=exif)
+        made[f"a.{kind}"] = file.getvalue()
+    return made
 
 
 CONFIG: dict[str, Any] = {

@@ -25,6 +25,7 @@ from lightx2v.identify import identify, recognise
 from lightx2v.inspection import inspected
 from lightx2v.loading import load_transformer
 from lightx2v.lora import Lora, apply_loras, check_loras, read_lora
+from lightx2v.media import read_image
 from lightx2v.preview import read_colours
 from lightx2v.text import byt5, qwen, umt5
 from lightx2v.text.tokenizer import find_tokenizer
@@ -57,6 +58,7 @@ class Reader:
     valid: Callable[[], tuple[Case, ...]]
     read: Callable[[Path], object]
     errors: tuple[type[Exception], ...] = (CheckpointError,)
+    memory: int = 1 << 30  # bytes of addresses that it may take, beside what is there before the first file
 
 
 def complaint(reader: Reader, path: Path, error: BaseException) -> str:
@@ -270,7 +272,17 @@ def _read_figures(path: Path) -> None:
     read_figures(path, info, strict=False)
 
 
+def _picture(dice: Dice) -> Case:
+    name = pick(dice, list(corpus.pictures()))
+    return Case({name: damage(dice, corpus.pictures()[name])}, name)
+
+
+def _valid_pictures() -> tuple[Case, ...]:
+    return tuple(Case({name: raw}, name) for name, raw in corpus.pictures().items())
+
+
 READERS: dict[str, Reader] = {
+    "picture": Reader(_picture, _valid_pictures, read_image, (ValueError,), memory=4 << 30),
     "safetensors": _of_tables(_numbered(corpus.transformers, ".safetensors"), _safetensors, corpus.plain, _open_model),
     "gguf": _of_tables(lambda: {"m.gguf": corpus.gguf_transformer()}, _gguf, gguf, _open_model),
     "pth": _of_tables(_numbered(lambda: corpus.transformers()[:1], ".pth"), _pth, pth, _open_model),

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lightx2v.comfyui import read_graph
 from lightx2v.config_json import ConfigError, Reading
 from lightx2v.identify import identify
 from lightx2v.lora import read_lora
+from lightx2v.media import read_image
 from lightx2v.messages import readable
 from lightx2v.text.tokenizer import find_tokenizer
 
@@ -53,6 +55,13 @@ def long_list() -> bytes:
     return bytes(5 << 20) + end
 
 
+def long_wide_list() -> bytes:
+    """The same in the records of archives beyond 4 GB, before an end that says it is short."""
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, 5 << 20, 0)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, 5 << 20, 1)
+    return bytes(5 << 20) + record + locator + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, 60, 0, 0)
+
+
 SHARED = torch.ones(4)
 PICKLED: dict[str, tuple[Callable[[], bytes], str]] = {
     "packed": (lambda: zipped({**members(), "archive/data/0": bytes(1 << 26)}, zipfile.ZIP_DEFLATED), "entries of"),
@@ -62,6 +71,7 @@ PICKLED: dict[str, tuple[Callable[[], bytes], str]] = {
         r"'archive/data.pkl' is 9,437,184 bytes",
     ),
     "long list": (long_list, "its list of entries has 5,242,880 bytes"),
+    "long wide list": (long_wide_list, "its list of entries has 5,242,880 bytes"),
     "code": (lambda: zipped({**members(), "archive/constants.pkl": b"."}), r"holds code \(TorchScript\)"),
     "one row again and again": (lambda: saved({"a": torch.ones(1).expand(10**6, 10**6)}), "is 4 bytes in the file"),
     "sparse": (lambda: saved({"a": torch.eye(3).to_sparse()}), "no plain tensor"),
@@ -81,7 +91,7 @@ PICKLED: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_pytorch_files(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, words = PICKLED[case]
     (tmp_path / "m.pth").write_bytes(make())
-    if case in ("packed", "long pickle", "long list", "code"):
+    if case in ("packed", "long pickle", "long list", "long wide list", "code"):
         monkeypatch.setattr(torch, "load", lambda *args, **named: pytest.fail("unpacked it"))
     with pytest.raises(CheckpointError, match=words) as caught:
         read_header(tmp_path / "m.pth")
@@ -247,6 +257,25 @@ def test_workflows(graph: str, tmp_path: Path) -> None:
     (tmp_path / "w.json").write_text(graph, encoding="utf-8")
     with pytest.raises(ValueError, match=r"w\.json is no workflow in API format"):
         read_graph(tmp_path / "w.json")
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's own, from 90 million pixels on
+def test_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    raw = corpus.pictures()["a.png"]
+    for damaged, words in (
+        (raw[:16] + (40_000).to_bytes(4, "big") * 2 + raw[24:], "cannot be read as a picture"),
+        (raw[:40], "cannot be read as a picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "cannot be read as a picture"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=words) as caught:
+            read_image(path)
+        assert str(path) in str(caught.value)
+    huge = struct.pack(">II", 16_000, 9_000) + raw[24:29]
+    path.write_bytes(raw[:16] + huge + struct.pack(">I", zlib.crc32(raw[12:16] + huge)) + raw[33:])
+    with pytest.raises(ValueError, match="144,000,000 pixels, at most 134,217,728 are read"):
+        read_image(path)
 
 
 def test_a_tokenizer_that_panics_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from dev import api_reference
 from dev.environment import REPOSITORY
 from lightx2v.__main__ import _parser
 from lightx2v.config import SCHEDULERS
@@ -66,3 +67,7 @@ def test_pictures_of_commands_are_small_and_ask_no_other_server(name: str) -> No
     assert len(drawn) < 60_000 and f"images/{name}.svg" in document("command-line.md")
     assert set(re.findall(r"https?://[^\"'\s)]*", drawn)) == {"http://www.w3.org/2000/svg"}
     assert f"lightx2v&#160;{name}" in drawn
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    assert document("api.md") == api_reference.page(), "python dev.py run -m dev.api_reference writes it"

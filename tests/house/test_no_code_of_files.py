@@ -35,7 +35,7 @@ def _bad(module: str) -> bool:
 def _called(node: ast.Call) -> str:
     options = {keyword.arg: keyword.value for keyword in node.keywords}
     name = node.func.id if isinstance(node.func, ast.Name) else ""
-    whole = ast.unparse(node.func)
+    whole = _dotted(node.func)
     if name in CALLS or whole in ("os.system", "os.popen", "builtins.eval", "builtins.exec"):
         return whole
     if whole in ("torch.load", "load_state_dict_from_file") and not _is(options.get("weights_only"), True):
@@ -44,6 +44,13 @@ def _called(node: ast.Call) -> str:
         if option in options and not _is(options[option], False):
             return f"{option} in {whole}"
     return f"{whole}, which runs the model's own code" if whole in ("torch.jit.load", "torch.hub.load") else ""
+
+
+def _dotted(node: ast.expr) -> str:
+    """ "torch.jit.load" of what is called by a path of names."""
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _is(node: ast.expr | None, value: bool) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,11 +42,24 @@ def tutorial() -> list[Block]:
     return [Block(met["mark"] or "", met["language"], met["code"]) for met in BLOCK.finditer(text)]
 
 
+def lines(code: str) -> list[list[str]]:
+    return [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
 def commands(code: str) -> list[list[str]]:
     """What follows `python -m lightx2v` on each line."""
-    lines = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line.strip()]
-    assert all(line[:3] == ["python", "-m", "lightx2v"] for line in lines), code
-    return [line[3:] for line in lines]
+    assert all(line[:3] == ["python", "-m", "lightx2v"] for line in lines(code)), code
+    return [line[3:] for line in lines(code)]
+
+
+def by_several(code: str, folder: Path) -> None:
+    """What torchrun starts, in the folder, by as many processes as it says."""
+    for first, *rest in lines(code):
+        assert first == "torchrun", code
+        command = [sys.executable, "-m", "torch.distributed.run", *rest, *SMALL["generate"].split()]
+        env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture
@@ -85,12 +100,14 @@ def test_the_tutorial_runs_from_its_first_line_to_its_last(
             found_anew()
         elif block.language == "python":
             Stage({}).run(block.code, checkout, monkeypatch)
+        elif block.code.startswith("torchrun"):
+            by_several(block.code, checkout)
         else:
             for command in commands(block.code):
                 assert main([*command, *SMALL.get(command[0], "").split()]) == 0, (command, capsys.readouterr().err)
         ran += 1
     said = capsys.readouterr().out
-    assert ran >= 18 and "Shifted T2V, 48x32, 5 frames at 12 fps" in said
+    assert ran >= 19 and "Shifted T2V, 48x32, 5 frames at 12 fps" in said
     assert "attention, cross_attention in_pieces" in said
     made = {path.name for path in checkout.glob("*.mp4")}
     named = {name for block in tutorial() for name in re.findall(r"(\w+\.mp4)", block.code)}

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import parallel as benchmark
 from dev.environment import REPOSITORY
+from lightx2v.bench.subjects import subject
 from lightx2v.config import Parallel
 from lightx2v.parallel import ulysses
 from ranks import Ranks
@@ -21,6 +22,7 @@ from ranks import Ranks
 
 def run(path: Path, wrong: bool) -> int:
     right = ulysses.to_tokens
+    benchmark.subject = lambda name, size: subject(name).toy()  # in processes of the tests' own
     if wrong:  # the heads come back in another order
         ulysses.to_tokens = lambda y, sizes, line: right(y, sizes, line).flip(2)
     try:

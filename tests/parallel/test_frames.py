@@ -16,6 +16,7 @@ from closeness import relative_error
 from lightx2v import decoding as alone
 from lightx2v.config import Parallel
 from lightx2v.decoding import Decoding
+from lightx2v.parallel.agreement import StoppedElsewhereError
 from lightx2v.parallel.decoding import decode_video
 from lightx2v.parallel.frames import SplitVAE, decode
 from lightx2v.parallel.mesh import Line, Mesh, join
@@ -61,18 +62,20 @@ def pictures(vae: Any, count: int) -> Tensor:
     return torch.rand(1, 3, count, ROWS * vae.space.stride[1], 2 * vae.space.stride[2], generator=made) * 2 - 1
 
 
-def results(name: str, split: bool) -> dict[str, Tensor | None]:
-    """All that a VAE can do; on one rank unless it is split."""
+def results(name: str, split: bool, few: bool = False) -> dict[str, Tensor | None]:
+    """All that a VAE can do, or the most important of it; on one rank unless it is split."""
     network = VAES[name]()
     vae, read = (SplitVAE(network, mesh().whole), decode) if split else (network, stream.decode)
     raw, frames = latents(network, 3), pictures(network, 9)
     made = {
         "decoded": read(vae, raw),
-        "decoded two at once": read(vae, raw, chunk=2, clamp=False),
         "encoded": stream.encode(vae, frames),
     }
+    if few:
+        return made
+    made["decoded two at once"] = read(vae, raw, chunk=2, clamp=False)
     if name != "hunyuan":
-        made["padded"] = encode_padded(vae, 29, start=frames[:, :, :1], end=frames[:, :, 1:2])
+        made["padded"] = encode_padded(vae, 21, start=frames[:, :, :1], end=frames[:, :, 1:2])
     with (
         patch("lightx2v.vae.layers.frame_kernels", lambda *_: KERNELS),
         patch("lightx2v.vae.hunyuan15.frame_kernels", lambda *_: KERNELS),
@@ -86,8 +89,9 @@ expected = functools.cache(functools.partial(results, split=False))
 
 @pytest.mark.parametrize("name", VAES)
 def test_as_on_one_rank(ranks: Ranks, name: str) -> None:
-    first, *others = ranks.run(results, name, True)
-    for what, whole in expected(name).items():
+    first, *others = ranks.run(results, name, True, ranks.size == 4)
+    for what in first:
+        whole = expected(name)[what]
         assert first[what].shape == whole.shape and relative_error(first[what], whole) < 1e-5, what
         for other in others:
             assert other[what] is None if "decoded" in what else torch.equal(other[what], first[what]), what
@@ -118,7 +122,7 @@ def tiles_by_memory(rank_with_least: int) -> tuple[int, ...]:
     network, taken = tiny_vae(), []
     info, raw = VAEInfo(Path("wan"), network.config), latents(network, 1, 64)
     free = 400_000 if torch.distributed.get_rank() == rank_with_least else 1 << 40
-    with patch("lightx2v.parallel.decoding._tiled", lambda *args: taken.append(args[2].size)):
+    with patch("lightx2v.parallel.decoding._tiled", lambda *args: taken.append(args[3].size)):
         decode_video(mesh(), info, network, raw, Decoding(), free=free, progress=False)
     return tuple(taken)
 
@@ -126,6 +130,24 @@ def tiles_by_memory(rank_with_least: int) -> tuple[int, ...]:
 def test_the_rank_with_the_least_memory_decides_for_all(ranks: Ranks) -> None:
     sizes = ranks.run(tiles_by_memory, ranks.size - 1)
     assert sizes[0] and sizes == [sizes[0]] * ranks.size
+
+
+def broken(how: Decoding) -> str:
+    """A weight of the second half of the decoder is infinite, on every rank."""
+    network = tiny_vae()
+    network.decoder.head[2].bias.fill_(torch.inf)
+    try:
+        decode_video(mesh(), VAEInfo(Path("wan"), network.config), network, latents(network, 2, 9), how, progress=False)
+    except (FloatingPointError, StoppedElsewhereError) as error:
+        return str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize("how", [Decoding(), TILES], ids=["whole", "tiles"])
+def test_frames_that_are_not_finite_stop_all(two: Ranks, how: Decoding) -> None:
+    first, second = two.run(broken, how)
+    assert "(WanVAE, float32): its decoder.head.2.bias is not finite" in first
+    assert second == f"process 0 of this video stopped: {first}"
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -143,13 +165,13 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 def most_rows() -> int:
     split = SplitVAE(tiny_vae(), mesh().whole)
     with Largest() as seen:
-        decode(split, latents(split, 1, 16))
+        decode(split, latents(split, 1, 8)[..., :1])  # narrow, so that no other size is counted as rows
     return seen.rows
 
 
-def test_no_rank_works_on_more_than_its_rows_and_those_beside(ranks: Ranks) -> None:
-    own = 16 * 8 // ranks.size
-    assert all(own < rows <= own + 4 for rows in ranks.run(most_rows))  # one row above and below, before it is doubled
+def test_no_rank_works_on_more_than_its_rows_and_those_beside(four: Ranks) -> None:
+    own = 8 * 8 // 4
+    assert all(own < rows <= own + 4 for rows in four.run(most_rows))  # one row above and below, before it is doubled
 
 
 def test_weights_are_shared_and_the_vae_stays_as_it_was() -> None:

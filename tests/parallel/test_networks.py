@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from closeness import relative_error
+from closeness import assert_close, relative_error
 from lightx2v.blocks import RunBlocks, run_blocks
 from lightx2v.config import Parallel
 from lightx2v.models.hunyuan_video_15.transformer import Conditioning, HunyuanTransformer
@@ -24,6 +24,7 @@ from lightx2v.parallel.mesh import Line, Mesh, join
 from lightx2v.parallel.ring import mergeable, merged
 from lightx2v.parallel.sequence import layout_of, shard
 from lightx2v.parallel.ulysses import require_heads, spread
+from lightx2v.parallel.wire import Wire
 from lightx2v_kernels import Kernels, UnsupportedBackendError, select
 from lightx2v_kernels.registry import registry
 from ranks import Ranks
@@ -100,9 +101,7 @@ def test_two_processes(two: Ranks, parallel: Parallel) -> None:
     assert worst(two, parallel) < 2e-6
 
 
-@pytest.mark.parametrize(
-    "parallel", [Parallel(ulysses=4), Parallel(ring=4), Parallel(2, 2), Parallel(2, 1, 2)], ids=Parallel.describe
-)
+@pytest.mark.parametrize("parallel", [Parallel(ulysses=4), Parallel(ring=4), Parallel(2, 2)], ids=Parallel.describe)
 def test_four_processes(four: Ranks, parallel: Parallel) -> None:
     assert worst(four, parallel) < 2e-6
 
@@ -126,6 +125,27 @@ def test_parts_of_attention_are_merged_by_every_kernel_that_says_how() -> None:
         out, total = merged(parts[0][0].float(), parts[0][1], *parts[1])
         assert relative_error(out, whole) < 1e-6, backend.name
         assert torch.allclose(total, backend.partial()(q, k, v)[1], atol=1e-5), backend.name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the kernels of GPUs run there alone")
+def test_what_processes_exchange_on_a_gpu() -> None:
+    """Without another GPU: parts merged by each of its kernels, and vectors in 8 bits written and read again."""
+    gpu, attention = torch.device("cuda"), registry("attention")
+    q, k, v = (random(1, length, 5, 128, seed=length).to(gpu, torch.bfloat16) for length in (1000, 1511, 1511))
+    truth, plain = attention.op.reference(q.float(), k.float(), v.float()), attention.op.plain(q, k, v)
+    able = [each for each in attention.backends if each.partial and not each.why_not(gpu, q.dtype, 128)]
+    assert {each.name for each in able} >= {"torch_flash", "torch_cudnn", "torch_efficient", "torch_sdpa"}
+    for backend in able:
+        parts = [backend.partial()(q, k[:, part], v[:, part]) for part in (slice(700), slice(700, None))]
+        assert parts[0][1].shape == (1, 5, 1000) and parts[0][1].dtype == torch.float32, backend.name
+        out, _ = merged(parts[0][0].float(), parts[0][1], *parts[1])
+        assert_close(backend.name, out.to(q.dtype), truth, plain)
+    wire = Wire(select(device=gpu, dtype=q.dtype, head_dim=128).quantize)
+    room = wire.empty(q, (4, 1000, 1, 3, 2))
+    wire.write(room[:, :, :, 1].permute(2, 1, 0, 3, 4), torch.cat([q] * 2, 2)[:, :, :8].unflatten(2, (4, -1)))
+    again = wire.read(room, q.dtype)[:, :, :, 1].permute(2, 1, 0, 3, 4).flatten(2, 3)
+    assert relative_error(again, torch.cat([q] * 2, 2)[:, :, :8]) < 0.04
 
 
 def test_runs_are_cut_one_by_one_and_text_that_is_too_short_is_padded() -> None:

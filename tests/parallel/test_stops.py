@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demo.shipped import SHIPPED
+from demo.shipped import BASE, SHIPPED
 from dev.environment import REPOSITORY
+from lightx2v.__main__ import main
 from lightx2v.cache.calibration import Recorder
 from lightx2v.config import Parallel, Sampling
 from lightx2v.diffuse import Hooks, Model, Start, diffuse
@@ -117,23 +121,40 @@ def test_what_rank_0_cannot_do_all_are_told(two: Ranks, tmp_path: Path) -> None:
     assert "ulysses=4 cannot share the" in first[3]
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*line, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, env=environment, timeout=240
-    )
+SMALL = ("--height", "48", "--width", "80", "--num_frames", "9", "--infer_steps", "2")
 
 
-SMALL = ("--height", 48, "--width", 80, "--num_frames", 9, "--infer_steps", 2)
+def told(*flags: str) -> tuple[int, str, str]:
+    """Exit status and what the command line prints."""
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        status = main(["generate", "--model_path", str(BASE), "--prompt", "a red circle", "--quiet", *SMALL, *flags])
+    return status, said.getvalue(), complained.getvalue()
 
 
-def test_torchrun_runs_the_example_and_tells_the_command_line_what_it_lacks(tmp_path: Path) -> None:
+def test_rank_0_speaks_for_the_command_line(two: Ranks, tmp_path: Path) -> None:
+    path, settings = tmp_path / "a.mp4", tmp_path / "settings.json"
+    settings.write_text(json.dumps({"parallel": {"cfg_p_size": 2}}), encoding="utf-8")
+    for flags, words in ((("--ulysses", "2"), "ulysses 2"), (("--config_json", str(settings)), "cfg 2")):
+        (status, said, _), (other, nothing, _) = two.run(told, *flags, "--save_result_path", str(path))
+        assert (status, other, nothing) == (0, 0, "") and f"parallel: {words}" in said
+        assert path.stat().st_size > 500
+        path.unlink()
+    asked = (*SMALL, "--save_result_path", str(path))
+    for (status, _, complained), rank in zip(two.run(told, *asked), (0, 1), strict=True):
+        assert status == 1 and complained.startswith(f"process {rank}: error: 2 processes were started and none was")
+    (status, _, complained), (other, _, nothing) = two.run(told, "--ring", "2", "--image_path", "gone.png", *asked)
+    assert (status, other, nothing) == (1, 1, "") and "process 0: error:" in complained, "who stopped says why"
+    (status, _, complained), _ = two.run(told, "--exchange", "fp8")
+    assert status == 1 and "--exchange fp8 without several processes" in complained
+    assert not path.exists()
+
+
+def test_torchrun_runs_the_example(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    done = torchrun("examples/t2v_ulysses.py", *SMALL, "--save_result_path", path)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    line += ["examples/t2v_ulysses.py", *SMALL, "--save_result_path", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert path.stat().st_size > 500 and done.stdout.count("parallel: ulysses 2") == 1, "rank 0 alone speaks"
-    asked = ("--model_path", "demo/models/wan2.1_t2v", "--prompt", "a", "--save_result_path", tmp_path / "b.mp4")
-    done = torchrun("-m", "lightx2v", "generate", *asked, *SMALL)
-    assert done.returncode and "2 processes were started and none was given a part: give --ulysses 2" in done.stderr
-    assert [each.name for each in tmp_path.iterdir()] == ["a.mp4"]
