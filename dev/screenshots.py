@@ -1,6 +1,8 @@
 """Writes the pictures of commands in docs/images: `python dev.py run -m dev.screenshots`.
 
-What is this machine's own is replaced: a CPU of 8 cores without optional packages, paths from the repository's root.
+In these, what is this machine's own is replaced: a CPU of 8 cores without optional packages, paths from the
+repository's root. `... -m dev.screenshots --workflows` writes the pictures of workflows, from what
+`python dev.py test tests/ui` leaves in out/ui.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -29,6 +33,8 @@ SHOTS = {
     "doctor": ("doctor",),
     "inspect": ("inspect", *(f"demo/models/{name}" for name in INSPECTED)),
 }
+PAGES = REPOSITORY / "out" / "ui"
+CANVAS = (190, 165, 1420, 830)  # left, top, right, bottom of a page of 1600x1000 without what is ComfyUI's
 LINES = 46  # of doctor, whose end is more of the same
 
 
@@ -84,7 +90,17 @@ def picture(name: str) -> str:
     return re.sub(r"<!--.*?-->", "", drawn, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
+def write_workflows() -> None:
+    """docs/images/workflows/<name>.webp of every page in out/ui that shows a workflow."""
+    for path in sorted((REPOSITORY / "workflows").glob("*.api.json")):
+        page, target = PAGES / f"{path.name[:-9]}.png", IMAGES / "workflows" / f"{path.name[:-9]}.webp"
+        Image.open(page).convert("RGB").crop(CANVAS).save(target, quality=55, method=6)
+        print(target)
+
+
+if __name__ == "__main__" and "--workflows" in sys.argv:
+    write_workflows()
+elif __name__ == "__main__":
     for name in SHOTS:
         (IMAGES / f"{name}.svg").write_text(picture(name), encoding="utf-8")
         print(IMAGES / f"{name}.svg")

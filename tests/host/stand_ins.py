@@ -86,7 +86,7 @@ def write_stand_ins(models: Path) -> None:
     for seed, role in enumerate(("high", "low")):
         # In 8 bits, as the file that it stands for: newer hosts refuse a file that the picker does not list.
         plain = write_transformer(models / f"{role}_noise.safetensors", I2V, seed=seed, num_layers=1)
-        write_quantised(plain, folder / f"workflow_i2v_{role}_noise.safetensors", "fp8", "comfy")
+        write_quantised(plain, folder / f"workflow_i2v_{role}_noise.safetensors", "fp8", "comfy", force=True)
         plain.unlink()
     save_file(tiny_vae22().state_dict(), models / "vae" / "workflow_vae22.safetensors")
     (models / "loras").mkdir(exist_ok=True)

@@ -41,6 +41,8 @@ class Canvas:
         self.page.wait_for("app.graph._nodes.length > 0")
         # What is out of sight is not drawn, and its video not loaded.
         self.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        # Far away, the page leaves out texts.
+        self.page.evaluate("(app.canvas.min_font_size_for_lod = 0, app.graph.setDirtyCanvas(true, true))")
 
     def node_types(self) -> list[str]:
         """What is on the canvas."""
