@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from dev.comfyui import find_comfyui
+from dev.environment import HOST_PACKAGES
 
 
 class Ranks:
@@ -34,8 +40,9 @@ class Ranks:
             context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
-        for process in self._processes:
-            process.start()
+        with _own_path():
+            for process in self._processes:
+                process.start()
         for _, theirs in pairs:
             theirs.close()
 
@@ -89,6 +96,17 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     """The same for one function: processes that start, run it and end."""
     with Ranks(size, timeout) as ranks:
         return ranks.run(function, *args)
+
+
+@contextmanager
+def _own_path() -> Iterator[None]:
+    """What other tests took from ComfyUI into this process is not for others: its torchvision may not load there."""
+    before = list(sys.path)
+    sys.path[:] = [place for place in before if Path(place) not in (HOST_PACKAGES, find_comfyui())]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _free_port() -> int:
