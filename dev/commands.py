@@ -6,8 +6,10 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from dev.environment import ENGINE, HOST, PAGE, REPOSITORY, TEST, prepare
 
 DEMO_MODELS = REPOSITORY / "demo" / "models"
 DEMO_MODEL = DEMO_MODELS / "wan2.1_t2v"
+SECOND = {"host", "kernels", "parallel", "ui"}  # of the folders of tests: about half of their time
 FAST = "not host and not ui and not gpu and not weights"
 
 
@@ -177,7 +180,7 @@ def _test(rest: Sequence[str]) -> int:
     browser.fetch_browser()
     if rest:
         return _pytest(python, *rest)
-    return _lint(python) or _pytest(python)
+    return _lint(python) or _halves(python)
 
 
 def _check(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -212,6 +215,24 @@ def _lint(python: Path) -> int:
         if status := _python(python, "-m", *line, cwd=REPOSITORY):
             return status
     return 0
+
+
+def _halves(python: Path) -> int:
+    """All tests, in two processes side by side: those that start ComfyUI, and kernels, beside all others."""
+    folders = {path.name for path in (REPOSITORY / "tests").iterdir() if any(path.glob("test_*.py"))}
+    status = 0
+    with tempfile.TemporaryDirectory() as logs, ExitStack() as files:
+        running = []
+        for number, half in enumerate((folders & SECOND, folders - SECOND)):
+            log = files.enter_context((Path(logs) / f"{number}.log").open("w+", encoding="utf-8", errors="replace"))
+            line = [str(python), "-m", "pytest", *(f"tests/{name}" for name in sorted(half))]
+            print(f"== {' '.join(line[2:])}", flush=True)
+            running.append((subprocess.Popen(line, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT), line, log))
+        for process, line, log in running:
+            status = process.wait() or status
+            log.seek(0)
+            print(f"== {' '.join(line[2:])}\n{log.read()}", flush=True)
+    return status
 
 
 def _pytest(python: Path, *arguments: str) -> int:

@@ -228,3 +228,28 @@ def test_comfyui_starts_with_its_own_path(tmp_path):
     assert not {str(REPOSITORY), str(REPOSITORY / "dev")} & set(path)
     assert arguments[:3] == [str(tmp_path / "main.py"), "--port", "1"]
     assert arguments[3:] == ([] if torch.accelerator.is_available() else ["--cpu"])
+
+
+def test_all_tests_run_in_two_processes_and_either_can_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "REPOSITORY", tmp_path)
+    bodies = {"kernels": "assert True", "engine": "assert True", "fixtures": ""}
+    for name, body in bodies.items():
+        (tmp_path / "tests" / name).mkdir(parents=True)
+        if body:
+            (tmp_path / "tests" / name / f"test_{name}.py").write_text(f"def test_{name}():\n    {body}\n")
+    assert commands._halves(Path(sys.executable)) == 0
+    said = capsys.readouterr().out
+    assert said.count("1 passed") == 2 and "tests/fixtures" not in said
+    for name in ("kernels", "engine"):
+        test = tmp_path / "tests" / name / f"test_{name}.py"
+        test.write_text(test.read_text().replace("True", "False"))
+        assert commands._halves(Path(sys.executable)) == 1
+        said = capsys.readouterr().out
+        assert "1 failed" in said and "1 passed" in said
+        test.write_text(test.read_text().replace("False", "True"))
+
+
+def test_every_folder_of_tests_is_in_one_of_the_halves() -> None:
+    assert all((REPOSITORY / "tests" / name).is_dir() for name in commands.SECOND)
