@@ -92,7 +92,7 @@ def _pool(args: argparse.Namespace, run: Run, vae: WanVAE) -> tuple[Pool, i2v.Im
     if pool is not None and (not shown or (images is not None and len(images) == len(pool))):
         return pool, images
     watcher = i2v.Watcher(run, vae, [])
-    pool = grow_pool(run, vae, None, args.clips, args.pool_seconds, watcher if shown else as_drawn)
+    pool = grow_pool(run, vae, None, args.clips, args.pool_seconds, look=watcher if shown else as_drawn)
     if not shown:
         return pool, None
     images = watcher.images()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from counting import Peak
 from lightx2v.memory import VAE_SLACK, vae_decode_bytes, vae_encode_bytes
@@ -46,7 +48,8 @@ def test_estimates_are_upper_and_near(bf16: None, name: str) -> None:
     shape = (1, info.space.channels, (FRAMES - 1) // time + 1, HEIGHT // rows, WIDTH // columns)
     with FakeTensorMode():
         vae = info.network()
-        with Peak() as decoding:
+        # The last that it asks, whether the frames are finite, has no answer here.
+        with Peak() as decoding, suppress(DataDependentOutputException):
             decode(vae, torch.empty(shape), clamp=False)
         with Peak() as encoding:
             encode(vae, torch.empty(1, 3, 9, HEIGHT, WIDTH))
