@@ -18,7 +18,7 @@ from dev.environment import ENGINE, HOST, PAGE, REPOSITORY, TEST, prepare
 
 DEMO_MODELS = REPOSITORY / "demo" / "models"
 DEMO_MODEL = DEMO_MODELS / "wan2.1_t2v"
-SECOND = {"host", "kernels", "parallel", "ui"}  # of the folders of tests: about half of their time
+SECOND = {"host", "parallel", "parity", "ui"}  # of the folders of tests: about half of their time
 FAST = "not host and not ui and not gpu and not weights"
 
 
@@ -218,7 +218,7 @@ def _lint(python: Path) -> int:
 
 
 def _halves(python: Path) -> int:
-    """All tests, in two processes side by side: those that start ComfyUI, and kernels, beside all others."""
+    """All tests, in two processes side by side: those that start ComfyUI or several processes, beside all others."""
     folders = {path.name for path in (REPOSITORY / "tests").iterdir() if any(path.glob("test_*.py"))}
     status = 0
     with tempfile.TemporaryDirectory() as logs, ExitStack() as files:

@@ -234,7 +234,7 @@ def test_all_tests_run_in_two_processes_and_either_can_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(commands, "REPOSITORY", tmp_path)
-    bodies = {"kernels": "assert True", "engine": "assert True", "fixtures": ""}
+    bodies = {"parity": "assert True", "engine": "assert True", "fixtures": ""}
     for name, body in bodies.items():
         (tmp_path / "tests" / name).mkdir(parents=True)
         if body:
@@ -242,7 +242,7 @@ def test_all_tests_run_in_two_processes_and_either_can_fail(
     assert commands._halves(Path(sys.executable)) == 0
     said = capsys.readouterr().out
     assert said.count("1 passed") == 2 and "tests/fixtures" not in said
-    for name in ("kernels", "engine"):
+    for name in ("parity", "engine"):
         test = tmp_path / "tests" / name / f"test_{name}.py"
         test.write_text(test.read_text().replace("True", "False"))
         assert commands._halves(Path(sys.executable)) == 1
