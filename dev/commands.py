@@ -220,6 +220,8 @@ def _lint(python: Path) -> int:
 def _halves(python: Path) -> int:
     """All tests, in two processes side by side: those that start ComfyUI or several processes, beside all others."""
     folders = {path.name for path in (REPOSITORY / "tests").iterdir() if any(path.glob("test_*.py"))}
+    # Each with half of the cores: threads of two processes that wait for one core take ten times as long.
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), **os.environ}
     status = 0
     with tempfile.TemporaryDirectory() as logs, ExitStack() as files:
         running = []
@@ -227,7 +229,8 @@ def _halves(python: Path) -> int:
             log = files.enter_context((Path(logs) / f"{number}.log").open("w+", encoding="utf-8", errors="replace"))
             line = [str(python), "-m", "pytest", *(f"tests/{name}" for name in sorted(half))]
             print(f"== {' '.join(line[2:])}", flush=True)
-            running.append((subprocess.Popen(line, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT), line, log))
+            process = subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            running.append((process, line, log))
         for process, line, log in running:
             status = process.wait() or status
             log.seek(0)
