@@ -10,6 +10,7 @@ from pathlib import Path
 import ftfy
 import sentencepiece
 import tokenizers
+import torch
 
 from lightx2v.checkpoint import CheckpointError, Header, read_tensors
 from lightx2v.text.layout import EMBEDDED_TOKENIZER
@@ -109,7 +110,8 @@ def _read_file(path: Path) -> Tokenizer:
 
 def _read_embedded(header: Header) -> Tokenizer:
     ((_, stored),) = read_tensors(header, [EMBEDDED_TOKENIZER])
-    return _from_sentencepiece(stored.numpy().tobytes(), f"{header.path} ({EMBEDDED_TOKENIZER})")
+    proto = stored.contiguous().flatten().view(torch.uint8).numpy().tobytes()  # of whatever type it is said to be
+    return _from_sentencepiece(proto, f"{header.path} ({EMBEDDED_TOKENIZER})")
 
 
 def _from_sentencepiece(proto: bytes, source: str) -> Tokenizer:

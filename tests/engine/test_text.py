@@ -113,6 +113,12 @@ def test_tokenizer_order_is_argument_then_embedded_then_beside(state, proto, tmp
     assert load(checkpoint, tokenizer=given).tokenizer.source == str(given / "tokenizer.json")  # what Wan itself reads
 
 
+def test_an_embedded_tokenizer_of_another_type_is_refused(state, tmp_path):
+    checkpoint = tiny_umt5.save_single(tmp_path, {**state, "spiece_model": torch.ones(64, dtype=torch.bfloat16)}, None)
+    with pytest.raises(CheckpointError, match=r"spiece_model\): not a sentencepiece model \(128 bytes\)"):
+        load(checkpoint)
+
+
 def test_missing_tokenizer_names_the_places(state, tmp_path):
     checkpoint = tiny_umt5.save_single(tmp_path / "models", state, None)
     with pytest.raises(CheckpointError) as error:
