@@ -33,7 +33,7 @@ class StubComfyUI:
     def start(self) -> None:
         """Answer, at the same address as before; what was queued is forgotten."""
         self.forget()
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler(self._answers))
         self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -51,6 +51,10 @@ class StubComfyUI:
     @property
     def dead(self) -> bool:
         return self._server is None
+
+    def _answers(self, path: str, body: Any) -> tuple[int, bytes] | None:
+        self.on_ask(path)
+        return None if self.dead else self.answer(path, body)
 
     def answer(self, path: str, body: Any) -> tuple[int, bytes]:
         where = urlparse(path)
@@ -89,16 +93,17 @@ class StubComfyUI:
         return {prompt: {"status": {"status_str": "success"}, "outputs": {"1": {"images": saved}}}}
 
 
-def _handler(stub: StubComfyUI) -> type[BaseHTTPRequestHandler]:
+def handler(answers: Callable[[str, Any], tuple[int, bytes] | None]) -> type[BaseHTTPRequestHandler]:
+    """answers: path and JSON -> status and body; None: no word any more."""
+
     class Handler(BaseHTTPRequestHandler):
         def reply(self) -> None:
             size = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(size)) if size else None
-            stub.on_ask(self.path)
-            if stub.dead:
+            found = answers(self.path, json.loads(self.rfile.read(size)) if size else None)
+            if found is None:
                 self.close_connection = True
                 return
-            status, answer = stub.answer(self.path, body)
+            status, answer = found
             self.send_response(status)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()

@@ -33,7 +33,7 @@ def attend_int8(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 def kernels(int8: bool) -> Kernels:
     """What Triton's ops allocate, and nothing that computes."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is not installed")
     ours = {
         op: backend.load() for op in TOKENWISE for backend in registry.registry(op).backends if backend.name == "triton"
     }

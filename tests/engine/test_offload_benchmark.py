@@ -31,7 +31,7 @@ def rows(found: Any) -> list[dict[str, Any]]:
 
 
 def test_every_part_runs_and_passes_its_gate(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
     found = parts(tmp_path / "offload.json")
     assert list(found) == list(offload.PARTS) and not [row for row in rows(found) if "failed" in row]
     gated = [row for row in rows(found) if "gate" in row]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -15,6 +15,7 @@ import pytest
 from lightx2v import comfyui
 from lightx2v.__main__ import main
 from lightx2v.comfyui import Server, read_graph
+from stub_comfyui import handler
 
 GRAPH = {
     "1": {"class_type": "LightX2VLoadModel", "inputs": {"model": "gone.safetensors"}, "_meta": {"title": "Load Model"}},
@@ -95,23 +96,7 @@ def queued(running: tuple[str, ...] = (), pending: tuple[str, ...] = ()) -> dict
 @pytest.fixture
 def fake() -> Iterator[tuple[Fake, str]]:
     state = Fake()
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self) -> None:
-            size = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(size)) if size else None
-            status, answer = state.answer(self.path, body)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        do_GET = do_POST = reply
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(state.answer))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -61,7 +61,7 @@ def test_lengths(
     tma: bool, queries: int, keys: int, dtype: torch.dtype, kernel: ModuleType, rounding: ModuleType
 ) -> None:
     if tma:
-        pytest.importorskip("triton.tools.tensor_descriptor")
+        pytest.importorskip("triton.tools.tensor_descriptor", reason="this Triton has no tensor descriptors")
     q, k, v = normal(queries, keys, dtype)
     wanted, plain = truth(q, k, v), attention_plain(q, k, v)
     config = kernel.Config(128, 128, warps=4, tma=tma, ahead=tma)
@@ -83,7 +83,7 @@ def test_tiles_of_every_shape_agree(kernel: ModuleType) -> None:
 def test_strided_inputs(tma: bool, kernel: ModuleType, rounding: ModuleType) -> None:
     """Slices of fused projections, heads-first memory, rows that no tensor descriptor can step over."""
     if tma:
-        pytest.importorskip("triton.tools.tensor_descriptor")
+        pytest.importorskip("triton.tools.tensor_descriptor", reason="this Triton has no tensor descriptors")
     config = kernel.Config(32, 32, warps=4, tma=tma)
     for qkv in (
         torch.randn(2, 63, 3, 2, 64).to(DEVICE, WIDE).unbind(2),

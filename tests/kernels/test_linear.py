@@ -95,7 +95,7 @@ def test_hopper_is_given_its_own_tilings() -> None:
 def test_triton_tilings(packed: torch.dtype, tma: bool) -> None:
     """Several tiles each way, the last ones cut; groups of tiles that do not divide; programs that walk several."""
     if tma:
-        pytest.importorskip("triton.tools.tensor_descriptor")
+        pytest.importorskip("triton.tools.tensor_descriptor", reason="this Triton has no tensor descriptors")
     from lightx2v_kernels.linear._triton import Tiling, product
 
     args = arguments(packed, 150, 112, 192, torch.bfloat16, GPU, True)

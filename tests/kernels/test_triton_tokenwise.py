@@ -11,7 +11,7 @@ from closeness import assert_close
 from lightx2v_kernels import TOKENWISE, registry
 from lightx2v_kernels.quantized import LARGEST, Quantized, tensors
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = [op for op in TOKENWISE if "triton" in registry.names(op)]
