@@ -29,7 +29,7 @@ from lightx2v.text.chat import END, TURN, ChatTokenizer
 from lightx2v.tokens import rope_table
 from lightx2v_kernels import references
 
-TOKENS = 32  # of a prompt and what closes its turn; the grammar's longest take 30
+TOKENS = 36  # of a prompt and what closes its turn; the longest of the grammar take 35
 TEXT_DIM = 32  # 3584 in Qwen2.5-VL-7B
 CONFIG = HunyuanConfig(
     hidden_size=128,

@@ -1,13 +1,14 @@
 """What the training of the small HunyuanVideo-1.5 assumes about inference, its files, and all of it in miniature."""
 
 import math
+from itertools import pairwise, product
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from demo import train
-from demo.grammar import caption, training_attributes
+from demo.grammar import BACKDROP_COLOURS, COLOURS, SHAPES, SIZES, STATIONARY, caption, training_attributes
 from demo.stages import t2v15
 from demo.stages.evaluate15 import load_folder
 from demo.stages.export15 import EXACT, TEXT_ENCODER, TRANSFORMER, VAE, export_t2v, export_vae
@@ -67,8 +68,28 @@ def test_captions_are_read_as_the_engine_reads_prompts(run):
     for text, row in zip([*captions, ""], rows.tolist(), strict=True):
         ids, start = tokenizer.asked(text)
         assert row == ids[start:] + [t2v15.padding(tokenizer)] * (t2v15.TOKENS - len(ids) + start)
-    with pytest.raises(ValueError, match="32"):
+    with pytest.raises(ValueError, match=str(t2v15.TOKENS)):
         t2v15.chat_ids(tokenizer)(["red " * 40])
+
+
+def test_the_longest_captions_fit(run):
+    """The wordiest form of every part, of which one clip in some ten thousand has all."""
+    subject = (
+        "a video of a {size} {colour} {shape} that {motion} in front of a background of {way} {one} and {two} stripes."
+    )
+    words = [
+        dict(zip(("size", "colour", "shape"), each, strict=True))
+        for each in product(*map(spoken, (SIZES, COLOURS, SHAPES)))
+    ]
+    backdrops = [{"way": "horizontal", "one": one, "two": two} for one, two in pairwise(BACKDROP_COLOURS)]
+    motions = [*spoken(STATIONARY), *(f"{verb} diagonally up and right" for verb in ("travels", "is moving"))]
+    captions = [subject.format(**each, **backdrops[0], motion=motions[0]) for each in words]
+    captions += [subject.format(**words[-1], **each, motion=motion) for each in backdrops for motion in motions]
+    assert t2v15.chat_ids(t2v15.tokenizer_of(run))(captions).shape == (len(captions), t2v15.TOKENS)
+
+
+def spoken(table):
+    return [word for forms in table.values() for word in forms]
 
 
 @torch.no_grad()
