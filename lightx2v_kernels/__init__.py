@@ -85,14 +85,13 @@ def select(*, attention: str = registry.AUTO, device: torch.device, dtype: torch
     """Choose every op for one place. `dtype` is that of the tokens.
 
     attention: one of `registry.choices("attention")`: "auto" the fastest, "exact" the fastest of those that are not
-        lossy, or a name, which cross-attention takes too if it is exact. All other ops are chosen by "auto".
+        lossy, or a name. All other ops are chosen by "auto", cross-attention by "exact": what is fast at tens of
+        thousands of keys is not at 512.
     Raises UnsupportedBackendError, with every reason, if the named attention or any op cannot run there.
     """
     asked = {"attention": attention}
     chosen = {op: registry.select(op, asked.get(op, registry.AUTO), device, dtype, head_dim) for op in _OPS}
-    lossy = attention == registry.AUTO or chosen["attention"].max_error is not None
-    exact = registry.EXACT if lossy else attention
-    chosen["cross_attention"] = registry.select("attention", exact, device, dtype, head_dim, workload="cross")
+    chosen["cross_attention"] = registry.select("attention", registry.EXACT, device, dtype, head_dim, workload="cross")
     functions: dict[str, Any] = {op: backend.load() for op, backend in chosen.items()}
     own = chosen["attention"].rotary
     functions["rotary_attention"] = own() if own else rotary_attention(functions["attention"], functions["norm_rope"])

@@ -60,6 +60,7 @@ def test_a_lost_gpu_is_said_each_time_and_the_process_ends(offload: str) -> None
 
 def lose(device: str, offload: str) -> subprocess.CompletedProcess[str]:
     folder = REPOSITORY / "demo" / "models" / "wan2.1_t2v"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths}
     line = [sys.executable, "-c", LOSE, device, str(folder), offload]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, cwd=Path(folder))
