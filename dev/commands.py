@@ -69,6 +69,17 @@ DEMOS = {
             "guidance_scale": 1,
         },
     ),
+    "hunyuan": Demo(
+        "text to video with HunyuanVideo-1.5",
+        "a green square moves up over a navy background",
+        20,
+        {
+            "model_path": DEMO_MODELS / "hunyuan_video_15",
+            "model_cls": "hunyuan_video_1.5",
+            "fps": 16,
+            "guidance_scale": 4,
+        },
+    ),
 }
 
 

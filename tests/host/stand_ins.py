@@ -35,7 +35,6 @@ class StandIn:
 
 
 HUNYUAN = {
-    "hunyuanvideo1.5_720p_t2v_fp16.safetensors": "workflow_hunyuan.safetensors",
     "hunyuanvideo1.5_720p_i2v_fp16.safetensors": "workflow_hunyuan.safetensors",
     "hunyuanvideo1.5_480p_t2v_fp16.safetensors": "workflow_hunyuan.safetensors",
     "hunyuanvideo1.5_t2v_480p_lightx2v_4step_lora_rank_32_bf16.safetensors": "workflow_lora_hunyuan.safetensors",
@@ -48,7 +47,7 @@ QWEN = replace(tiny_encoders15.QWEN, vocab_size=152064, hidden_size=64, num_laye
 STAND_INS = {
     **{
         name: StandIn(HUNYUAN, {"steps": 4} if name == "hunyuan15_4step" else {"steps": 9})
-        for name in ("hunyuan15_t2v", "hunyuan15_i2v", "hunyuan15_4step")
+        for name in ("hunyuan15_i2v", "hunyuan15_4step")
     },
     "wan_t2v_mixed": StandIn(
         {

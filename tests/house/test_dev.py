@@ -79,7 +79,13 @@ def here(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("t2v", "1 unipc steps"), ("i2v", "Wan2.2 I2V expert"), ("moe", "1 unipc steps"), ("4step", "4 distilled steps")],
+    [
+        ("t2v", "1 unipc steps"),
+        ("i2v", "Wan2.2 I2V expert"),
+        ("moe", "1 unipc steps"),
+        ("4step", "4 distilled steps"),
+        ("hunyuan", "1 euler steps"),
+    ],
 )
 def test_every_demo_makes_its_video(here, capfd, tmp_path, kind, words):
     out = tmp_path / "made.mp4"
