@@ -48,6 +48,14 @@ def transformer_activation_bytes(
     return -(-tokens // parts) * (row + sent) + tokens * 3 * config.hidden_size * dtype.itemsize
 
 
+def text_bytes(info: CheckpointInfo, batch: int, rows: int, dtype: torch.dtype) -> int:
+    """What is kept from step to step of a sample's `rows` tokens of text and image: themselves, embedded, and where
+    they are read by cross-attention (Wan), keys and values of every block."""
+    config = info.config
+    wide = 1 + (2 * config.num_layers if isinstance(config, WanConfig) else 0)
+    return batch * rows * wide * config.hidden_size * dtype.itemsize
+
+
 def fused_by(network: nn.Module) -> bool:
     """Whether Triton computes all ops on single tokens of a network."""
     names = getattr(getattr(network, "kernels", None), "names", {})

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
+from lightx2v.kept import Keep, anew
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.parallel.cut import Cut, Stream
 from lightx2v.quant.feeding import (
@@ -27,6 +28,8 @@ from lightx2v.quant.feeding import (
 from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, rope_table, sinusoidal
 from lightx2v_kernels import Kernels
 
+Read = tuple[tuple[Tensor, Tensor], ...]  # keys and values, each (B, S, H, D): of the text, of an image
+
 
 @dataclass(frozen=True)
 class BlockArgs:
@@ -36,6 +39,7 @@ class BlockArgs:
     context: Tensor  # (B, S, D) text tokens
     rope: tuple[Tensor, Tensor]  # cos and sin, each (L, head_dim / 2) float32
     image: Tensor | None = None  # (B, I, D) image tokens
+    keep: Keep = anew  # keys and values of both
 
     def streams(self, tokens: int) -> tuple[Stream, ...]:
         """How so many tokens may be shared out: of every run with its own modulation a part."""
@@ -93,13 +97,20 @@ class Attention(nn.Module):
         )
         return self.o(rearrange(y, "b l h d -> b l (h d)"))
 
-    def forward(self, x: Tokens, context: Tensor, image: Tensor | None = None) -> Tensor:
-        """Cross-attention: x (B, L, D), context (B, S, D), image (B, I, D) or None -> (B, L, D)."""
-        q, k, v = self._heads(self.norm_q(self.q(x))), self._heads(self.norm_k(self.k(context))), self.v(context)
-        y = self._kernels.cross_attention(q, k, self._heads(v))
-        if image is not None:
-            k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
-            y = y + self._kernels.cross_attention(q, k, v)
+    def read(self, context: Tensor, image: Tensor | None = None) -> Read:
+        """Keys and values for cross-attention. context (B, S, D), image (B, I, D) or None."""
+        text = self._heads(self.norm_k(self.k(context))), self._heads(self.v(context))
+        if image is None:
+            return (text,)
+        return text, (self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image)))
+
+    def forward(self, x: Tokens, read: Read) -> Tensor:
+        """Cross-attention: x (B, L, D) to what was read -> (B, L, D)."""
+        q = self._heads(self.norm_q(self.q(x)))
+        text, *image = read
+        y = self._kernels.cross_attention(q, *text)
+        for each in image:
+            y = y + self._kernels.cross_attention(q, *each)
         del q
         return self.o(rearrange(y, "b l h d -> b l (h d)"))
 
@@ -151,7 +162,7 @@ class WanBlock(nn.Module):
         attended = own.attend(projected, args.rope)
         x, normed = self._add_and_norm(x, attended, gate, agreed(text.q))
         del attended
-        described = text(normed, args.context, image=args.image)
+        described = text(normed, args.keep(text, lambda: text.read(args.context, args.image)))
         del normed
         x, modulated = self._add_and_modulate(x, described, ffn_shift, ffn_scale, agreed(ffn[0]))
         del described
@@ -234,12 +245,14 @@ class WanTransformer(nn.Module):
         *,
         image: Tensor | None = None,
         clip: Tensor | None = None,
+        keep: Keep = anew,
     ) -> Tensor:
         """latents (B, C, T, H, W) model space, context (B, S, text_dim) -> velocity (B, out_channels, T, H, W).
 
         timestep: (B,) in [0, 1000], or (B, T), one a latent frame.
         image: (B, C', T, H, W) further input channels, C + C' = in_channels (image-to-video: mask and image latents).
         clip: (B, I, image_dim) tokens of the start (and end) image, for models that read them.
+        keep: of passes with the same context and clip, which are then embedded and turned to keys and values once.
         The result is in the weights' dtype. T, H, W must be multiples of the patch.
         """
         config, dtype = self.config, self.patch_embedding.weight.dtype
@@ -255,9 +268,10 @@ class WanTransformer(nn.Module):
         )
         args = BlockArgs(
             modulation=rearrange(self.time_projection(time).float(), "b g (six d) -> b g six d", six=6),
-            context=self.text_embedding(context.to(dtype)),
+            context=keep(self.text_embedding, lambda: self.text_embedding(context.to(dtype))),
             rope=rope_table(grid, rope_channels(config.hidden_size // config.num_heads), 10000.0, latents.device),
-            image=None if clip is None else self.img_emb(clip.to(dtype)),
+            image=None if clip is None else keep(self.img_emb, lambda: self.img_emb(clip.to(dtype))),
+            keep=keep,
         )
         tokens = run(list(self.blocks), rearrange(tokens, "b d t h w -> b (t h w) d"), args)
         patches = self.head(tokens, time.float())
