@@ -25,7 +25,7 @@ from lightx2v.quant.feeding import (
     residual_modulate,
     shaped_as,
 )
-from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, rope_table, sinusoidal
+from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, patch_tokens, rope_table, sinusoidal
 from lightx2v_kernels import Kernels
 
 Read = tuple[tuple[Tensor, Tensor], ...]  # keys and values, each (B, S, H, D): of the text, of an image
@@ -259,8 +259,9 @@ class WanTransformer(nn.Module):
         if image is not None:
             latents = torch.cat([latents, image.to(latents)], dim=1)
         self._check(latents, timestep)
-        tokens = self.patch_embedding(latents.to(dtype))
-        grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
+        (_, _, t, h, w), (pt, ph, pw) = latents.shape, config.patch_size
+        grid = (t // pt, h // ph, w // pw)
+        tokens = patch_tokens(self.patch_embedding, latents.to(dtype))
         time = self.time_embedding(
             sinusoidal(timestep.reshape(len(timestep), -1), config.freq_dim).to(
                 self.time_embedding.get_parameter("0.weight").dtype
@@ -273,9 +274,8 @@ class WanTransformer(nn.Module):
             image=None if clip is None else keep(self.img_emb, lambda: self.img_emb(clip.to(dtype))),
             keep=keep,
         )
-        tokens = run(list(self.blocks), rearrange(tokens, "b d t h w -> b (t h w) d"), args)
-        patches = self.head(tokens, time.float())
-        (t, h, w), (pt, ph, pw) = grid, config.patch_size
+        patches = self.head(run(list(self.blocks), tokens, args), time.float())
+        (t, h, w) = grid
         return rearrange(
             patches, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
         )
