@@ -38,8 +38,7 @@ def transformer_activation_bytes(
     tokens = batch * num_tokens(LatentShape(*latent_shape[2:]), info.spec.patch_size)
     if parts == 1 and fused and isinstance(config, WanConfig):
         hidden, fed = config.hidden_size, 2 * config.ffn_size * piece_of(tokens)
-        attending = 8 if config.image_dim else 7  # what attends to an image is added to what attends to the text
-        rows = max(attending * hidden * tokens, (4 if tokens == piece_of(tokens) else 5) * hidden * tokens + fed)
+        rows = max(7 * hidden * tokens, (3 if tokens == piece_of(tokens) else 4) * hidden * tokens + fed)
         return int(ACTIVATION_SLACK * rows * dtype.itemsize)
     row = (8 * config.hidden_size + 2 * config.ffn_size) * dtype.itemsize + 2 * config.hidden_size * 4
     if parts == 1:

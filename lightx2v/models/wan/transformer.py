@@ -115,6 +115,27 @@ class Attention(nn.Module):
         return self.o(rearrange(y, "b l h d -> b l (h d)"))
 
 
+class Unadded:
+    """x + y * gate before it is added; x and y (B, L, D), gate (B, G, D) float32, one for each of G runs of tokens.
+
+    The next block adds it in the pass that norms and modulates the sum, which is one reading of all tokens less. It
+    takes it out, so that nobody who passed it on holds x and y any longer.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, gate: Tensor, kernels: Kernels) -> None:
+        self._parts = [(x, y, gate)]
+        self._kernels = kernels
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and gate, once."""
+        return self._parts.pop()
+
+    def added(self) -> Tensor:
+        """The sum (B, L, D), which leaves it as it is."""
+        ((x, y, gate),) = self._parts
+        return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
+
+
 class WanBlock(nn.Module):
     def __init__(self, config: WanConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -129,12 +150,14 @@ class WanBlock(nn.Module):
         self.eps = config.eps
         self._kernels = kernels
 
-    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor, reads: Reads) -> Tokens:
-        """x (B, L, D), shift and scale (B, G, D), one for each of G runs of tokens -> (B, L, D)."""
-        return shaped_as(x, modulate(self._kernels, reads, _runs(x, shift), _samples(shift), _samples(scale), self.eps))
-
-    def _add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
+    def _modulate(self, tokens: Tensor | Unadded, shift: Tensor, scale: Tensor, reads: Reads) -> tuple[Tensor, Tokens]:
+        """The tokens (B, L, D), and those modulated. shift, scale: (B, G, D), one for each of G runs of tokens."""
+        if isinstance(tokens, Unadded):
+            x, y, gate = tokens.take()
+            return self._add_and_modulate(x, y, gate, shift, scale, reads)
+        runs = _runs(tokens, shift)
+        modulated = modulate(self._kernels, reads, runs, _samples(shift), _samples(scale), self.eps)
+        return tokens, shaped_as(tokens, modulated)
 
     def _add_and_norm(self, x: Tensor, y: Tensor, gate: Tensor, reads: Reads) -> tuple[Tensor, Tokens]:
         """x + y * gate, and that under norm3."""
@@ -145,30 +168,33 @@ class WanBlock(nn.Module):
         return x.view_as(y), shaped_as(y, normed)
 
     def _add_and_modulate(
-        self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, reads: Reads
+        self, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, reads: Reads
     ) -> tuple[Tensor, Tokens]:
-        """x + y, and that modulated."""
+        """x + y * gate, or x + y, and that modulated."""
+        gates, change = None if gate is None else _samples(gate), (_samples(shift), _samples(scale))
         x, modulated = residual_modulate(
-            self._kernels, reads, _runs(x, shift), _runs(y, shift), None, _samples(shift), _samples(scale), self.eps
+            self._kernels, reads, _runs(x, shift), _runs(y, shift), gates, *change, self.eps
         )
         return x.view_as(y), shaped_as(y, modulated)
 
-    def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
-        """x (B, L, D) -> (B, L, D)"""
+    def forward(self, tokens: Tensor | Unadded, args: BlockArgs) -> Unadded:
+        """tokens (B, L, D), or as the block before left them."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + args.modulation).unbind(2)
         own, text, ffn = self.self_attn, self.cross_attn, self.ffn
         # `del`: each of these is 0.8 GB of a 14B at 720p, and would live until the end of the block
-        projected = own.project(self._modulate(x, shift, scale, agreed(own.q, own.k, own.v)))
+        x, modulated = self._modulate(tokens, shift, scale, agreed(own.q, own.k, own.v))
+        projected = own.project(modulated)
+        del modulated
         attended = own.attend(projected, args.rope)
         x, normed = self._add_and_norm(x, attended, gate, agreed(text.q))
         del attended
         described = text(normed, args.keep(text, lambda: text.read(args.context, args.image)))
         del normed
-        x, modulated = self._add_and_modulate(x, described, ffn_shift, ffn_scale, agreed(ffn[0]))
+        x, modulated = self._add_and_modulate(x, described, None, ffn_shift, ffn_scale, agreed(ffn[0]))
         del described
         fed = in_pieces(lambda piece: gelu_between(self._kernels, ffn, ffn[0], ffn[2], piece), modulated)
         del modulated
-        return self._add(x, fed, ffn_gate)
+        return Unadded(x, fed, ffn_gate, self._kernels)
 
 
 def _runs(x: Tensor, per_run: Tensor) -> Tensor:
