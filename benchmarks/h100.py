@@ -2,6 +2,9 @@
 
 The parts run in the order of their worth, and the file is whole after every one of their heats, so that a run which is
 cut short is still of use. `--only 14b 5b` takes some of them, `--dry` runs all of them at toy size on any machine.
+
+What is timed of ours is a step in the middle of a request: keys and values of the text are the request's, made by its
+first step. diffusers and ComfyUI compute them in every step, and do so here.
 """
 
 import argparse
