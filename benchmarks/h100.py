@@ -30,6 +30,15 @@ PARTS = {
         seconds=130,
         profile=False,
     ),
+    # Of these, ours and the fastest peer, over more rounds.
+    "14b-exact": Plan(
+        "wan2.1-14b",
+        attention=("triton",),
+        peers=("diffusers-fa3-compile",),
+        rounds=6,
+        seconds=120,
+        profile=False,
+    ),
     # In 8 bits, layers and attention.
     "14b-8bit": Plan(
         "wan2.1-14b",
