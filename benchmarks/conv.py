@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -193,7 +194,11 @@ def compile_all(todo: list[tuple[int, str]], processes: int) -> dict[tuple[int, 
         return {}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        notes = list(pool.map(compile_one, *zip(*names, strict=True)))
+        try:
+            notes = list(pool.map(compile_one, *zip(*names, strict=True)))
+        except BrokenProcessPool as error:  # they are compiled as they are timed, then
+            print(f"nothing is compiled beforehand: {error}", file=sys.stderr)
+            return {}
     return {name: note for name, note in zip(names, notes, strict=True) if note}
 
 
@@ -256,9 +261,10 @@ def keep(rows: list[dict[str, Any]], cases: list[Case], gpu: str, file: Path) ->
     return found
 
 
-def repeat(run: Callable[[], Tensor]) -> None:
-    for _ in range(CALLS):
+def repeat(run: Callable[[], Tensor]) -> Tensor:
+    for _ in range(CALLS - 1):
         run()
+    return run()
 
 
 @torch.inference_mode()
@@ -280,10 +286,10 @@ def main(arguments_: list[str] | None = None) -> int:
         rows += measure(chosen[index], names, device, {n: note for (i, n), note in notes.items() if i == index})
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if options.keep and device.type == "cuda":
+            document["kept"] = keep(rows, [chosen[i] for i in runs], _tiles.place(device), _tiles.MEASURED)
         if options.json is not None:  # what a run that is cut off has measured
             report(document, options.json, quiet=True)
-    if options.keep and device.type == "cuda":
-        document["kept"] = keep(rows, [chosen[i] for i in runs], _tiles.place(device), _tiles.MEASURED)
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     report(document, options.json)
     return int(any("wrong" in str(row.get("note", "")) for row in rows))
