@@ -54,19 +54,19 @@ def measure(size: tuple[int, int, int], device: torch.device, left: Callable[[],
         layer = Layer(channels, out, kernel, count, size[0] // divisor, size[1] // divisor)
         head: Row = {"layer": layer.label, "size": f"{count}x{layer.height}x{layer.width}", "layers": uses}
         if kernel == DOUBLED:
-            args, backends, op = layer.to_double(device, dtype), _capable("doubled_conv", device, dtype), "doubled_conv"
+            args, backends, op = layer.to_double(device, dtype), capable("doubled_conv", device, dtype), "doubled_conv"
         else:
-            given, preparations = layer.to_prepare(device, dtype), _capable("conv_input", device, dtype)
+            given, preparations = layer.to_prepare(device, dtype), capable("conv_input", device, dtype)
             moved = 2 * given[0].numel() * given[0].element_size()
             for name, function, _ in preparations:
-                row = _timed(partial(function, *given), device, moved, "GB/s")
+                row = timed(partial(function, *given), device, moved, "GB/s")
                 rows.append({**head, "op": "conv_input", "backend": name, **row})
             args = (preparations[0][1](*given), *layer.to_convolve(device, dtype))
-            backends, op = _capable("conv3d", device, dtype), "conv3d"
+            backends, op = capable("conv3d", device, dtype), "conv3d"
             backends += _variants(layer, backends) if tiles else []
         for name, function, contract in backends:
             run = partial(function, *args)
-            row = _gated(run, contract, args) or _timed(run, device, layer.flops, "TFLOP/s")
+            row = gated(run, contract, args) or timed(run, device, layer.flops, "TFLOP/s")
             rows.append({**head, "op": op, "backend": name, **row})
     return rows
 
@@ -97,7 +97,7 @@ class Layer:
 
     def to_prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of conv_input."""
-        x = _frames(self.channels, self.frames, self.height, self.width, device, dtype)
+        x = some_frames(self.channels, self.frames, self.height, self.width, device, dtype)
         sides = (self.kernel[1] // 2, self.kernel[2] // 2)
         return x, torch.ones(self.channels, device=device, dtype=dtype), sides, False, 1
 
@@ -105,7 +105,7 @@ class Layer:
         """Arguments of doubled_conv."""
         _, weight, bias, _ = self.to_convolve(device, dtype)
         return (
-            _frames(self.channels, self.frames, self.height // 2, self.width // 2, device, dtype),
+            some_frames(self.channels, self.frames, self.height // 2, self.width // 2, device, dtype),
             weight[:, :, 0],
             bias,
         )
@@ -113,14 +113,14 @@ class Layer:
     def to_convolve(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
         """Arguments of conv3d after the first: past, weight, bias, residual."""
         lead, high, wide = (side - 1 for side in self.kernel)
-        past = _frames(self.channels, lead, self.height + high, self.width + wide, device, dtype) if lead else None
+        past = some_frames(self.channels, lead, self.height + high, self.width + wide, device, dtype) if lead else None
         weight = torch.randn(self.out, self.channels, *self.kernel, device=device) * self.terms**-0.5
         weight = weight.to(dtype).contiguous(memory_format=torch.channels_last_3d)
         bias = torch.randn(self.out, device=device, dtype=dtype)
-        return past, weight, bias, _frames(self.out, self.frames, self.height, self.width, device, dtype)
+        return past, weight, bias, some_frames(self.out, self.frames, self.height, self.width, device, dtype)
 
 
-def _capable(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[..., Tensor], Any]]:
+def capable(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable[..., Tensor], Any]]:
     """Name, function and contract of every backend but the reference that can run here, best rank first."""
     found = registry.registry(op)
     able = [b for b in found.ranked() if b.name != "reference" and b.why_not(device, dtype, 128) is None]
@@ -149,11 +149,11 @@ def _variants(layer: Layer, backends: list[Any]) -> list[Any]:
     return found
 
 
-def _frames(c: int, t: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def some_frames(c: int, t: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, t, h, w, c, device=device, dtype=dtype).permute(0, 4, 1, 2, 3)
 
 
-def _gated(run: Run, op: registry.Op, args: tuple[Any, ...]) -> Row | None:
+def gated(run: Run, op: registry.Op, args: tuple[Any, ...]) -> Row | None:
     """A row without a time where the result is wrong or none comes; None where it is right.
 
     Held to what the upper left of the frames gives, which float32 need not wait long for.
@@ -174,7 +174,7 @@ def _gated(run: Run, op: registry.Op, args: tuple[Any, ...]) -> Row | None:
     return {"ms": None, "rate": None, "note": f"wrong: {wrong}"} if wrong else None
 
 
-def _timed(run: Run, device: torch.device, work: float, unit: str) -> Row:
+def timed(run: Run, device: torch.device, work: float, unit: str) -> Row:
     try:
         ms = median_ms(run, device, budget_s=0.1, most=20)
     except torch.OutOfMemoryError:

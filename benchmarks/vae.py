@@ -50,7 +50,7 @@ Row = dict[str, Any]
 BOTH = (torch.bfloat16, torch.float16)
 MODELS = {
     "wan": Model(WanVAE, (torch.bfloat16,), (1, 2, 4)),
-    "light": Model(lambda: WanVAE(WanVAEConfig(24)), (torch.bfloat16,), (1, 4)),
+    "light": Model(lambda: WanVAE(WanVAEConfig(24)), (torch.bfloat16,), (1, 2, 4, 8)),
     "light48": Model(lambda: WanVAE(WanVAEConfig(48)), (torch.bfloat16,), (1, 4)),
     "tae": Model(lambda: TinyVAE(TAEConfig()), BOTH, (1, 3, 7, 21)),
     "wan22": Model(Wan22VAE, (torch.bfloat16,), (1, 2)),
@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="480p" if cuda else "small")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=300, help="nothing new is begun after so long (default: 300)")
-    parser.add_argument("--brief", action="store_true", help="decode on the device alone, no other rows")
+    parser.add_argument("--brief", action="store_true", help="decode on the device alone, in one type")
     parser.add_argument("--profile", action="store_true", help="also the kernels that one decode spends its time in")
     parser.add_argument("--tiles", action="store_true", help="also other tiles of the Triton convolution")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results there too")
@@ -179,7 +179,8 @@ def calls(model: Model, vae: VAE, size: tuple[int, int, int], device: torch.devi
 def measure(name: str, options: argparse.Namespace, device: torch.device, left: Callable[[], float]) -> list[Row]:
     """Rows of one VAE: for each dtype the gate, then every call. What is wrong, or left out, has a note and no time."""
     model, rows = MODELS[name], []
-    for dtype in model.dtypes if device.type == "cuda" else (torch.float32,):
+    dtypes = model.dtypes[:1] if options.brief else model.dtypes
+    for dtype in dtypes if device.type == "cuda" else (torch.float32,):
         vae = build(model, device, dtype)
         wrong = gate(model, vae, device)
         head = {"model": name, "dtype": str(dtype)[6:], "gate": f"wrong: {wrong}" if wrong else "passed", "ms": None}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightx2v.blocks import Block, Branch, RunBlocks, Walks
+from lightx2v.blocks import Block, Branch, RunBlocks, Unadded, Walks, added
 from lightx2v.cache.turn import Turn
 from lightx2v.finite import bad_weight, finite, how_many
 from lightx2v.guidance import Conditioning
@@ -43,11 +43,11 @@ def looking(turn: Turn, run: RunBlocks, mesh: Mesh | None = None) -> Walks:
             stop_where(_before(tokens, args, facts))
 
             def looked_at(index: int, block: Block) -> Block:
-                def call(tokens: Tensor, args: Any) -> Tensor:
+                def call(tokens: Tensor | Unadded, args: Any) -> Tensor | Unadded:
                     out = block(tokens, args)
-                    fine = finite(out)
+                    fine = finite(added(out))
                     place = f"first in block {index + 1} of {total} ({facts})"
-                    stop_where(None if fine else f"{place}; {_advice(network, index, out)}")
+                    stop_where(None if fine else f"{place}; {_advice(network, index, added(out))}")
                     return out
 
                 return call

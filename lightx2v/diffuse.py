@@ -17,6 +17,7 @@ from lightx2v.cache.turn import CacheFactory, Turn
 from lightx2v.config import Sampling
 from lightx2v.diagnosis import check_given, explain, looking
 from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, Velocity, is_high, velocity_of
+from lightx2v.kept import KeptByBranch, anew
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
 from lightx2v.parallel.agreement import together
@@ -72,6 +73,7 @@ class Model:
     around: for transformers whose blocks are not all there, goes around every walk over them; it is told whose pass
         comes next ("high", "low", or "" of one network), or None after the last.
     mesh: of several processes that make one video together; the networks must have been built with it.
+    keeps: whether there is room for what steps compute alike, the keys and values of prompt and images.
     """
 
     spec: ModelSpec
@@ -80,6 +82,7 @@ class Model:
     low: Callable[[], nn.Module] | None = None
     around: Callable[[RunBlocks, str | None], RunBlocks] = field(default=lambda run, following: run, kw_only=True)
     mesh: Mesh | None = field(default=None, kw_only=True)
+    keeps: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ def _guided(
     def guided(expert: str, steps: range, scale: float) -> Denoiser:
         turn = walking.turn(model, expert, steps, scale != 1)
         walks: Walks = walking.cache(turn, walking.run) if walking.cache else lambda step, branch: walking.run
+        kept = KeptByBranch(turn.ran)
 
         final = own_branch(model.mesh, scale) or turn.branches[-1]
 
@@ -217,7 +221,8 @@ def _guided(
             last = step.index + 1 == turn.ran.stop and branch == final
             walk = model.around(walks(step.index, branch), walking.after(turn) if last else expert)
             arguments = partial(model.spec.arguments, step_end=TRAIN_STEPS * step.sigma_next)
-            return velocity_of(turn.network, walk, share, arguments)
+            keep = kept.of(step.index, branch) if model.keeps else anew
+            return velocity_of(turn.network, walk, share, arguments, keep)
 
         return split(CFG(passes, cond, uncond, scale), model.mesh)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.blocks import Branch, RunBlocks, run_blocks
+from lightx2v.kept import Keep, anew
 from lightx2v.sampling import Denoiser, Step
 from lightx2v.schedules import TRAIN_STEPS
 
@@ -63,19 +64,21 @@ def velocity_of(
     run: RunBlocks = run_blocks,
     share: Tensor | None = None,
     arguments: Arguments = text_and_images,
+    keep: Keep = anew,
 ) -> Velocity:
     """A transformer as a function of values; `run` walks its blocks (cache, offload and cancel wrap it).
 
     network: returns the transformer, brought to its device if it was elsewhere.
     share: (B, T) of the timestep that each latent frame is told, for models that keep given frames clean (0).
     arguments: how its family hands over what is asked.
+    keep: what is made of that alone; another one for another cond.
     """
 
     def velocity(latents: Tensor, timestep: float, cond: Conditioning) -> Tensor:
         batch = latents.shape[0]
         t = torch.full((batch,), timestep, dtype=torch.float32, device=latents.device)
         asked = arguments(cond.expand(batch))
-        return network()(latents, t if share is None else t[:, None] * share, run=run, **asked).float()
+        return network()(latents, t if share is None else t[:, None] * share, run=run, keep=keep, **asked).float()
 
     return velocity
 

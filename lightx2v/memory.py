@@ -38,14 +38,21 @@ def transformer_activation_bytes(
     tokens = batch * num_tokens(LatentShape(*latent_shape[2:]), info.spec.patch_size)
     if parts == 1 and fused and isinstance(config, WanConfig):
         hidden, fed = config.hidden_size, 2 * config.ffn_size * piece_of(tokens)
-        attending = 8 if config.image_dim else 7  # what attends to an image is added to what attends to the text
-        rows = max(attending * hidden * tokens, (4 if tokens == piece_of(tokens) else 5) * hidden * tokens + fed)
+        rows = max(7 * hidden * tokens, (3 if tokens == piece_of(tokens) else 4) * hidden * tokens + fed)
         return int(ACTIVATION_SLACK * rows * dtype.itemsize)
     row = (8 * config.hidden_size + 2 * config.ffn_size) * dtype.itemsize + 2 * config.hidden_size * 4
     if parts == 1:
         return tokens * row
     sent = 6 * config.hidden_size * dtype.itemsize
     return -(-tokens // parts) * (row + sent) + tokens * 3 * config.hidden_size * dtype.itemsize
+
+
+def text_bytes(info: CheckpointInfo, batch: int, rows: int, dtype: torch.dtype) -> int:
+    """What is kept from step to step of a sample's `rows` tokens of text and image: themselves, embedded, and where
+    they are read by cross-attention (Wan), keys and values of every block."""
+    config = info.config
+    wide = 1 + (2 * config.num_layers if isinstance(config, WanConfig) else 0)
+    return batch * rows * wide * config.hidden_size * dtype.itemsize
 
 
 def fused_by(network: nn.Module) -> bool:

@@ -224,7 +224,8 @@ class Parts:
 
         asked: needed where a plan decides ("block", and on a GPU "auto").
         Where no plan decides, one transformer stays on the device unless it is offloaded, and of two the one whose turn
-        it is not waits in RAM. Raises DoesNotFitError where the plan finds no way.
+        it is not waits in RAM; on a GPU nothing is then kept from step to step. Raises DoesNotFitError where the plan
+        finds no way.
         """
         if engine.vae_offload:
             self.rest_vaes()
@@ -238,7 +239,8 @@ class Parts:
             if self._shared:
                 self.forget_transformers()
             self._ready(engine, loras, how, wait, plan)
-        made = partial(Model, self._infos[0].spec, self.device, mesh=self.mesh)
+        keeps = bool(plan.kept) if plan is not None else self.device.type == "cpu"
+        made = partial(Model, self._infos[0].spec, self.device, mesh=self.mesh, keeps=keeps)
         if plan is not None:
             placed = self._placing.placed(self._transformers, self._applied, plan, self._infos)
             with placed as (networks, around):

@@ -28,7 +28,7 @@ from lightx2v.loading import require_kernels
 from lightx2v.lora import Lora
 from lightx2v.media import read_image
 from lightx2v.models import encoders_of
-from lightx2v.offload import Asked, Plan, budgeted, offloaded
+from lightx2v.offload import Asked, Plan, budgeted, offloaded, rows_of
 from lightx2v.parallel.agreement import on_first, only_on_first
 from lightx2v.parallel.mesh import join, own_device
 from lightx2v.parallel.sizes import named
@@ -432,7 +432,7 @@ class LightX2VPipeline:
 
     def _sample(self, request: Request, encoded: Encoded, hooks: Callable[[], Hooks]) -> Tensor:
         cond, uncond, begin = encoded
-        asked = Asked(begin.latents.shape, self._cache is not None, self._loras)
+        asked = Asked(begin.latents.shape, self._cache is not None, self._loras, rows_of(cond, uncond))
 
         def work(model: Model) -> Tensor:
             self.cache_reports, self.memory_plan = (), self._parts.plan

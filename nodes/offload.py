@@ -28,19 +28,20 @@ def sampled(
     samples: Tensor,
     cached: bool,
     work: Callable[[Model], Tensor],
+    rows: Sequence[int] = (),
 ) -> tuple[Tensor, Plan | None]:
     """What `work` makes of one handle or two as the engine's model, while it samples latents (B, C, [T,] H, W); and the
     plan, where one was made.
 
-    engine: attention, offload and budget that the sampler asks for. Where GPU memory runs out, `work` runs once more
-    with a tighter plan.
+    engine: attention, offload and budget that the sampler asks for. rows: see `Asked`. Where GPU memory runs out,
+    `work` runs once more with a tighter plan.
     Raises DoesNotFitError where nothing helps.
     """
     shape = samples.shape if samples.ndim == 5 else samples.unsqueeze(2).shape
     plans: list[Plan | None] = [None]
 
     def attempt(failed: Plan | None) -> Tensor:
-        plans[:] = [_plan(experts, engine, Asked(shape, cached, failed=failed, pin_limit=host.pin_limit()))]
+        plans[:] = [_plan(experts, engine, Asked(shape, cached, rows=rows, failed=failed, pin_limit=host.pin_limit()))]
         with _brought(experts, engine, samples, cached, plans[0]) as model:
             return work(model)
 
@@ -67,7 +68,7 @@ def _brought(
             yield model
         return
     try:
-        yield _whole(experts, engine.attention, samples, cached)
+        yield _whole(experts, engine.attention, samples, cached, plan)
     finally:
         if engine.offload == "model":
             for expert in experts:
@@ -104,19 +105,23 @@ def _passing(experts: Sequence[LoadedTransformer], attention: str, plan: Plan) -
     try:
         with first.placing.placed(networks, applied, plan, infos) as (bringers, around):
             first.tell_host(first.placing.device_bytes)
-            yield Model(first.info.spec, first.load_device, *bringers, around=around)
+            yield Model(first.info.spec, first.load_device, *bringers, around=around, keeps=bool(plan.kept))
     finally:
         first.tell_host(0)
 
 
-def _whole(experts: Sequence[LoadedTransformer], attention: str, samples: Tensor, cached: bool) -> Model:
-    """Each comes to its device when its turn begins."""
+def _whole(
+    experts: Sequence[LoadedTransformer], attention: str, samples: Tensor, cached: bool, plan: Plan | None
+) -> Model:
+    """Each comes to its device when its turn begins. Without a plan nothing is kept from step to step on a GPU."""
+    first, kept = experts[0], 0 if plan is None else plan.kept
+    keeps = bool(kept) or first.load_device.type == "cpu"
     here: list[LoadedTransformer] = []
 
     def network(expert: LoadedTransformer) -> Callable[[], nn.Module]:
         def bring() -> nn.Module:
             if here != [expert]:
-                beside = _kept(expert, samples) if cached else 0
+                beside = kept + (_kept(expert, samples) if cached else 0)
                 host.on_gpu(expert, expert.activation_bytes(samples) + beside)
                 here[:] = [expert]
             return expert.network(attention)
@@ -124,7 +129,7 @@ def _whole(experts: Sequence[LoadedTransformer], attention: str, samples: Tensor
         return bring
 
     low = network(experts[1]) if len(experts) == 2 else None
-    return Model(experts[0].info.spec, experts[0].load_device, network(experts[0]), low)
+    return Model(first.info.spec, first.load_device, network(first), low, keeps=keeps)
 
 
 def _kept(expert: LoadedTransformer, samples: Tensor) -> int:

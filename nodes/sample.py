@@ -15,6 +15,7 @@ from lightx2v.diffuse import Hooks, Model, Start, diffuse, fit_empty, fit_mask
 from lightx2v.fitting import check_images, check_latents
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
+from lightx2v.offload import rows_of
 from lightx2v.offload.shortage import says_if_lost
 from lightx2v.parallel.jobs import Job
 from lightx2v.preview import read_colours
@@ -289,7 +290,9 @@ class _Asked:
             caches.clear()
             return diffuse(ready, self.start, self.sampling, *self.conds, hooks=self._hooks(), cache=cache)
 
-        out, plan = sampled(self.experts, self.engine, self.start.latents, cache is not None, work)
+        cond, uncond = self.conds
+        rows = rows_of(cond, uncond if self.sampling.guided else None)
+        out, plan = sampled(self.experts, self.engine, self.start.latents, cache is not None, work, rows)
         return out, said(self.experts, self.engine, plan, caches)
 
     def by(self, ranks: Ranks) -> tuple[Tensor, list[str]]:

@@ -15,6 +15,7 @@ from lightx2v.guidance import Conditioning
 from lightx2v.models import specs
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
+from lightx2v.tokens import patch_tokens
 from lightx2v_kernels import Kernels, select
 
 CPU = torch.device("cpu")
@@ -55,15 +56,15 @@ class Walked:
 
 
 class Seen:
-    """Every pass of a network: the blocks' input and output, by a hook on the first block and on the head."""
+    """Every pass of a network: the blocks' input and output, by hooks on the network and on its head."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self.outputs: list[Tensor] = []
         self.inputs: list[Tensor] = []
         self._hooks = [
             transformer.head.register_forward_pre_hook(lambda module, given: self.outputs.append(given[0])),
-            transformer.patch_embedding.register_forward_hook(
-                lambda module, given, out: self.inputs.append(out.flatten(2).transpose(1, 2))
+            transformer.register_forward_pre_hook(
+                lambda module, given: self.inputs.append(patch_tokens(module.patch_embedding, given[0]))
             ),
         ]
 

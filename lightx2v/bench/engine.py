@@ -1,4 +1,8 @@
-"""The engine's own contestants: schemes of weights times attention backends, all on the same random weights."""
+"""The engine's own contestants: schemes of weights times attention backends, all on the same random weights.
+
+What is timed is a step in the middle of a request: keys and values of the prompt are the request's, made by the first
+call, as `diffuse` does.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +14,7 @@ from lightx2v.bench.packed import pack, packed_bytes
 from lightx2v.bench.race import Contestant, Entry
 from lightx2v.bench.subjects import Inputs, Subject
 from lightx2v.bench.weights import build, twin, weight_bytes
+from lightx2v.kept import Kept
 from lightx2v_kernels import Kernels, references, registry, select
 from lightx2v_kernels.closeness import why_too_far
 
@@ -98,7 +103,8 @@ def _contestant(setting: Setting, scheme: str, attention: str) -> Contestant:
         network = setting.packed[scheme]
         chosen["linear"] = setting.linear[scheme]
     network = twin(setting.subject, network, kernels)
-    return Contestant(lambda: setting.inputs.run(network), weight_bytes(network), {"kernels": chosen})
+    keep = Kept()
+    return Contestant(lambda: setting.inputs.run(network, keep), weight_bytes(network), {"kernels": chosen})
 
 
 def why_wrong(subject: Subject, device: torch.device, dtype: torch.dtype, kind: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightx2v.kept import Keep, anew
 from lightx2v.models import ModelSpec, specs
 from lightx2v.models.hunyuan_video_15.config import HunyuanConfig
 from lightx2v.models.hunyuan_video_15.transformer import Conditioning
@@ -69,9 +70,10 @@ class Inputs:
     context: Any  # (1, S, text_dim), or HunyuanVideo-1.5's Conditioning
     more: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def run(self, network: torch.nn.Module) -> Tensor:
-        """The velocity (1, C, T, H, W)."""
-        out: Tensor = network(self.latents, self.timestep, self.context, **self.more)
+    def run(self, network: torch.nn.Module, keep: Keep = anew) -> Tensor:
+        """The velocity (1, C, T, H, W). keep: the same for every call makes each but the first one of the middle of a
+        request, whose first step has turned the prompt to keys and values."""
+        out: Tensor = network(self.latents, self.timestep, self.context, keep=keep, **self.more)
         return out
 
 

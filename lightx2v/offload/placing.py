@@ -15,10 +15,11 @@ from lightx2v.blocks import RunBlocks
 from lightx2v.cache.choice import kept_bytes
 from lightx2v.checkpoint import Header
 from lightx2v.config import Engine, Parallel, one_of
+from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import build_transformer, compute_dtype
 from lightx2v.lora import Applied, Lora
-from lightx2v.memory import fused_by, transformer_activation_bytes
+from lightx2v.memory import fused_by, text_bytes, transformer_activation_bytes
 from lightx2v.offload.lane import link_rate
 from lightx2v.offload.plan import GB, RAM_RESERVE, DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
 from lightx2v.offload.shortage import Advice
@@ -75,6 +76,7 @@ class Asked:
 
     shape: of its latents, (B, C, T, H, W). free: bytes of the device beside what is there; None: not known.
     vae: bytes of it on the device. text_encoder, image_encoder: as in `Needs`.
+    rows: tokens of text and image that each pass of guidance reads, of a sample.
     failed: the plan that memory ran out with, where this is the second try.
     pin_limit: bytes of host memory that may be pinned; None: as much as the system lets a process pin.
     """
@@ -82,12 +84,19 @@ class Asked:
     shape: Sequence[int]
     cached: bool = False
     loras: Sequence[Lora] = ()
+    rows: Sequence[int] = ()
     free: int | None = None
     vae: int = 0
     text_encoder: tuple[int, int] | None = None
     image_encoder: tuple[int, int] | None = None
     failed: Plan | None = None
     pin_limit: int | None = None
+
+
+def rows_of(*conds: Conditioning | None) -> tuple[int, ...]:
+    """Of each that is there, the tokens that attention reads of a sample beside the video's."""
+    every = ((cond.context, cond.clip, cond.glyphs) for cond in conds if cond is not None)
+    return tuple(sum(tokens.shape[1] for tokens in each if tokens is not None) for each in every)
 
 
 class Placing:
@@ -126,7 +135,9 @@ class Placing:
             link=self._link,
         )
         sizes = tuple(measure(network) for network in shown)
-        needs = Needs(sizes, activations, asked.text_encoder, asked.image_encoder, asked.vae)
+        rows = max(asked.rows, default=0) if engine.parallel.cfg > 1 else sum(asked.rows)
+        kept = text_bytes(info, asked.shape[0], rows, dtype)
+        needs = Needs(sizes, activations, asked.text_encoder, asked.image_encoder, asked.vae, kept)
         least = engine.offload == "block" and not engine.vram_budget_gb
         try:
             if asked.failed is not None:

@@ -59,7 +59,7 @@ class Needs:
 
     transformers: one, or the high- and the low-noise expert. activations: of one pass, with what caches keep.
     text_encoder, image_encoder: with what they compute with, as a whole and block by block. vae: weights. None and 0
-    where there is none, or where nothing is known.
+    where there is none, or where nothing is known. kept: of prompt and images, from step to step; can be computed anew.
     """
 
     transformers: tuple[Sizes, ...]
@@ -67,6 +67,7 @@ class Needs:
     text_encoder: tuple[int, int] | None = None
     image_encoder: tuple[int, int] | None = None
     vae: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Plan:
     those that it had to keep within.
     passing: bytes that are copied in each pass. seconds: that this takes; None where the link was not measured.
     filed: blocks of the larger transformer that stay in their file, because RAM is too small. reading: bytes of them.
+    kept: bytes for what steps compute alike of prompt and images; 0: each computes it anew.
     """
 
     resident: int
@@ -116,6 +118,7 @@ class Plan:
     reading: int = 0
     weights: int = 0
     tile: int = 0
+    kept: int = 0
 
     @property
     def beside_weights(self) -> int:
@@ -149,6 +152,7 @@ class Plan:
         for name, place in (("text encoder", self.text_encoder), ("image encoder", self.image_encoder)):
             words += [f"{name} on the CPU"] if place == "cpu" else []
             words += [f"{name} block by block"] if place == "streams" else []
+        words += [f"{self.kept / GB:.2f} GB kept of prompt and images"] if self.kept else []
         words += ["VAE in RAM meanwhile"] if self.vae == "visits" else []
         words += [f"it decodes in tiles of {self.tile} pixels"] if self.tile else []
         words += [f"{self.ram / GB:.1f} GB in RAM, {self.pinned / GB:.1f} of it pinned"] if self.ram else []
@@ -166,6 +170,7 @@ def plan(
 
     least: take as little as possible instead, one block at a time and the next. vae_offload: the VAE makes way even
     where it need not.
+    What is kept from step to step has the room that all else leaves: no block passes for it, nor is it the least.
     One block is copied ahead, where there is room for two: a copy has the time of all blocks that stay between two
     that move to hide behind, and a third piece of memory hides nothing more; it serves better as a block that stays.
     Raises DoesNotFitError, with the least that is needed, and ValueError for a budget below 0.
@@ -186,6 +191,7 @@ def plan(
             share = (budget - weights - RESERVE) / max(needs.activations, 1)
             raise DoesNotFitError(_too_small(weights, needs.activations, budget), min(share, 1))
     stays = needs.vae if not vae_offload and weights + needs.vae + beside <= budget else 0
+    kept = 0 if least or weights + stays + needs.kept + beside > budget else needs.kept
     passing = _passing(transformers, resident)
     ram = 0 if together or (len(transformers) == 1 and not passing) else sum(sums)
     filed = _filed(transformers, machine.free_ram - RAM_RESERVE, resident) if ram else 0
@@ -200,7 +206,7 @@ def plan(
         text_encoder=_visitor(needs.text_encoder, budget),
         image_encoder=_visitor(needs.image_encoder, budget),
         vae="stays" if stays or (not needs.vae and not vae_offload) else "visits",
-        peak=weights + stays + beside,
+        peak=weights + stays + kept + beside,
         budget=budget,
         passing=passing,
         pinned=min(ram, machine.pin_limit),
@@ -210,15 +216,17 @@ def plan(
         filed=filed,
         reading=reading,
         weights=weights,
+        kept=kept,
     )
 
 
 def tighter(needs: Needs, machine: Machine, failed: Plan) -> Plan:
-    """The plan for a second try where memory ran out with `failed`: the VAE makes way, and half of what blocks took is
-    given back, 1 GB at least.
+    """The plan for a second try where memory ran out with `failed`: the VAE makes way, nothing is kept from step to
+    step, and half of what blocks took is given back, 1 GB at least.
 
     Raises DoesNotFitError where `failed` had no more than one block at a time there.
     """
+    needs = replace(needs, kept=0)
     free = min(machine.free_vram, failed.peak - max(failed.weights // 2, int(GB)))
     try:
         return plan(needs, replace(machine, free_vram=free), vae_offload=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightx2v.blocks import Block, RunBlocks
+from lightx2v.blocks import Block, RunBlocks, Unadded
 from lightx2v.checkpoint import Header
 from lightx2v.offload.disk import Reader, filed, largest
 from lightx2v.offload.lane import Buffer, Lane, pin
@@ -267,14 +267,14 @@ class BlockStream:
             yield
 
     def _staying_block(self, block: Block, buffer: Buffer) -> Block:
-        def call(tokens: Tensor, args: Any) -> Tensor:
+        def call(tokens: Tensor | Unadded, args: Any) -> Tensor | Unadded:
             buffer.use()
             return block(tokens, args)
 
         return call
 
     def _moving_block(self, block: Block, expert: str, index: int, following: str | None) -> Block:
-        def call(tokens: Tensor, args: Any) -> Tensor:
+        def call(tokens: Tensor | Unadded, args: Any) -> Tensor | Unadded:
             with self._visiting(expert, index, following):
                 return block(tokens, args)
 

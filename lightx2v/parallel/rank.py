@@ -20,7 +20,7 @@ from lightx2v.config import Parallel
 from lightx2v.diffuse import Hooks, Model, diffuse
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import require_kernels
-from lightx2v.offload import Asked
+from lightx2v.offload import Asked, rows_of
 from lightx2v.offload.shortage import free_unused, ran_out
 from lightx2v.parallel.agreement import StoppedElsewhereError, only_on_first, together, words_of
 from lightx2v.parallel.gain import FEW, MORE, of_depths, one_step, shallow
@@ -160,7 +160,8 @@ class Rank:
         only_on_first(mesh, lambda: require_kernels(self._infos, job.engine, self._device))
         self._asker.place = "reading weights"
         cached = job.cache.method != "none"
-        asked = Asked(job.shape, cached, job.loras, failed=job.failed, pin_limit=job.pin_limit)
+        rows = rows_of(job.cond, job.uncond if job.sampling.guided else None)
+        asked = Asked(job.shape, cached, job.loras, rows, failed=job.failed, pin_limit=job.pin_limit)
         made: list[Model] = []
         with ExitStack() as stack:
             opened = self._parts.model(job.engine, job.loras, "auto", asked)

@@ -82,7 +82,7 @@ def tightest(mesh: Mesh, make: Callable[[], Plan]) -> Plan:
     together(mesh, lambda: own.append(make()))
     plans: list[Plan] = [own[0]] * mesh.size
     dist.all_gather_object(plans, own[0], group=mesh.control)
-    return min(plans, key=lambda plan: (plan.whole, plan.resident, -plan.filed))
+    return min(plans, key=lambda plan: (plan.whole, plan.resident, -plan.filed, plan.kept))
 
 
 def _lay(networks: Networks, headers: Sequence[Header], descriptor: int) -> _Published:

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from lightx2v_kernels import registry
 
 HALF = (torch.bfloat16, torch.float16)
-OPS = ("conv_input", "conv3d", "doubled_conv")
+OPS = ("conv_input", "conv3d", "doubled_conv", "conv2d_relu")
 CHANNELS = 128  # of the self-tests
 
 
 @dataclass(frozen=True)
 class FrameKernels:
-    """Contracts: lightx2v_kernels/conv_input, conv3d and doubled_conv."""
+    """Contracts: lightx2v_kernels/conv_input, conv3d, doubled_conv and conv2d_relu."""
 
     conv_input: Callable[[Tensor, Tensor | None, tuple[int, int], bool, int], Tensor]
-    conv3d: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor]
-    doubled_conv: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    conv3d: Callable[..., Tensor]
+    doubled_conv: Callable[..., Tensor]
+    conv2d_relu: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def frame_kernels(x: Tensor, weight: Tensor) -> FrameKernels | None:
@@ -68,14 +69,14 @@ def convolve_causally(
 
 
 def convolve_beside_past(
-    kernels: FrameKernels, conv: nn.Conv2d, x: Tensor, past: Tensor | None
+    kernels: FrameKernels, conv: nn.Conv2d, x: Tensor, past: Tensor | None, *, relu: bool
 ) -> tuple[Tensor, Tensor]:
     """conv, 3x3, over every frame of x (B, C, t, H, W) joined with the one before it as 2C channels; and the past for
-    the next chunk. past: what the chunk before has given, None (zeros) at a clip's start."""
+    the next chunk. past: what the chunk before has given, None (zeros) at a clip's start. relu: of the result."""
     padded = kernels.conv_input(x, None, (1, 1), False, 1)
     now, before = conv.weight.chunk(2, 1)
     weight = torch.stack([before, now], 2).contiguous(memory_format=torch.channels_last_3d)
-    return kernels.conv3d(padded, past, weight, _bias(conv), None), _last(padded, past, 1)
+    return kernels.conv3d(padded, past, weight, _bias(conv), None, relu), _last(padded, past, 1)
 
 
 def _last(frames: Tensor, past: Tensor | None, count: int) -> Tensor:

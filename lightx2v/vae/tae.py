@@ -97,8 +97,9 @@ class Remember(nn.Module):
         before = None if state is None else state.get(self)
         conv, act, *rest = self.conv
         assert isinstance(conv, nn.Conv2d)
-        if (kernels := frame_kernels(x, conv.weight)) is not None:
-            y, last = convolve_beside_past(kernels, conv, unfold_time(x, batch), before)
+        kernels, cuts = frame_kernels(x, conv.weight), isinstance(act, nn.ReLU)
+        if kernels is not None:
+            y, last = convolve_beside_past(kernels, conv, unfold_time(x, batch), before, relu=cuts)
             y = fold_time(y)[0]
         else:
             rows = x.movedim(1, -1).unflatten(0, (batch, -1))  # (B, t, H, W, C): whole rows keep channels-last memory
@@ -107,6 +108,9 @@ class Remember(nn.Module):
             y, last = conv(torch.cat([x, past], 1)), rows[:, -1:].clone()
         if state is not None:
             state[self] = last
+        if kernels is not None and cuts:
+            second, third = ((layer.get_parameter("weight"), layer.get_parameter("bias")) for layer in rest[::2])
+            return kernels.conv2d_relu(kernels.conv2d_relu(y, *second, None), *third, x)
         y = act(y)
         for layer in rest:
             y = layer(y)
@@ -130,15 +134,22 @@ class Grow(nn.Module):
 
 
 class DoubledConv(nn.Conv2d):
-    """A 3x3 convolution over twice the height and width."""
+    """A 3x3 convolution over twice the height and width, and what follows it."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, act: nn.Module) -> None:
         super().__init__(channels, out_channels, 3, padding=1, bias=False)
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        if (kernels := frame_kernels(x, self.weight)) is not None:
-            return fold_time(kernels.doubled_conv(unfold_time(x, 1), self.weight, None))[0]
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if (kernels := frame_kernels(x, self.weight)) is None:
+            y = super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        else:
+            cuts = isinstance(self.act, nn.ReLU)
+            y = fold_time(kernels.doubled_conv(unfold_time(x, 1), self.weight, None, cuts))[0]
+            if cuts:
+                return y
+        result: Tensor = self.act(y)
+        return result
 
 
 class Pool(nn.Module):
@@ -167,11 +178,11 @@ def convolution(channels: int, out_channels: int, *, stride: int = 1, bias: bool
 
 def decoder(latents: int, widths: tuple[int, int, int, int], out: int, act: nn.Module) -> Stack:
     layers: list[nn.Module] = [SoftClamp(), convolution(latents, widths[0]), act]
-    for width, after, times in zip(widths, widths[1:], (1, 2, 2), strict=False):
+    # Identity holds the place of the doublings and, at the end, of what follows the last.
+    for width, after, times, follows in zip(widths, widths[1:], (1, 2, 2), (None, None, act), strict=False):
         layers += [Remember(width, act) for _ in range(3)]
-        # Identity holds the place of the doubling.
-        layers += [nn.Identity(), Grow(width, times), DoubledConv(width, after)]
-    return Stack([*layers, act, convolution(widths[3], out)])
+        layers += [nn.Identity(), Grow(width, times), DoubledConv(width, after, follows or nn.Identity())]
+    return Stack([*layers, nn.Identity(), convolution(widths[3], out)])
 
 
 def encoder(channels: int, width: int, latents: int, act: nn.Module) -> Stack:

@@ -5,8 +5,9 @@ that starts at the first of them. The matrix A of the product has such runs side
 place; nothing of it is stored.
 """
 
-import functools
-from dataclasses import dataclass
+import importlib
+from dataclasses import astuple
+from functools import partial
 from typing import Any, Sequence  # noqa: UP035 (PyTorch 2.6 knows no other in a schema)
 
 import torch
@@ -16,24 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lightx2v_kernels.conv3d import reference
+from lightx2v_kernels.conv3d._tiles import Tiles, chosen, cover
 from lightx2v_kernels.conv_input._triton import direct
 
 LEAST = 8  # channels, or a multiple of them: a pixel is then read 16 bytes at a time
-
-SIZES = ((128, 128, 64), (128, 128, 0), (256, 64, 32), (128, 128, 32))  # places and channels, for more than 64
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """places and channels: of one program's output; the channels in two products that share A, the second may be 0.
-    depth: of one step along K. stages: steps in flight. warps: of 32 threads."""
-
-    places: int
-    channels: int
-    more_channels: int
-    depth: int
-    stages: int
-    warps: int
 
 
 # Compiled once a layer, not again for each size of frames.
@@ -55,12 +42,14 @@ def _conv3d(
     KW: tl.constexpr,
     PAST: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
     DOUBLED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MORE_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     # Frames vary fastest: programs that run together share the frames that their kernels overlap in.
     number = tl.program_id(0)
@@ -71,9 +60,18 @@ def _conv3d(
     out_height = height - (2 if DOUBLED else KH - 1)
     out_width = width - (2 if DOUBLED else KW - 1)
     phase = tl.program_id(1) % 4 if DOUBLED else 0
-    places = (number // frames) * BLOCK_M + tl.arange(0, BLOCK_M)
-    kept = places < out_height * out_width
-    held = tl.minimum(places, out_height * out_width - 1)
+    if LINES > 1:
+        SIDE: tl.constexpr = BLOCK_M // LINES
+        across, inside_tile = tl.cdiv(out_width, SIDE), tl.arange(0, BLOCK_M)
+        tall = number // frames // across * LINES + inside_tile // SIDE
+        wide = number // frames % across * SIDE + inside_tile % SIDE
+        kept = (tall < out_height) & (wide < out_width)
+        places = tall * out_width + wide
+        held = tl.minimum(tall, out_height - 1) * out_width + tl.minimum(wide, out_width - 1)
+    else:
+        places = (number // frames) * BLOCK_M + tl.arange(0, BLOCK_M)
+        kept = places < out_height * out_width
+        held = tl.minimum(places, out_height * out_width - 1)
     first = tl.program_id(1) // (4 if DOUBLED else 1) * (BLOCK_N + MORE_N)
     RUN: tl.constexpr = KW * C
     STEPS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
@@ -121,63 +119,61 @@ def _conv3d(
     if DOUBLED:
         row = (batch * frames + frame) * (2 * out_height) + places // out_width * 2 + phase // 2
         at = row * (2 * out_width) + places % out_width * 2 + phase % 2
-    _store(total, bias, residual, out, at, kept, columns, OUT, RESIDUAL)
+    _store(total, bias, residual, out, at, kept, columns, OUT, RESIDUAL, RELU)
     if MORE_N > 0:
-        _store(more, bias, residual, out, at, kept, more_columns, OUT, RESIDUAL)
+        _store(more, bias, residual, out, at, kept, more_columns, OUT, RESIDUAL, RELU)
 
 
 @triton.jit
-def _store(total, bias, residual, out, at, kept, columns, OUT: tl.constexpr, RESIDUAL: tl.constexpr):
+def _store(
+    total, bias, residual, out, at, kept, columns, OUT: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr
+):  # fmt: skip
     mask = kept[:, None] & (columns < OUT)[None, :]
     to = at[:, None] * OUT + columns[None, :]
     total += tl.load(bias + columns, mask=columns < OUT, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
         total += tl.load(residual + to, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)
 
 
-def tiles(channels: int, out_channels: int, kernel: tuple[int, int, int], memory: int) -> Tiles:
-    """The tiles for a layer. memory: bytes that the threads of one program may share."""
-    size = (128, max(16, triton.next_power_of_2(out_channels)), 0)
-    if out_channels > 64:
-        size = min(SIZES, key=lambda size: -out_channels % sum(size[1:]))
-    run = kernel[2] * channels
-
-    def held(depth: int) -> int:
-        """Steps that fit."""
-        return min(4 if depth == 64 else 5, memory // (2 * sum(size) * depth))
-
-    # A step costs its depth, filled or not, and about as much again as a depth of 8.
-    depths = [depth for depth in (32, 64, 16) if held(depth) >= 3]
-    depth = min(depths, key=lambda depth: -(-run // depth) * (depth + 8))
-    return Tiles(*size, depth, held(depth), 4 if out_channels <= 64 else 8)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that the threads of one program may share: 227 KiB on an H100, 99 KiB on consumer GPUs."""
-    if device.type != "cuda":
-        return 232448
-    size: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return size
+def run(
+    rows: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor, beside: Tensor | None, out: Tensor,
+    kernel: tuple[int, int, int], how: Tiles, relu: bool,
+) -> None:  # fmt: skip
+    """Fills out (B, t, H, W, O) from rows (B, t, H', W', C), what is before and beside them in the same order.
+    weight: (O, kt, kh, kw, C), or for doubled frames by phase (2, 2, O, 2, 2, C)."""
+    (b, t, h, w, c), o, (kt, kh, kw) = rows.shape, out.shape[4], kernel
+    doubled = weight.ndim == 6
+    high, wide = (h - 2, w - 2) if doubled else (h - kh + 1, w - kw + 1)
+    channels = triton.cdiv(o, how.channels + how.more_channels) * (4 if doubled else 1)
+    given = (rows, rows if before is None else before, weight, bias, out if beside is None else beside, out, t, h, w)
+    more = dict(C=c, OUT=o, KT=kt, KH=kh, KW=kw, PAST=before is not None and kt > 1, RESIDUAL=beside is not None)
+    more |= dict(RELU=relu, DOUBLED=doubled, BLOCK_M=how.places, BLOCK_N=how.channels, MORE_N=how.more_channels)
+    grid = (cover(high, wide, how) * t, channels, b)
+    if how.straight:
+        importlib.import_module("lightx2v_kernels.conv3d._gluon").run(grid, given, more, how)
+    else:
+        more |= dict(BLOCK_K=how.depth, STAGES=how.stages, LINES=how.lines)
+        _conv3d[grid](*given, **more, num_warps=how.warps)
 
 
 def _launch(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: Sequence[int]
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    how: Sequence[int],
 ) -> Tensor:
-    made = Tiles(*how)
-    (b, c, t, h, w), (o, _, kt, kh, kw) = x.shape, weight.shape
-    rows, before, beside = (None if a is None else rows_of(a) for a in (x, past, residual))
-    shape = (b, t, h - kh + 1, w - kw + 1, o)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(shape[2] * shape[3], made.places) * t, triton.cdiv(o, made.channels + made.more_channels), b)
-    _conv3d[grid](
-        rows, rows if before is None else before, rows_of(weight), bias, out if beside is None else beside, out,
-        t, h, w, C=c, OUT=o, KT=kt, KH=kh, KW=kw,
-        PAST=past is not None and kt > 1, RESIDUAL=residual is not None, DOUBLED=False,
-        BLOCK_M=made.places, BLOCK_N=made.channels, MORE_N=made.more_channels, BLOCK_K=made.depth, STAGES=made.stages,
-        num_warps=made.warps,
-    )  # fmt: skip
+    (b, _, t, h, w), (o, _, kt, kh, kw) = x.shape, weight.shape
+    before, beside = (None if a is None else rows_of(a) for a in (past, residual))
+    out = torch.empty((b, t, h - kh + 1, w - kw + 1, o), dtype=x.dtype, device=x.device)
+    *sizes, straight = how
+    made = Tiles(*sizes, straight=bool(straight))  # type: ignore[misc, arg-type]
+    run(rows_of(x), before, rows_of(weight), bias, beside, out, (kt, kh, kw), made, relu)
     return out.permute(0, 4, 1, 2, 3)
 
 
@@ -191,7 +187,13 @@ _opaque = torch.library.custom_op("lightx2v::conv3d", _launch, mutates_args=())
 
 @_opaque.register_fake
 def _(
-    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, how: Sequence[int]
+    x: Tensor,
+    past: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    how: Sequence[int],
 ) -> Tensor:
     (b, _, t, h, w), (o, _, _, kh, kw) = x.shape, weight.shape
     return x.new_empty(b, t, h - kh + 1, w - kw + 1, o).permute(0, 4, 1, 2, 3)
@@ -199,15 +201,16 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
+    ctx.relu = inputs[5]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved: list[Any] = [None if a is None else a.detach().requires_grad_() for a in ctx.saved_tensors]
     with torch.enable_grad():
-        out = reference.conv3d(*saved)
+        out = partial(reference.conv3d, relu=ctx.relu)(*saved)
     given = [a for a in saved if a is not None]
     found = iter(torch.autograd.grad(out, given, grad, allow_unused=True))
-    return (*(None if a is None else next(found) for a in saved), None)
+    return (*(None if a is None else next(found) for a in saved), None, None)
 
 
 _opaque.register_autograd(_backward, setup_context=_setup)
@@ -219,15 +222,15 @@ def conv3d(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
+    relu: bool = False,
     how: Tiles | None = None,
 ) -> Tensor:
-    """See the contract in `__init__`. how: other tiles than those of `tiles`, for measuring."""
+    """See the contract in `__init__`. how: other tiles than `chosen`, for measuring."""
     if short := -weight.shape[1] % LEAST:
         more = (0, 0, 0, 0, 0, 0, 0, short)
         x, weight = F.pad(x, more), F.pad(weight, more)
         past = None if past is None else F.pad(past, more)
     o, c, kt, kh, kw = weight.shape
-    how = how or tiles(c, o, (kt, kh, kw), shared_memory(x.device))
-    fields = [how.places, how.channels, how.more_channels, how.depth, how.stages, how.warps]
-    out: Tensor = direct(_launch, _opaque)(x, past, weight, bias, residual, fields)
+    fields = [int(value) for value in astuple(how or chosen(c, o, (kt, kh, kw), x.device))]
+    out: Tensor = direct(_launch, _opaque)(x, past, weight, bias, residual, relu, fields)
     return out

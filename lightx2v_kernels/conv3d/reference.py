@@ -8,16 +8,22 @@ from lightx2v_kernels.precision import FLOATS, widen
 from lightx2v_kernels.registry import Backend
 
 
-def conv3d(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+def conv3d(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool = False
+) -> Tensor:
     """See the contract in `__init__`; one rounding, at the end."""
     made = F.conv3d(_joined(widen(x), past, weight), widen(weight), widen(bias))
-    return (made if residual is None else made + widen(residual)).to(x.dtype)
+    made = made if residual is None else made + widen(residual)
+    return (made.relu() if relu else made).to(x.dtype)
 
 
-def cudnn(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+def cudnn(
+    x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool = False
+) -> Tensor:
     """The same through PyTorch's convolution at the type of x."""
     made = F.conv3d(_joined(x, past, weight), weight, bias)
-    return made if residual is None else made + residual
+    made = made if residual is None else made + residual
+    return made.relu() if relu else made
 
 
 def _joined(x: Tensor, past: Tensor | None, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A 3x3 convolution over frames of twice the height and width, every pixel four times.
 
-doubled_conv(x (B, C, t, H, W), weight (O, C, 3, 3), bias (O,) | None) -> (B, O, t, 2H, 2W), channels last in memory, in
-the dtype of x. Around the doubled frames are zeros.
+doubled_conv(x (B, C, t, H, W), weight (O, C, 3, 3), bias (O,) | None, relu=False) -> (B, O, t, 2H, 2W), channels last
+in memory, in the dtype of x. Around the doubled frames are zeros. relu: negative numbers become 0.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[t
         weight = torch.randn(out, head_dim, 3, 3, generator=generator) * (9 * head_dim) ** -0.5
         bias = torch.randn(out, generator=generator).to(device, dtype)
         frames = x if out == head_dim else x.contiguous(memory_format=torch.channels_last_3d)
-        found.append((frames, weight.to(device, dtype), None if out == 5 else bias))
+        found.append((frames, weight.to(device, dtype), None if out == 5 else bias, out == head_dim))
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightx2v.__main__ import main
-from lightx2v.blocks import RunBlocks
+from lightx2v.blocks import RunBlocks, Unadded, added
 from lightx2v.cache.turn import Turn
 from lightx2v.config import Sampling
 from lightx2v.diagnosis import explain
@@ -60,9 +60,9 @@ def breaks_after(network: nn.Module, calls: int) -> None:
     """The second block's result is infinite in every pass after so many."""
     seen: list[int] = []
 
-    def hook(module: nn.Module, args: object, out: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: object, out: Unadded) -> Unadded | Tensor:
         seen.append(1)
-        return out * float("inf") if len(seen) > calls else out
+        return added(out) * float("inf") if len(seen) > calls else out
 
     network.blocks[1].register_forward_hook(hook)
 
@@ -183,11 +183,11 @@ def test_what_only_a_cache_breaks_is_the_caches_fault(network: WanTransformer) -
 def test_a_result_that_does_not_come_twice_and_a_device_that_fails_are_said(network: WanTransformer) -> None:
     passes: list[int] = []
 
-    def once(module: nn.Module, args: object, out: Tensor) -> Tensor:
+    def once(module: nn.Module, args: object, out: Unadded) -> Tensor:
         passes.append(1)
         if len(passes) == 4 and fails:
             raise RuntimeError("CUDA error: out of order")
-        return out * (NAN if len(passes) == 1 else 1)
+        return added(out) * (NAN if len(passes) == 1 else 1)
 
     network.blocks[0].register_forward_hook(once)
     fails = False

@@ -227,7 +227,7 @@ class Told(torch.nn.Module):
         super().__init__()
         self.asked: list[tuple[float, float, torch.Tensor | None]] = []
 
-    def forward(self, latents, timestep, context, run, *, image, step_end):
+    def forward(self, latents, timestep, context, run, *, keep, image, step_end):
         self.asked.append((float(timestep), float(step_end), context.glyphs))
         return torch.zeros_like(latents)
 

@@ -12,6 +12,7 @@ from benchmarks import frames, text, vae, vae_peers
 from lightx2v.vae import layers
 from lightx2v.vae.fused import FrameKernels
 from lightx2v.vae.wan import WanVAE, WanVAEConfig
+from lightx2v_kernels.conv2d_relu.reference import conv2d_relu
 from lightx2v_kernels.conv3d.reference import conv3d
 from lightx2v_kernels.conv_input.reference import conv_input
 from lightx2v_kernels.doubled_conv.reference import doubled_conv
@@ -24,7 +25,7 @@ def test_a_wrong_layer_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae, "GATE", (16, 24, 5))
     network = vae.build(TINY, CPU, torch.float32)
     assert vae.gate(TINY, network, CPU) is None
-    broken = FrameKernels(lambda *args: conv_input(*args) * 1.01, conv3d, doubled_conv)
+    broken = FrameKernels(lambda *args: conv_input(*args) * 1.01, conv3d, doubled_conv, conv2d_relu)
     monkeypatch.setattr(layers, "frame_kernels", lambda x, weight: broken)
     assert (vae.gate(TINY, network, CPU) or "").startswith("decode: relative error")
 

@@ -24,6 +24,7 @@ from lightx2v.vae import fused, stream
 from lightx2v.vae.loading import VAEInfo
 from lightx2v.vae.padded import encode_padded
 from lightx2v.vae.tiling import Tiling
+from lightx2v_kernels.conv2d_relu.torch_steps import conv2d_relu
 from lightx2v_kernels.conv3d.reference import cudnn
 from lightx2v_kernels.conv_input.reference import plain as conv_input
 from lightx2v_kernels.doubled_conv.reference import plain as doubled_conv
@@ -36,7 +37,7 @@ VAES: dict[str, Callable[[], Any]] = {
     "wan22": lambda: tiny_vae22(8, 8),
     "hunyuan": lambda: tiny_vae15((8, 16, 32, 64, 64)),
 }
-KERNELS = fused.FrameKernels(conv_input, cudnn, doubled_conv)
+KERNELS = fused.FrameKernels(conv_input, cudnn, doubled_conv, conv2d_relu)
 ROWS = 5  # of latents: odd, so that neither 2 nor 4 ranks have equal shares
 TILES = Decoding("tiled", Tiling(32, 8))
 

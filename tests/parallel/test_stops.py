@@ -17,6 +17,7 @@ from torch import Tensor
 from demo.shipped import BASE, SHIPPED
 from dev.environment import REPOSITORY
 from lightx2v.__main__ import main
+from lightx2v.blocks import Unadded, added
 from lightx2v.cache.calibration import Recorder
 from lightx2v.config import Parallel, Sampling
 from lightx2v.diffuse import Hooks, Model, Start, diffuse
@@ -52,8 +53,8 @@ def not_finite(parallel: Parallel) -> str:
     model, network = over(parallel)
     rank = model.mesh.rank if model.mesh else 0
 
-    def spoil(module: Any, args: Any, out: Tensor) -> Tensor:
-        return out.index_fill(1, torch.tensor([2]), float("inf")) if rank == 1 else out
+    def spoil(module: Any, args: Any, out: Unadded) -> Tensor:
+        return added(out).index_fill(1, torch.tensor([2]), float("inf")) if rank == 1 else added(out)
 
     network.blocks[1].register_forward_hook(spoil)
     return outcome(model)

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
+from lightx2v.kept import Keep, anew
 from lightx2v.models.hunyuan_video_15.config import HEAD_DIM, ROPE_CHANNELS, ROPE_THETA, HunyuanConfig
 from lightx2v.models.hunyuan_video_15.text import (
     Embedder,
@@ -195,12 +196,14 @@ class HunyuanTransformer(nn.Module):
         *,
         image: Tensor | None = None,
         step_end: Tensor | None = None,
+        keep: Keep = anew,
     ) -> Tensor:
         """latents (B, C, T, H, W) model space -> velocity (B, out_channels, T, H, W), in the weights' dtype.
 
         timestep: (B,) in [0, 1000]. step_end: (B,), the timestep that the step goes to, for step-distilled models.
         image: (B, C', T, H, W) further input channels, C + C' = in_channels: latents of the given frames, then the mask
         (1 where given); all zeros for text-to-video. T, H, W must be multiples of the patch.
+        keep: of passes with the same context, whose glyphs and image are then embedded once.
         """
         config, dtype = self.config, self.img_in.proj.weight.dtype
         if image is not None:
@@ -212,7 +215,7 @@ class HunyuanTransformer(nn.Module):
         if step_end is not None:
             time = time + self.time_r_in(step_end).float()
         time = F.silu(time)
-        asked = self._asked(context, timestep, dtype)
+        asked = self._asked(context, timestep, dtype, keep)
         video = prod(grid)
         args = BlockArgs(
             time=time,
@@ -228,16 +231,17 @@ class HunyuanTransformer(nn.Module):
             patches, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
         )
 
-    def _asked(self, given: Conditioning, timestep: Tensor, dtype: torch.dtype) -> Sequences:
+    def _asked(self, given: Conditioning, timestep: Tensor, dtype: torch.dtype, keep: Keep) -> Sequences:
         """Image, glyphs and text, each marked for what it is: only tokens that count, in this order."""
         kinds = self.cond_type_embedding.weight.to(dtype)
-        text = packed([(given.text.to(dtype), given.text_mask)])
+        text = keep(self.txt_in, lambda: packed([(given.text.to(dtype), given.text_mask)]))
         refined = self.txt_in(text, timestep) + kinds[TEXT]
         parts: list[tuple[Tensor, Tensor | None]] = []
-        if given.image is not None:
-            parts.append((self.vision_in(given.image.to(dtype)) + kinds[IMAGE], None))
-        if given.glyphs is not None:
-            parts.append((self.byt5_in(given.glyphs.to(dtype)) + kinds[GLYPHS], given.glyphs_mask))
+        if (image := given.image) is not None:
+            parts.append((keep(self.vision_in, lambda: self.vision_in(image.to(dtype)) + kinds[IMAGE]), None))
+        if (glyphs := given.glyphs) is not None:
+            embedded = keep(self.byt5_in, lambda: self.byt5_in(glyphs.to(dtype)) + kinds[GLYPHS])
+            parts.append((embedded, given.glyphs_mask))
         return packed([*parts, (refined, _valid(text))])
 
     def _check(self, latents: Tensor, step_end: Tensor | None) -> None:

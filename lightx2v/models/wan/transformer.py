@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightx2v.blocks import RunBlocks, run_blocks
+from lightx2v.kept import Keep, anew
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.parallel.cut import Cut, Stream
 from lightx2v.quant.feeding import (
@@ -24,8 +25,10 @@ from lightx2v.quant.feeding import (
     residual_modulate,
     shaped_as,
 )
-from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, rope_table, sinusoidal
+from lightx2v.tokens import AffineNorm, RMSNorm, image_projector, patch_tokens, rope_table, sinusoidal
 from lightx2v_kernels import Kernels
+
+Read = tuple[tuple[Tensor, Tensor], ...]  # keys and values, each (B, S, H, D): of the text, of an image
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class BlockArgs:
     context: Tensor  # (B, S, D) text tokens
     rope: tuple[Tensor, Tensor]  # cos and sin, each (L, head_dim / 2) float32
     image: Tensor | None = None  # (B, I, D) image tokens
+    keep: Keep = anew  # keys and values of both
 
     def streams(self, tokens: int) -> tuple[Stream, ...]:
         """How so many tokens may be shared out: of every run with its own modulation a part."""
@@ -93,15 +97,43 @@ class Attention(nn.Module):
         )
         return self.o(rearrange(y, "b l h d -> b l (h d)"))
 
-    def forward(self, x: Tokens, context: Tensor, image: Tensor | None = None) -> Tensor:
-        """Cross-attention: x (B, L, D), context (B, S, D), image (B, I, D) or None -> (B, L, D)."""
-        q, k, v = self._heads(self.norm_q(self.q(x))), self._heads(self.norm_k(self.k(context))), self.v(context)
-        y = self._kernels.cross_attention(q, k, self._heads(v))
-        if image is not None:
-            k, v = self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image))
-            y = y + self._kernels.cross_attention(q, k, v)
+    def read(self, context: Tensor, image: Tensor | None = None) -> Read:
+        """Keys and values for cross-attention. context (B, S, D), image (B, I, D) or None."""
+        text = self._heads(self.norm_k(self.k(context))), self._heads(self.v(context))
+        if image is None:
+            return (text,)
+        return text, (self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image)))
+
+    def forward(self, x: Tokens, read: Read) -> Tensor:
+        """Cross-attention: x (B, L, D) to what was read -> (B, L, D)."""
+        q = self._heads(self.norm_q(self.q(x)))
+        text, *image = read
+        y = self._kernels.cross_attention(q, *text)
+        for each in image:
+            y = y + self._kernels.cross_attention(q, *each)
         del q
         return self.o(rearrange(y, "b l h d -> b l (h d)"))
+
+
+class Unadded:
+    """x + y * gate before it is added; x and y (B, L, D), gate (B, G, D) float32, one for each of G runs of tokens.
+
+    The next block adds it in the pass that norms and modulates the sum, which is one reading of all tokens less. It
+    takes it out, so that nobody who passed it on holds x and y any longer.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, gate: Tensor, kernels: Kernels) -> None:
+        self._parts = [(x, y, gate)]
+        self._kernels = kernels
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and gate, once."""
+        return self._parts.pop()
+
+    def added(self) -> Tensor:
+        """The sum (B, L, D), which leaves it as it is."""
+        ((x, y, gate),) = self._parts
+        return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
 
 
 class WanBlock(nn.Module):
@@ -118,12 +150,14 @@ class WanBlock(nn.Module):
         self.eps = config.eps
         self._kernels = kernels
 
-    def _modulate(self, x: Tensor, shift: Tensor, scale: Tensor, reads: Reads) -> Tokens:
-        """x (B, L, D), shift and scale (B, G, D), one for each of G runs of tokens -> (B, L, D)."""
-        return shaped_as(x, modulate(self._kernels, reads, _runs(x, shift), _samples(shift), _samples(scale), self.eps))
-
-    def _add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-        return self._kernels.gated_residual(_runs(x, gate), _runs(y, gate), _samples(gate)).view_as(x)
+    def _modulate(self, tokens: Tensor | Unadded, shift: Tensor, scale: Tensor, reads: Reads) -> tuple[Tensor, Tokens]:
+        """The tokens (B, L, D), and those modulated. shift, scale: (B, G, D), one for each of G runs of tokens."""
+        if isinstance(tokens, Unadded):
+            x, y, gate = tokens.take()
+            return self._add_and_modulate(x, y, gate, shift, scale, reads)
+        runs = _runs(tokens, shift)
+        modulated = modulate(self._kernels, reads, runs, _samples(shift), _samples(scale), self.eps)
+        return tokens, shaped_as(tokens, modulated)
 
     def _add_and_norm(self, x: Tensor, y: Tensor, gate: Tensor, reads: Reads) -> tuple[Tensor, Tokens]:
         """x + y * gate, and that under norm3."""
@@ -134,30 +168,33 @@ class WanBlock(nn.Module):
         return x.view_as(y), shaped_as(y, normed)
 
     def _add_and_modulate(
-        self, x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, reads: Reads
+        self, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, reads: Reads
     ) -> tuple[Tensor, Tokens]:
-        """x + y, and that modulated."""
+        """x + y * gate, or x + y, and that modulated."""
+        gates, change = None if gate is None else _samples(gate), (_samples(shift), _samples(scale))
         x, modulated = residual_modulate(
-            self._kernels, reads, _runs(x, shift), _runs(y, shift), None, _samples(shift), _samples(scale), self.eps
+            self._kernels, reads, _runs(x, shift), _runs(y, shift), gates, *change, self.eps
         )
         return x.view_as(y), shaped_as(y, modulated)
 
-    def forward(self, x: Tensor, args: BlockArgs) -> Tensor:
-        """x (B, L, D) -> (B, L, D)"""
+    def forward(self, tokens: Tensor | Unadded, args: BlockArgs) -> Unadded:
+        """tokens (B, L, D), or as the block before left them."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + args.modulation).unbind(2)
         own, text, ffn = self.self_attn, self.cross_attn, self.ffn
         # `del`: each of these is 0.8 GB of a 14B at 720p, and would live until the end of the block
-        projected = own.project(self._modulate(x, shift, scale, agreed(own.q, own.k, own.v)))
+        x, modulated = self._modulate(tokens, shift, scale, agreed(own.q, own.k, own.v))
+        projected = own.project(modulated)
+        del modulated
         attended = own.attend(projected, args.rope)
         x, normed = self._add_and_norm(x, attended, gate, agreed(text.q))
         del attended
-        described = text(normed, args.context, image=args.image)
+        described = text(normed, args.keep(text, lambda: text.read(args.context, args.image)))
         del normed
-        x, modulated = self._add_and_modulate(x, described, ffn_shift, ffn_scale, agreed(ffn[0]))
+        x, modulated = self._add_and_modulate(x, described, None, ffn_shift, ffn_scale, agreed(ffn[0]))
         del described
         fed = in_pieces(lambda piece: gelu_between(self._kernels, ffn, ffn[0], ffn[2], piece), modulated)
         del modulated
-        return self._add(x, fed, ffn_gate)
+        return Unadded(x, fed, ffn_gate, self._kernels)
 
 
 def _runs(x: Tensor, per_run: Tensor) -> Tensor:
@@ -234,20 +271,23 @@ class WanTransformer(nn.Module):
         *,
         image: Tensor | None = None,
         clip: Tensor | None = None,
+        keep: Keep = anew,
     ) -> Tensor:
         """latents (B, C, T, H, W) model space, context (B, S, text_dim) -> velocity (B, out_channels, T, H, W).
 
         timestep: (B,) in [0, 1000], or (B, T), one a latent frame.
         image: (B, C', T, H, W) further input channels, C + C' = in_channels (image-to-video: mask and image latents).
         clip: (B, I, image_dim) tokens of the start (and end) image, for models that read them.
+        keep: of passes with the same context and clip, which are then embedded and turned to keys and values once.
         The result is in the weights' dtype. T, H, W must be multiples of the patch.
         """
         config, dtype = self.config, self.patch_embedding.weight.dtype
         if image is not None:
             latents = torch.cat([latents, image.to(latents)], dim=1)
         self._check(latents, timestep)
-        tokens = self.patch_embedding(latents.to(dtype))
-        grid = (tokens.shape[2], tokens.shape[3], tokens.shape[4])
+        (_, _, t, h, w), (pt, ph, pw) = latents.shape, config.patch_size
+        grid = (t // pt, h // ph, w // pw)
+        tokens = patch_tokens(self.patch_embedding, latents.to(dtype))
         time = self.time_embedding(
             sinusoidal(timestep.reshape(len(timestep), -1), config.freq_dim).to(
                 self.time_embedding.get_parameter("0.weight").dtype
@@ -255,13 +295,13 @@ class WanTransformer(nn.Module):
         )
         args = BlockArgs(
             modulation=rearrange(self.time_projection(time).float(), "b g (six d) -> b g six d", six=6),
-            context=self.text_embedding(context.to(dtype)),
+            context=keep(self.text_embedding, lambda: self.text_embedding(context.to(dtype))),
             rope=rope_table(grid, rope_channels(config.hidden_size // config.num_heads), 10000.0, latents.device),
-            image=None if clip is None else self.img_emb(clip.to(dtype)),
+            image=None if clip is None else keep(self.img_emb, lambda: self.img_emb(clip.to(dtype))),
+            keep=keep,
         )
-        tokens = run(list(self.blocks), rearrange(tokens, "b d t h w -> b (t h w) d"), args)
-        patches = self.head(tokens, time.float())
-        (t, h, w), (pt, ph, pw) = grid, config.patch_size
+        patches = self.head(run(list(self.blocks), tokens, args), time.float())
+        (t, h, w) = grid
         return rearrange(
             patches, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
         )
