@@ -18,6 +18,7 @@ from lightx2v.cache.choice import choose
 from lightx2v.cache.walk import CacheReport
 from lightx2v.config import Parallel
 from lightx2v.diffuse import Hooks, Model, diffuse
+from lightx2v.heap import trim_heap
 from lightx2v.identify import CheckpointInfo, identify
 from lightx2v.loading import require_kernels
 from lightx2v.offload import Asked, rows_of
@@ -115,6 +116,7 @@ class Rank:
             hooks = self._hooks(mesh, job.previews)
             latents = diffuse(model, job.start, job.sampling, job.cond, job.uncond, hooks=hooks, cache=cache)
         done = Done(latents, tuple(self._parts.said(reports))) if mesh.first else Done(None)
+        trim_heap()
         if self._device.type != "cuda":
             return done
         torch.cuda.empty_cache()  # others may decode on this device now

@@ -200,7 +200,7 @@ class TinyVAE(nn.Module):
     """
 
     first_chunk = CHUNK
-    at_once = 3  # fewer keep a GPU waiting for launches
+    at_once = 7  # fewer keep a GPU waiting for launches
 
     def __init__(self, config: TAEConfig | None = None) -> None:
         super().__init__()

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from demo.shipped import SHIPPED, T2V
-from formats.writers import gguf_q8_0
 from lightx2v import LightX2VPipeline
 from lightx2v.offload.plan import GB
 
@@ -32,6 +31,9 @@ DEVICES = [
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf", reason="needs the package gguf")
+    from formats.writers import gguf_q8_0
+
     state = {name: tensor.float() for name, tensor in load_file(T2V).items()}
     return gguf_q8_0(state, tmp_path_factory.mktemp("gguf"))[0]
 
@@ -42,7 +44,7 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def pipe(request: pytest.FixtureRequest, scheme: str, gguf: Path) -> LightX2VPipeline:
+def pipe(request: pytest.FixtureRequest, scheme: str) -> LightX2VPipeline:
     """Of the small text-to-video model, or of its two experts: one in fp8, the other as it was trained."""
     shipped = SHIPPED["moe" if scheme == "experts" else "t2v"]
     made = LightX2VPipeline(T2V.parent, device=request.param, **shipped.model)
@@ -50,7 +52,8 @@ def pipe(request: pytest.FixtureRequest, scheme: str, gguf: Path) -> LightX2VPip
     if scheme in ("fp8", "int8"):
         made.enable_quantize(dit_quantized=True, quant_scheme=scheme)
     elif scheme == "gguf":
-        made.enable_quantize(dit_quantized=True, dit_quantized_ckpt=gguf, quant_scheme="gguf-Q8_0")
+        packed = request.getfixturevalue("gguf")
+        made.enable_quantize(dit_quantized=True, dit_quantized_ckpt=packed, quant_scheme="gguf-Q8_0")
     return made
 
 

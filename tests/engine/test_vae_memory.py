@@ -31,7 +31,7 @@ CONFIGS = {
     "taew2_2": TAEConfig("taew2_2"),
     "taew2_1, narrow": TAEConfig("taew2_1", (64, 64, 32, 16), 32),
 }
-HEIGHT, WIDTH, FRAMES = 480, 832, 17
+HEIGHT, WIDTH, FRAMES = 480, 832, 57
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import aiohttp
@@ -23,6 +24,9 @@ from host.tiny_models import I2V, TinyModels, write_transformer
 TIMEOUT_S = 3600.0
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 I2V_FILE = "load_i2v.safetensors"
+DEMO = "lightx2v-demo/"
+SIZES = ((96, 96, 9), (128, 128, 17), (128, 96, 13), (64, 128, 17))  # the largest second: from there nothing may grow
+LORAS = ("loras/wan_t2v_4steps_lora_rank16.safetensors", "loras/wan_t2v_night_lora_rank8.safetensors")
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class Ended:
     job: Job
     status: str
     digest: str = ""
-    rss: int = 0  # bytes of the server's memory then
+    rss: int = 0  # bytes of the server's RAM then, without pages of files
     message: str = ""
     order: float = 0.0  # when it was heard, in seconds
+    whole: int = 0  # the same, with pages of files
 
 
 @dataclass
@@ -54,15 +59,16 @@ class _Client:
     """One socket, and what it heard. foreign: messages about prompts of others."""
 
     jobs: Sequence[Job]
-    heard: dict[str, tuple[str, int, str, float]] = field(default_factory=dict)
+    heard: dict[str, tuple[str, tuple[int, int], str, float]] = field(default_factory=dict)
     ids: dict[str, Job] = field(default_factory=dict)
     foreign: int = 0
 
 
-def rss(pid: int) -> int:
-    """Bytes of RAM that a process holds, without pages of files."""
+def rss(pid: int) -> tuple[int, int]:
+    """Bytes of RAM that a process holds: without pages of files, and with them."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    held = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if "Rss" in line or "VmRSS" in line}
+    return held["RssAnon"], held["VmRSS"]
 
 
 def press(server: Server, clients: Sequence[Sequence[Job]]) -> tuple[list[Ended], int]:
@@ -74,7 +80,9 @@ async def _press(server: Server, clients: Sequence[Sequence[Job]]) -> tuple[list
     served = [_Client(jobs) for jobs in clients]
     await asyncio.gather(*(_serve(server, client) for client in served))
     async with aiohttp.ClientSession(server.url) as session:
-        history = await _get(session, "/history")
+        heard = {prompt for client in served for prompt in client.heard}
+        while not heard <= (history := await _get(session, "/history")).keys():
+            await asyncio.sleep(0.05)  # what has ended is told first and written down then
     ended = [_ended(prompt, job, client, history) for client in served for prompt, job in client.ids.items()]
     return ended, sum(client.foreign for client in served)
 
@@ -136,7 +144,7 @@ def _ended(prompt: str, job: Job, client: _Client, history: Mapping[str, Any]) -
         return Ended(job, "deleted" if job.deed == "delete" and prompt not in history else "lost")
     status, held, said, order = client.heard[prompt]
     shown = history.get(prompt, {}).get("outputs", {}).get("digest", {}).get("text", ())
-    return Ended(job, status, "".join(shown), held, said, order)
+    return Ended(job, status, "".join(shown), held[0], said, order, held[1])
 
 
 def alone(server: Server, jobs: Sequence[Job]) -> dict[str, str]:
@@ -168,6 +176,15 @@ def flatness(held: Sequence[int], first: int) -> dict[str, float]:
     before, after = max(held[:first]), max(held[first:])
     numbers = {"first_mb": before / 1e6, "last_mb": held[-1] / 1e6, "most_mb": max(held) / 1e6}
     return {**{name: round(number, 1) for name, number in numbers.items()}, "growth": round(after / before - 1, 4)}
+
+
+def settled(held: Sequence[int]) -> dict[str, float]:
+    """MB of memory after the second prompt, after the last (the median of three) and at most from there on, and by
+    which shares these two exceed the second."""
+    second, last, most = held[1], median(held[-3:]), max(held[2:])
+    numbers = {"second_mb": second / 1e6, "last_mb": last / 1e6, "most_mb": most / 1e6}
+    shares = {"growth": round(last / second - 1, 4), "growth_at_most": round(most / second - 1, 4)}
+    return {**{name: round(number, 1) for name, number in numbers.items()}, **shares}
 
 
 # What is asked for ----------------------------------------------------------------------------------------------------
@@ -246,3 +263,29 @@ def mixed(server: Server, models: TinyModels, prompts: int, clients: int, seed: 
     for index in range(4, prompts, 20):
         jobs[index] = Job(f"stopped {index}", _small(models, 10_000 + index, steps=900), "stop")
     return [jobs[start::clients] for start in range(clients)]
+
+
+def demo(index: int) -> Graph:
+    """Prompt to mp4 by the small trained model: of another size, LoRA, strength and seed than the one before."""
+    width, height, length = SIZES[index % len(SIZES)]
+    wan = f"{DEMO}wan2.1_t2v/"
+    graph = {
+        "model": node("LightX2VLoadModel", original_ckpt=f"{wan}diffusion_pytorch_model.safetensors"),
+        "text": node("LightX2VLoadTextEncoder", text_encoder=f"{wan}models_t5_umt5-xxl-enc.safetensors"),
+        "vae": node("LightX2VLoadVAE", vae_name=f"{wan}Wan2.1_VAE.safetensors"),
+        "positive": node(
+            "LightX2VTextEncode", encoder=["text", 0], text="a red circle moves right over a navy background"
+        ),
+        "negative": node("LightX2VTextEncode", encoder=["text", 0], text=""),
+        "empty": node("LightX2VEmptyLatent", width=width, height=height, length=length, family="wan2.1", batch_size=1),
+        "sample": our_sampler(model=["model", 0], seed=index, steps=4),
+        "decode": node("LightX2VDecode", latent=["sample", 0], vae=["vae", 0]),
+        "video": node("CreateVideo", images=["decode", 0], fps=16.0),
+        "save": node("SaveVideo", video=["video", 0], filename_prefix="load/demo", format="mp4", codec="h264"),
+        "digest": node("FixtureDigest", value=["decode", 0]),
+    }
+    if index % 5 != 4:  # and every fifth wears none
+        lora = LORAS[index % 3 % 2]
+        graph["lora"] = node("LightX2VLoRA", lora_name=DEMO + lora, strength=1.0 - index / 100, expert="both")
+        graph["model"]["inputs"]["lora"] = ["lora", 0]
+    return graph

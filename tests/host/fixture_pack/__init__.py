@@ -9,7 +9,14 @@ from .decoding import FixtureCrampedVae, FixturePreviewMethod
 from .faults import FixtureDigest, FixtureTripwire
 from .flags import FixturePlanWith
 from .hunyuan import FixtureHunyuanClip
-from .memory import FixtureFailingEncoder, FixtureFailingModel, FixtureFreeRam, FixtureHoldMemory, FixtureLoadedModels
+from .memory import (
+    FixtureFailingEncoder,
+    FixtureFailingModel,
+    FixtureFreeRam,
+    FixtureHoldMemory,
+    FixtureKeptFree,
+    FixtureLoadedModels,
+)
 from .text import FixtureUmt5Clip
 from .vision import FixtureCellVae, FixtureClipVision, FixturePicture, FixtureTightVae
 
@@ -26,6 +33,7 @@ class FixtureExtension(ComfyExtension):
             FixtureHoldMemory,
             FixtureHunyuanClip,
             FixtureKeep,
+            FixtureKeptFree,
             FixtureLoadedModels,
             FixturePicture,
             FixturePlanWith,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
@@ -133,3 +135,28 @@ class FixtureLoadedModels(io.ComfyNode):
             for model in loaded
         )
         return io.NodeOutput(ui={"text": tuple(json.dumps(line) for line in lines)})
+
+
+class FixtureKeptFree(io.ComfyNode):
+    """Show how many MB of freed memory the C library has kept and gives back when it is asked."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FixtureKeptFree",
+            category="tests",
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[io.AnyType.Input("after")],
+        )
+
+    @classmethod
+    def execute(cls, after: object) -> io.NodeOutput:
+        before = _anonymous()
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+        return io.NodeOutput(ui={"text": (f"{(before - _anonymous()) / 1e6:.1f}",)})
+
+
+def _anonymous() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
