@@ -22,7 +22,7 @@ from lightx2v.models import TextEncoder
 from lightx2v.offload import Home, Placing, Plan
 from lightx2v.offload.disk import left_in_file
 from lightx2v.text import byt5, hunyuan15, qwen, umt5
-from lightx2v.text.chat import is_tokenizer
+from lightx2v.text.chat import tokenizer_in
 
 from . import host
 from .lora import LoraStack
@@ -389,8 +389,8 @@ class LightX2VLoadTextEncoder(io.ComfyNode):
                 raise ValueError(f"{text_encoder} is umT5, which has no second encoder; set text_encoder_2 to {NONE}")
             encoder = umt5.load(path, tokenizer=None, dtype=None, device=resting)
         else:
-            own = is_tokenizer(path if path.is_dir() else path.parent / "tokenizer")
-            encoder = hunyuan15.load(path, second, tokenizer=None if own else host.qwen_vocabulary(), device=resting)
+            own = tokenizer_in(path if path.is_dir() else path.parent)
+            encoder = hunyuan15.load(path, second, tokenizer=own or host.qwen_vocabulary(), device=resting)
         return io.NodeOutput(LoadedTextEncoder(encoder, host.EngineHandle(host.Housed(encoder.model), device, resting)))
 
 

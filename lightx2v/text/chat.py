@@ -57,9 +57,9 @@ def find_tokenizer(checkpoint: Path, given: Path | None, vocab_size: int) -> Cha
     Raises CheckpointError where none is found, it cannot be read, or it belongs to another model.
     """
     root = given or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
-    places = [root / name for name in FOLDERS]
-    found = next((place for place in places if is_tokenizer(place)), None)
+    found = tokenizer_in(root)
     if found is None:
+        places = [root / name for name in FOLDERS]
         raise CheckpointError(
             f"{checkpoint}: no tokenizer of Qwen2.5-VL found; looked for tokenizer.json, or vocab.json and merges.txt, "
             f"in {', '.join(map(str, places))}: put those of Qwen/Qwen2.5-VL-7B-Instruct into {root / 'tokenizer'}"
@@ -78,6 +78,11 @@ def find_tokenizer(checkpoint: Path, given: Path | None, vocab_size: int) -> Cha
             "Qwen/Qwen2.5-VL-7B-Instruct"
         )
     return tokenizer
+
+
+def tokenizer_in(root: Path) -> Path | None:
+    """The folder of the tokenizer that lies in a model's folder, if one does."""
+    return next((root / name for name in FOLDERS if is_tokenizer(root / name)), None)
 
 
 def is_tokenizer(folder: Path) -> bool:
