@@ -71,7 +71,7 @@ DEMOS = {
     ),
     "hunyuan": Demo(
         "text to video with HunyuanVideo-1.5",
-        "a green square moves up over a navy background",
+        "a blue square moves down over a white background",
         20,
         {
             "model_path": DEMO_MODELS / "hunyuan_video_15",

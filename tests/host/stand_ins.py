@@ -35,6 +35,7 @@ class StandIn:
 
 
 HUNYUAN = {
+    "hunyuanvideo1.5_720p_t2v_fp16.safetensors": "workflow_hunyuan.safetensors",
     "hunyuanvideo1.5_720p_i2v_fp16.safetensors": "workflow_hunyuan.safetensors",
     "hunyuanvideo1.5_480p_t2v_fp16.safetensors": "workflow_hunyuan.safetensors",
     "hunyuanvideo1.5_t2v_480p_lightx2v_4step_lora_rank_32_bf16.safetensors": "workflow_lora_hunyuan.safetensors",
@@ -76,6 +77,7 @@ STAND_INS = {
         {"steps": 10},
     ),
 }
+RELEASED_STAND_INS = {**STAND_INS, "hunyuan15_t2v": StandIn(HUNYUAN)}  # 0.1.0 had no small model of this kind
 
 
 def write_stand_ins(models: Path) -> None:
@@ -134,11 +136,12 @@ def _lora(takes: Input, seed: int) -> dict[str, torch.Tensor]:
     return tiny_lora.tensors(pairs, "kijai")
 
 
-def runnable(name: str, api: Api) -> Api:
+def runnable(name: str, api: Api, stand_ins: Mapping[str, StandIn] = STAND_INS) -> Api:
     """The workflow as it is, or with its stand-ins. AssertionError if it names a file that has none."""
-    if name not in STAND_INS:
-        return api
-    stand_in, graph = STAND_INS[name], copy.deepcopy(api)
+    graph = copy.deepcopy(api)
+    if name not in stand_ins:
+        return graph
+    stand_in = stand_ins[name]
     for node in graph.values():
         inputs = node["inputs"]
         for key, value in inputs.items():
