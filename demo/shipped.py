@@ -50,7 +50,6 @@ SHIPPED: Mapping[str, Shipped] = {
     ),
     "4step": Shipped({"model_cls": "wan2.1_distill"}, {"guidance_scale": 1.0}, STUDENT),
     "night": Shipped(lora=NIGHT),
-    # Its files are not in the repository yet: give the folder that `demo.train --family hunyuan` wrote.
     "hunyuan": Shipped(
         {"model_cls": "hunyuan_video_1.5", "task": "t2v"},
         {"sample_shift": 5.0},

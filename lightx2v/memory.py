@@ -11,7 +11,7 @@ from lightx2v.quant.feeding import piece_of
 from lightx2v.shapes import LatentShape, num_tokens
 from lightx2v.vae.hunyuan15 import HunyuanVAEConfig
 from lightx2v.vae.loading import VAEInfo
-from lightx2v.vae.tae import KINDS, TAEConfig, TinyVAE
+from lightx2v.vae.tae import KINDS, TAEConfig, frames_at_once
 from lightx2v.vae.wan22 import Wan22VAEConfig
 
 # Those of a block that would otherwise write rows in float32.
@@ -77,7 +77,7 @@ def vae_decode_bytes(info: VAEInfo, latent_shape: Sequence[int], dtype: torch.dt
     if isinstance(config, TAEConfig):
         eighth, quarter, half, full = config.decoder_channels
         remembered = 3 * half / 4 + 3 * quarter / 16 + 3 * eighth / 64
-        at_once = min(TinyVAE.at_once, latent_frames)
+        at_once = min(frames_at_once(height, width), latent_frames)
         numbers = at_once * ((4 * max(half + full, 2 * full) + remembered) / KINDS[config.kind].patch ** 2 + 24)
     elif isinstance(config, Wan22VAEConfig):
         numbers = 13.2 * config.decoder_channels + 30

@@ -50,9 +50,8 @@ class SplitVAE:
         first: int = self.network.first_chunk
         return first
 
-    @property
-    def at_once(self) -> int:
-        frames: int = self.network.at_once
+    def at_once(self, height: int, width: int) -> int:
+        frames: int = self.network.at_once(height, width)
         return frames
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -121,7 +120,7 @@ def decode(
     if vae.first:
         return stream.decode(vae, raw, chunk=chunk, on_chunk=on_chunk, out=out, clamp=clamp)
     state: State = {}
-    chunk = vae.at_once if chunk is None else chunk
+    chunk = vae.at_once(*raw.shape[3:]) if chunk is None else chunk
     device, total = next(vae.parameters()).device, raw.shape[2]
     with torch.inference_mode():
         for start in range(0, total, chunk):

@@ -258,13 +258,15 @@ class HunyuanVAE(nn.Module):
 
     space = HUNYUAN15
     first_chunk = 1
-    at_once = 1
 
     def __init__(self, config: HunyuanVAEConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or HunyuanVAEConfig()
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    def at_once(self, height: int, width: int) -> int:
+        return 1
 
     def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of raw latents, each (B, 32, T, H/16, W/16), of frames (B, 3, F, H, W) in [-1, 1].

@@ -22,9 +22,8 @@ class StreamedVAE(Protocol):
     def space(self) -> LatentFormat: ...
     @property
     def first_chunk(self) -> int: ...  # frames that become the first latent frame: 1, or 4
-    @property
-    def at_once(self) -> int: ...  # latent frames that are decoded at a time where nothing else is asked
 
+    def at_once(self, height: int, width: int) -> int: ...  # latent frames of so many places to decode at a time
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def to_latents(self, frames: Tensor, state: State | None = None) -> Tensor: ...
     def reconstruct(self, raw: Tensor, state: State | None = None) -> Tensor: ...
@@ -149,7 +148,7 @@ def decode(
         raise ValueError(
             f"latents are {tuple(raw.shape)}; this VAE decodes (B, {channels}, T, h, w), T, h and w at least 1"
         )
-    chunk = vae.at_once if chunk is None else chunk
+    chunk = vae.at_once(*raw.shape[3:]) if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk is {chunk} latent frames: expected at least 1")
     b, _, total, h, w = raw.shape

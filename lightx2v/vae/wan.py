@@ -89,11 +89,14 @@ class WanVAE(nn.Module):
         super().__init__()
         self.config = config = config or WanVAEConfig()
         z, base = config.latent_channels, config.base_channels
-        self.at_once = 2 if base > 48 else 4  # fewer keep a GPU waiting for launches
         self.encoder = Encoder((3, base, base * 4, z * 2), downsamples(base))
         self.conv1 = CausalConv3d(z * 2, z * 2, (1, 1, 1))
         self.conv2 = CausalConv3d(z, z, (1, 1, 1))
         self.decoder = Decoder((z, base * 4, base, 3), upsamples(base))
+
+    def at_once(self, height: int, width: int) -> int:
+        """Fewer keep a GPU waiting for launches."""
+        return 2 if self.config.base_channels > 48 else 4
 
     def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of raw latents, each (B, z, T, H/8, W/8) float32, of frames (B, 3, F, H, W) in [-1, 1].

@@ -111,7 +111,6 @@ class Wan22VAE(nn.Module):
 
     space = WAN22
     first_chunk = 1
-    at_once = 1
 
     def __init__(self, config: Wan22VAEConfig | None = None) -> None:
         super().__init__()
@@ -121,6 +120,9 @@ class Wan22VAE(nn.Module):
         self.conv1 = CausalConv3d(z * 2, z * 2, (1, 1, 1))
         self.conv2 = CausalConv3d(z, z, (1, 1, 1))
         self.decoder = Decoder((z, wide * 4, wide, 12), upsamples(wide))
+
+    def at_once(self, height: int, width: int) -> int:
+        return 1
 
     def posterior(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of raw latents, each (B, z, T, H/16, W/16) float32, of frames (B, 3, F, H, W).
