@@ -16,7 +16,7 @@ import lightx2v_kernels.attention.reference as custom
 from lightx2v import LightX2VPipeline, media
 from lightx2v.checkpoint import CheckpointError, weights
 from lightx2v.lora import merging
-from lightx2v.models.wan.transformer import WanBlock
+from lightx2v.models.wan.transformer import Unadded, WanBlock
 from lightx2v.offload.lane import Lane
 from lightx2v.offload.shortage import DeviceLostError, lost
 from lightx2v.text.resting import Widened
@@ -88,7 +88,7 @@ class Tripwire:
             if counts(*args):
                 self.calls += 1
                 if self.calls == self.at + 1:
-                    self.seen += [weakref.ref(each) for each in args if isinstance(each, Tensor)]
+                    self.seen += [weakref.ref(tensor) for each in args for tensor in tensors_of(each)]
                     raise error()
             return whole(*args, **kwargs)
 
@@ -97,6 +97,12 @@ class Tripwire:
     @property
     def hit(self) -> bool:
         return self.calls > self.at
+
+
+def tensors_of(argument: object) -> list[Tensor]:
+    """Itself, or those that a block was passed by the block before."""
+    parts = argument._parts[0] if isinstance(argument, Unadded) else (argument,)
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def named(word: str) -> Callable[..., bool]:

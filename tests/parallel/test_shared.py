@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from host.tiny_models import transformer_shapes
+from lightx2v.blocks import run_blocks
 from lightx2v.checkpoint import CheckpointError
 from lightx2v.config import Engine, Parallel
 from lightx2v.identify import identify
@@ -57,15 +57,9 @@ def pass_of(path: Path, engine: Engine, loras: Sequence[Lora] = (), how: str = "
     latents, text = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.randn(1, 5, 4096, generator=generator)
     stream = BlockStream({"": network}, CPU, headers={"": identify(path).header})
     with torch.inference_mode(), stream.open(0):
-        made = stream.bring()(latents, torch.tensor([500.0]), text, run=stream.around(_run, None))
+        made = stream.bring()(latents, torch.tensor([500.0]), text, run=stream.around(run_blocks, None))
     stream.release()
     return made
-
-
-def _run(blocks: Any, tokens: Any, args: Any) -> Any:
-    for block in blocks:
-        tokens = block(tokens, args)
-    return tokens
 
 
 T2V = DEMO / "wan2.1_t2v" / "diffusion_pytorch_model.safetensors"
