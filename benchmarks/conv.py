@@ -54,6 +54,15 @@ class Case:
     def label(self) -> str:
         return f"{self.layer.label}{' relu' if self.relu else ''}"
 
+    @property
+    def size(self) -> str:
+        return f"{self.layer.frames}x{self.layer.height}x{self.layer.width}"
+
+    @property
+    def key(self) -> str:
+        """Of the layer in the kernels' table; the same at every size."""
+        return _tiles.layer(self.layer.channels, self.layer.out, self.layer.kernel)
+
     def small(self) -> "Case":
         return replace(self, layer=replace(self.layer, frames=2, height=16, width=32))
 
@@ -211,7 +220,7 @@ def measure(case: Case, runs: dict[str, Run], device: torch.device, notes: dict[
         contract = replace(contract, reference=with_relu(contract.reference, True))
     flops = layer.flops * (9 / 4 if case.doubled else 1)  # of the 3x3 kernel that it stands for: as others count
     for name, run in runs.items():
-        head = {"vae": case.whose, "layer": case.label, "size": f"{layer.frames}x{layer.height}x{layer.width}"}
+        head = {"vae": case.whose, "layer": case.label, "size": case.size}
         if name in notes:
             yield {**head, "way": name, "ms": None, "note": notes[name][:80]}
             continue
@@ -227,23 +236,24 @@ def winners(rows: list[dict[str, Any]], cases: list[Case]) -> dict[str, Tiles]:
     """layer -> the fastest tiles that save enough of the rule's time; of a layer timed at two sizes, at both."""
     found: dict[str, dict[str, float]] = {}
     for case in cases:
-        layer = case.layer
-        size = f"{layer.frames}x{layer.height}x{layer.width}"
-        ms = {row["way"]: row["ms"] for row in rows if (row["layer"], row["size"]) == (case.label, size) and row["ms"]}
+        known = (case.label, case.size)
+        ms = {row["way"]: row["ms"] for row in rows if (row["layer"], row["size"]) == known and row["ms"]}
         rule = told(tilings(case)[0])
         if rule not in ms:  # there was no time for it
             continue
         shares = {way: taken / ms[rule] for way, taken in ms.items() if way != rule}
-        key = _tiles.layer(layer.channels, layer.out, layer.kernel)
-        before = found.get(key, shares)
-        found[key] = {way: max(share, before[way]) for way, share in shares.items() if way in before}
+        before = found.get(case.key, shares)
+        found[case.key] = {way: max(share, before[way]) for way, share in shares.items() if way in before}
     best: dict[str, Tiles] = {}
     for case in cases:
-        key = _tiles.layer(case.layer.channels, case.layer.out, case.layer.kernel)
-        known = {told(how): how for how in tilings(case)}
-        shares = {way: share for way, share in found.get(key, {}).items() if way in known and share < 1 - WORTHWHILE}
+        tilings_by_way = {told(how): how for how in tilings(case)}
+        shares = {
+            way: share
+            for way, share in found.get(case.key, {}).items()
+            if way in tilings_by_way and share < 1 - WORTHWHILE
+        }
         if shares:
-            best[key] = known[min(shares, key=lambda way: shares[way])]
+            best[case.key] = tilings_by_way[min(shares, key=lambda way: shares[way])]
     return best
 
 
@@ -252,8 +262,7 @@ def keep(rows: list[dict[str, Any]], cases: list[Case], gpu: str, file: Path) ->
     held = json.loads(file.read_text())
     found = {name: asdict(how) for name, how in winners(rows, cases).items()}
     labels = {row["layer"] for row in rows}
-    layers = [case.layer for case in cases if case.label in labels]
-    timed_here = {_tiles.layer(layer.channels, layer.out, layer.kernel) for layer in layers}
+    timed_here = {case.key for case in cases if case.label in labels}
     others = {name: how for name, how in held.get(gpu, {}).items() if name not in timed_here}
     held[gpu] = dict(sorted({**others, **found}.items()))
     with unfinished(file) as partial_file:

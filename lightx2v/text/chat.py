@@ -1,5 +1,6 @@
 """Prompts as a turn of a conversation, in Qwen's tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,9 @@ def find_tokenizer(checkpoint: Path, given: Path | None, vocab_size: int) -> Cha
     return tokenizer
 
 
-def tokenizer_in(root: Path) -> Path | None:
-    """The folder of the tokenizer that lies in a model's folder, if one does."""
-    return next((root / name for name in FOLDERS if is_tokenizer(root / name)), None)
-
-
-def is_tokenizer(folder: Path) -> bool:
-    return any(all((folder / name).is_file() for name in names) for names in FILES)
+def tokenizer_in(root: Path, folders: Sequence[str] = FOLDERS) -> Path | None:
+    """The first of these folders of a model's folder that holds a tokenizer, if one does."""
+    places = (root / name for name in folders)
+    return next(
+        (place for place in places if any(all((place / name).is_file() for name in names) for names in FILES)), None
+    )

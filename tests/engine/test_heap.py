@@ -5,22 +5,16 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.disk import anonymous
 from lightx2v.heap import trim_heap
 from lightx2v.report import Watch
 
 MB = 1_000_000
 ON_GLIBC = platform.libc_ver()[0] == "glibc"
-
-
-def held() -> int:
-    """Bytes of RAM of this process, without pages of files."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 @pytest.mark.skipif(not ON_GLIBC, reason="only glibc keeps freed memory and can be asked for it")
@@ -29,10 +23,10 @@ def test_what_a_stage_freed_is_the_systems_again() -> None:
     with watch.stage("sample"):
         # Every other piece is freed: glibc keeps pieces of this size that are not the end of the heap.
         pieces = [torch.ones(25_000) for _ in range(3000)]
-        full, kept = held(), pieces[1::2]
+        full, kept = anonymous(), pieces[1::2]
         del pieces
-        assert held() > full - 20 * MB, "freed, and not given back"
-    assert held() < full - 120 * MB
+        assert anonymous() > full - 20 * MB, "freed, and not given back"
+    assert anonymous() < full - 120 * MB
     assert len(kept) == 1500 and all(bool((piece == 1).all()) for piece in kept)
 
 

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 from closeness import assert_close
 from lightx2v_kernels.conv3d.reference import conv3d as reference
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks import conv
 from benchmarks.frames import Layer

@@ -10,7 +10,7 @@ from lightx2v.checkpoint import CheckpointError
 from lightx2v.folder import MissingPartError, ModelFolder
 from lightx2v.models import Encoders
 from lightx2v.text import hunyuan15, qwen
-from lightx2v.text.chat import is_tokenizer
+from lightx2v.text.chat import tokenizer_in
 from lightx2v.vision import siglip
 
 TRANSFORMERS = "transformer"  # Tencent's folder has several models in it, diffusers' is one
@@ -51,7 +51,7 @@ def transformers(folder: ModelFolder) -> list[Path]:
 
 def tokenizer(folder: ModelFolder) -> Path | None:
     """Qwen's; None where the folder has none: then it is looked for beside the text encoder."""
-    return next((folder.path / name for name in TOKENIZERS if is_tokenizer(folder.path / name)), None)
+    return tokenizer_in(folder.path, TOKENIZERS)
 
 
 def find_transformer(folder: ModelFolder, task: str, name: str | None) -> Path:
