@@ -19,7 +19,7 @@ from lightx2v.guidance import Conditioning
 LATENTS = (1, 16, 21, 60, 104)
 TEXT = (1, 512, 4096)
 CHUNK = (1, 3, 4, 480, 832)  # the frames of one latent frame
-PASS_MS, DECODE_MS = 2468.0, 691.0  # benchmarks/results/h100-forward-14b-exact.json, h100-vae-480p.json
+PASS_MS, DECODE_MS = 2452.0, 691.0  # benchmarks/results/h100-forward-14b-kept.json, h100-vae-480p.json
 
 
 def main() -> int:

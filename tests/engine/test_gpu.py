@@ -15,8 +15,8 @@ from lightx2v.config import Sampling
 from lightx2v.diffuse import Model, Start, diffuse
 from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
-from lightx2v.memory import transformer_activation_bytes
-from lightx2v.models import specs
+from lightx2v.memory import fused_by, transformer_activation_bytes
+from lightx2v.models import ModelSpec, specs
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.vae import wan as wan_vae
@@ -97,7 +97,8 @@ def test_activation_estimate_holds_at_480p() -> None:
     config = replace(WAN_1_3B, num_layers=2)
     model = random_transformer(config, "cuda", torch.bfloat16)
     latents, context = torch.randn(1, 16, 21, 60, 104, device="cuda"), torch.randn(1, 512, 4096, device="cuda")
-    info = CheckpointInfo(Path("none"), Header(Path("none"), {}, {}), specs()[0], config, torch.bfloat16)
+    none, spec = Path("none"), spec_named("wan2.1_t2v_1.3b")
+    info = CheckpointInfo(none, Header(none, {}, {}), spec, config, torch.bfloat16)
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -106,7 +107,7 @@ def test_activation_estimate_holds_at_480p() -> None:
             model(latents, torch.tensor([500.0], device="cuda"), context)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-    estimate = transformer_activation_bytes(info, latents.shape, torch.bfloat16)
+    estimate = transformer_activation_bytes(info, latents.shape, torch.bfloat16, fused=fused_by(model))
     print(f"peak {peak / 1e9:.2f} GB, estimate {estimate / 1e9:.2f} GB")
     assert 0.4 * estimate < peak < estimate
 
@@ -119,6 +120,10 @@ def test_what_is_kept_from_step_to_step_changes_no_bit_and_goes() -> None:
     assert torch.cuda.memory_allocated() <= before
 
 
+def spec_named(name: str) -> ModelSpec:
+    return next(spec for spec in specs() if spec.name == name)
+
+
 def assert_kept(device: str, dtype: torch.dtype) -> None:
     """Three guided steps at 14B's width with and without keeping; and blocks that add at once beside those that leave
     it to the next, as near to each other as rounding."""
@@ -128,8 +133,7 @@ def assert_kept(device: str, dtype: torch.dtype) -> None:
     place = torch.device(device)
 
     def made(keeps: bool, run: RunBlocks = run_blocks) -> torch.Tensor:
-        spec = next(spec for spec in specs() if spec.name == "wan2.1_t2v_14b")
-        model = Model(spec, place, lambda: network, keeps=keeps)
+        model = Model(spec_named("wan2.1_t2v_14b"), place, lambda: network, keeps=keeps)
         sampling = Sampling(seed=7, steps=3, cfg_scale=3.0, scheduler="euler")
         return diffuse(model, Start(torch.zeros(1, 16, 3, 12, 20)), sampling, cond, uncond, run=run)
 

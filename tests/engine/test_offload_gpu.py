@@ -316,16 +316,18 @@ def test_a_buffer_is_not_filled_while_it_is_read() -> None:
 
 
 def test_pinned_memory_is_given_back() -> None:
+    """What is pinned cannot be pinned again. (`Tensor.is_pinned` need not know of memory that was registered.)"""
     piece = host_memory(10 * PAGE)
-    for _ in range(3):  # a piece that stayed pinned could not be pinned again
+    for _ in range(3):
         pins = pin([piece], CUDA)
-        assert pins.nbytes == 10 * PAGE and piece.is_pinned()
+        assert pins.nbytes == 10 * PAGE
+        assert pin([piece], CUDA).nbytes == 0
         pins.release()
-        assert not piece.is_pinned()
     pins = pin([piece], CUDA)
+    assert pins.nbytes == 10 * PAGE
     del pins
     gc.collect()
-    assert not piece.is_pinned()
+    assert pin([piece], CUDA).nbytes == 10 * PAGE
 
 
 def test_a_pin_that_is_refused_leaves_no_error_behind(caplog: pytest.LogCaptureFixture) -> None:
