@@ -14,6 +14,12 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def animated(images: list[Any], fps: float = 16.0) -> dict[str, Any]:
+    """ComfyUI's node for an animated WebP, which Pillow writes: no codec of PyAV's is needed."""
+    how = {"filename_prefix": "video/webp", "lossless": False, "quality": 80, "method": "fastest"}
+    return node("SaveAnimatedWEBP", images=images, fps=fps, **how)
+
+
 def keep(graph: Graph, *names: str) -> Graph:
     """Carry the first output of each named node out of the graph, as keep_<name>."""
     return {**graph, **{f"keep_{name}": node("FixtureKeep", value=[name, 0]) for name in names}}
