@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         models = write_tiny_models(Path(folder) / "models")
         with start(root, Path(folder), packs, demo_models(), cpu=not options.gpu) as server:
-            made = _loads(server, models, options)
+            try:
+                made = _loads(server, models, options)
+            finally:
+                if options.log is not None:
+                    shutil.copyfile(server.log_path, options.log)
     print(json.dumps(made, indent=1))
     return 0 if all(_fine(part) for part in made.values()) else 1
 
@@ -54,6 +59,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true", help="on the first GPU, whose memory is watched; not on the CPU")
     parser.add_argument("--save", choices=("mp4", "webp"), default="mp4", help="of runs; default: %(default)s")
     parser.add_argument("--commit", help="of this tree, where git cannot be asked")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="keep what the server printed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write there too, after each part")
     return parser.parse_args(arguments)
 
@@ -153,8 +159,10 @@ def _workflow(server: Any, name: str) -> dict[str, Any]:
 
 def _machine(server: Any, options: argparse.Namespace) -> dict[str, Any]:
     told = server.get("/system_stats")
-    asked = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
-    commit = options.commit or subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    commit = options.commit
+    if commit is None and (git := shutil.which("git")):
+        asked = [git, "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     device = torch.device("cuda" if options.gpu else "cpu")
     comfyui = {"comfyui": told["system"]["comfyui_version"], "comfyui_device": told["devices"][0]["name"]}
     return {"commit": commit, **comfyui, **machine(device)}
