@@ -118,7 +118,7 @@ def _runs(server: Any, options: argparse.Namespace, gpu: Any, idle: Mapping[str,
         told[name] = {**settled(held), "each_mb": [round(each / 1e6, 1) for each in held]}
     if gpu:
         once = demo(options.runs + 1, options.save)
-        told["vram"] = {"used": gpu.of, **summary([each.vram for each in in_order])}
+        told["vram"] = {"whose": gpu.of, **summary([each.vram for each in in_order])}
         told["at_rest_mb"] = {"before": idle, **rests(gpu, lambda: server.run(once).expect())}
     return told
 
