@@ -58,14 +58,18 @@ def comfy() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI on the CPU with this pack, the tests' own nodes and the demo models; one for all tests."""
+    """A running ComfyUI with this pack, the tests' own nodes and the demo models; one for all tests.
+
+    On the CPU, unless LIGHTX2V_HOST_FLAGS holds other arguments for it, such as "--force-fp32 --fp32-vae" on a GPU.
+    """
     root = find_comfyui()
     if root is None:
         pytest.skip(NO_COMFYUI)
     from host.server import start
 
     packs = {PACK_NAME: REPOSITORY, "fixture_pack": Path(__file__).parent / "host" / "fixture_pack"}
-    with start(root, tmp_path_factory.mktemp("comfyui"), packs, demo_models()) as server:
+    flags = os.environ.get("LIGHTX2V_HOST_FLAGS", "--cpu").split()
+    with start(root, tmp_path_factory.mktemp("comfyui"), packs, demo_models(), extra=flags, cpu=False) as server:
         yield server
 
 

@@ -14,15 +14,24 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def animated(images: list[Any], fps: float = 16.0) -> dict[str, Any]:
+    """ComfyUI's node for an animated WebP, which Pillow writes: no codec of PyAV's is needed."""
+    how = {"filename_prefix": "video/webp", "lossless": False, "quality": 80, "method": "fastest"}
+    return node("SaveAnimatedWEBP", images=images, fps=fps, **how)
+
+
 def keep(graph: Graph, *names: str) -> Graph:
     """Carry the first output of each named node out of the graph, as keep_<name>."""
     return {**graph, **{f"keep_{name}": node("FixtureKeep", value=[name, 0]) for name in names}}
 
 
 def base(models: TinyModels) -> Graph:
-    """Both loaders of the same transformer, random conditioning, an empty latent of 128x96, 17 frames."""
+    """Both loaders of the same transformer, random conditioning, an empty latent of 128x96, 17 frames.
+
+    In fp32, which is what auto means on a CPU: on a GPU the twins then differ no more than there.
+    """
     return {
-        "ours": node("LightX2VLoadModel", original_ckpt=models.diffusion_model, dtype="auto"),
+        "ours": node("LightX2VLoadModel", original_ckpt=models.diffusion_model, dtype="fp32"),
         "unet": node("UNETLoader", unet_name=models.diffusion_model, weight_dtype="default"),
         "native": node("ModelSamplingSD3", model=["unet", 0], shift=SHIFT),
         "positive": node("FixtureWanConditioning", seed=1, tokens=512),

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -17,10 +17,11 @@ from typing import Any
 
 import aiohttp
 
-from host.graphs import Graph, base, native_sampler, node, our_sampler
+from host.graphs import Graph, animated, base, native_sampler, node, our_sampler
 from host.server import Server
 from host.tiny_models import I2V, TinyModels, write_transformer
 
+Reading = Callable[[], Mapping[str, int]]
 TIMEOUT_S = 3600.0
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 I2V_FILE = "load_i2v.safetensors"
@@ -52,14 +53,16 @@ class Ended:
     message: str = ""
     order: float = 0.0  # when it was heard, in seconds
     whole: int = 0  # the same, with pages of files
+    vram: Mapping[str, int] = field(default_factory=dict)  # what `press` was told to read then
 
 
 @dataclass
 class _Client:
-    """One socket, and what it heard. foreign: messages about prompts of others."""
+    """One socket, and what it heard: how each prompt ended. foreign: messages about prompts of others."""
 
     jobs: Sequence[Job]
-    heard: dict[str, tuple[str, tuple[int, int], str, float]] = field(default_factory=dict)
+    read: Reading
+    heard: dict[str, Ended] = field(default_factory=dict)
     ids: dict[str, Job] = field(default_factory=dict)
     foreign: int = 0
 
@@ -71,13 +74,16 @@ def rss(pid: int) -> tuple[int, int]:
     return held["RssAnon"], held["VmRSS"]
 
 
-def press(server: Server, clients: Sequence[Sequence[Job]]) -> tuple[list[Ended], int]:
-    """Queue every client's jobs at once, in turns; returns how each ended, and how many messages went astray."""
-    return asyncio.run(asyncio.wait_for(_press(server, clients), TIMEOUT_S))
+def press(server: Server, clients: Sequence[Sequence[Job]], read: Reading = dict) -> tuple[list[Ended], int]:
+    """Queue every client's jobs at once, in turns; returns how each ended, and how many messages went astray.
+
+    read: reads the server's GPU memory when a prompt's end is heard.
+    """
+    return asyncio.run(asyncio.wait_for(_press(server, clients, read), TIMEOUT_S))
 
 
-async def _press(server: Server, clients: Sequence[Sequence[Job]]) -> tuple[list[Ended], int]:
-    served = [_Client(jobs) for jobs in clients]
+async def _press(server: Server, clients: Sequence[Sequence[Job]], read: Reading) -> tuple[list[Ended], int]:
+    served = [_Client(jobs, read) for jobs in clients]
     await asyncio.gather(*(_serve(server, client) for client in served))
     async with aiohttp.ClientSession(server.url) as session:
         heard = {prompt for client in served for prompt in client.heard}
@@ -120,7 +126,9 @@ async def _hear(server: Server, session: aiohttp.ClientSession, client: _Client,
         await session.post("/interrupt", json={"prompt_id": prompt})
     if kind in ENDINGS:
         said = str(data.get("exception_message", ""))
-        client.heard[prompt] = (kind.removeprefix("execution_"), rss(server.pid), said, time.monotonic())
+        anonymous, whole = rss(server.pid)
+        status, now = kind.removeprefix("execution_"), time.monotonic()
+        client.heard[prompt] = Ended(client.ids[prompt], status, "", anonymous, said, now, whole, client.read())
 
 
 async def _all_ended(session: aiohttp.ClientSession, client: _Client) -> bool:
@@ -142,9 +150,8 @@ async def _get(session: aiohttp.ClientSession, path: str) -> Any:
 def _ended(prompt: str, job: Job, client: _Client, history: Mapping[str, Any]) -> Ended:
     if prompt not in client.heard:
         return Ended(job, "deleted" if job.deed == "delete" and prompt not in history else "lost")
-    status, held, said, order = client.heard[prompt]
     shown = history.get(prompt, {}).get("outputs", {}).get("digest", {}).get("text", ())
-    return Ended(job, status, "".join(shown), held[0], said, order, held[1])
+    return replace(client.heard[prompt], digest="".join(shown))
 
 
 def alone(server: Server, jobs: Sequence[Job]) -> dict[str, str]:
@@ -265,8 +272,8 @@ def mixed(server: Server, models: TinyModels, prompts: int, clients: int, seed: 
     return [jobs[start::clients] for start in range(clients)]
 
 
-def demo(index: int) -> Graph:
-    """Prompt to mp4 by the small trained model: of another size, LoRA, strength and seed than the one before."""
+def demo(index: int, save: str = "mp4") -> Graph:
+    """Prompt to video by the small trained model: of another size, LoRA, strength and seed than the one before."""
     width, height, length = SIZES[index % len(SIZES)]
     wan = f"{DEMO}wan2.1_t2v/"
     graph = {
@@ -280,12 +287,20 @@ def demo(index: int) -> Graph:
         "empty": node("LightX2VEmptyLatent", width=width, height=height, length=length, family="wan2.1", batch_size=1),
         "sample": our_sampler(model=["model", 0], seed=index, steps=4),
         "decode": node("LightX2VDecode", latent=["sample", 0], vae=["vae", 0]),
-        "video": node("CreateVideo", images=["decode", 0], fps=16.0),
-        "save": node("SaveVideo", video=["video", 0], filename_prefix="load/demo", format="mp4", codec="h264"),
         "digest": node("FixtureDigest", value=["decode", 0]),
+        **_saved(save),
     }
     if index % 5 != 4:  # and every fifth wears none
         lora = LORAS[index % 3 % 2]
         graph["lora"] = node("LightX2VLoRA", lora_name=DEMO + lora, strength=1.0 - index / 100, expert="both")
         graph["model"]["inputs"]["lora"] = ["lora", 0]
     return graph
+
+
+def _saved(save: str) -> Graph:
+    if save == "webp":
+        return {"save": animated(["decode", 0])}
+    return {
+        "video": node("CreateVideo", images=["decode", 0], fps=16.0),
+        "save": node("SaveVideo", video=["video", 0], filename_prefix="load/demo", format="mp4", codec="h264"),
+    }

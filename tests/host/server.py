@@ -82,15 +82,18 @@ def start(
     *,
     extra: Sequence[str] = (),
     variables: Mapping[str, str] = MappingProxyType({}),
+    cpu: bool = True,
 ) -> Iterator[Server]:
     """Run ComfyUI on a free port of 127.0.0.1 with `packs` in custom_nodes; AssertionError if one fails to load.
 
-    extra: arguments of its own. variables: of its environment, beside this process's.
+    extra: arguments of its own. variables: of its environment, beside this process's. cpu: compute on
+    it, also where there is a GPU.
     """
     make_base(base, packs, model_roots)
     port = _free_port()
     server = Server(f"http://127.0.0.1:{port}", base, base / "server.log")
-    line = command(Path(sys.executable), comfyui, base, listen="127.0.0.1", port=port, extra=["--cpu", *extra])
+    extra = ["--cpu", *extra] if cpu else extra
+    line = command(Path(sys.executable), comfyui, base, listen="127.0.0.1", port=port, extra=extra)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     # In a session of its own, so that stopping reaches whatever it has started.
     with server.log_path.open("wb") as log:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from demo.grammar import parse
 from dev.comfyui import PACK_NAME, demo_models, find_comfyui
 from dev.environment import REPOSITORY
+from dev.load import _fine, _workflow
 from host.graphs import node
 from host.load import Ended, Job, account, alone, demo, flatness, mixed, press, settled
 from host.server import Server, start
+from host.shipped import read
 from host.tiny_models import TinyModels
 
 pytestmark = pytest.mark.host
@@ -37,6 +40,17 @@ def test_what_goes_wrong_would_be_counted() -> None:
     assert flatness([100, 90, 110, 100], 2)["growth"] == 0.1
     later = settled([90, 100, 130, 101, 104, 103])
     assert later["growth"] == 0.03 and later["growth_at_most"] == 0.3
+
+
+def test_a_workflow_is_run_and_judged(host: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _workflow(host, "wan_t2v_4step_lora")
+    assert found == {"status": "success", "frames": [17, 128, 128, 3], "judged": True, "wrong": ""}
+    monkeypatch.setattr("host.shipped.parse", lambda prompt: parse(prompt.replace("yellow", "red")))
+    found = _workflow(host, "wan_t2v_4step_lora")
+    assert "the judge saw" in found["wrong"] and not _fine({"wan_t2v_4step_lora": found})
+    monkeypatch.setattr("host.shipped.read", lambda name: (None, {**read(name)[1], "nothing": node("Nobody")}))
+    found = _workflow(host, "wan_t2v_4step_lora")
+    assert found["status"] == "rejected" and "Nobody" in found["wrong"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory and can be asked for it")

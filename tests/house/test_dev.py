@@ -236,6 +236,19 @@ def test_comfyui_starts_with_its_own_path(tmp_path):
     assert arguments[3:] == ([] if torch.accelerator.is_available() else ["--cpu"])
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_comfyui_is_the_first_to_import_a_torch_for_cuda(tmp_path: Path, gpu: bool) -> None:
+    """It sets PYTORCH_CUDA_ALLOC_CONF before, and torch refuses what has changed since its import."""
+    (tmp_path / "main.py").write_text("import sys; print('torch' in sys.modules, '--cpu' in sys.argv)")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"class accelerator:\n    is_available = lambda: {gpu}\n")
+    (tmp_path / "torch" / "version.py").write_text("cuda = '13.0'\nhip = None\n")
+    line = [sys.executable, str(REPOSITORY / "dev" / "launch_comfyui.py"), str(tmp_path)]
+    with_torch = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(line, capture_output=True, text=True, env=with_torch, check=True)
+    assert run.stdout.split() == ["False", str(not gpu)]
+
+
 def test_all_tests_run_in_two_processes_and_either_can_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
