@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.bench import packed
-from lightx2v.bench.subjects import Inputs, Subject
+from lightx2v.bench.subjects import PROMPT_TOKENS, TEXT_TOKENS, Inputs, Subject
 from lightx2v.bench.weights import build
 from lightx2v.blocks import run_blocks
 from lightx2v.checkpoint import Header
 from lightx2v.identify import CheckpointInfo
-from lightx2v.memory import FUSED, transformer_activation_bytes
+from lightx2v.memory import FUSED, transformer_activation_bytes, waiting_bytes
 from lightx2v.offload.plan import GB, Machine, Needs, Plan, Sizes, plan
 from lightx2v.offload.stream import BlockStream
+from lightx2v.paired import Both, Paired, in_turn
 from lightx2v_kernels import Kernels
 
 WRONG = "wrong: not what resident blocks give"
@@ -46,6 +48,30 @@ class Passes:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Both passes of guidance by one network, which differ in the sign of their latents.
+
+    paired: with one copy of each block for both; else one after the other.
+    """
+
+    network: nn.Module
+    given: Inputs
+    paired: bool = False
+
+    def streamed(self, stream: BlockStream) -> Tensor:
+        pair = Paired(run_blocks)
+        walk = stream.around(pair, "")
+
+        def velocity(latents: Tensor) -> Tensor:
+            given = self.given
+            out: Tensor = stream.bring()(latents, given.timestep, given.context, run=walk, **given.more)
+            return out
+
+        both: Both = pair.both if self.paired else in_turn
+        return torch.cat(both(partial(velocity, self.given.latents), partial(velocity, -self.given.latents)))
+
+
+@dataclass(frozen=True)
 class Bench:
     """What all parts of a run share. until: clock, after which no part begins."""
 
@@ -62,6 +88,7 @@ class Bench:
     repeats: int
     attention: str = "auto"
     pin_gb: float = 4.0
+    short: Sequence[int] = (5, 17, 33)  # frames
 
     def made(self, scheme: str = "", *, other: bool = False) -> nn.Module:
         """Random weights on the device. scheme: "" or one of packed.SCHEMES. other: those of a second expert."""
@@ -79,9 +106,22 @@ class Bench:
         fused = all(self.kernels.names[op] == "triton" for op in FUSED)
         return transformer_activation_bytes(info_of(asked, self.dtype), latents_of(asked), self.dtype, fused=fused)
 
-    def plan(self, sizes: Sequence[Sizes], vram: float, *, least: bool = False, subject: Subject | None = None) -> Plan:
-        """Within so many bytes of the device. Raises DoesNotFitError."""
-        needs = Needs(tuple(sizes), self.activations(subject))
+    def waiting(self, subject: Subject) -> int:
+        """Of a pass while another one computes, as the product plans it."""
+        rows = max(TEXT_TOKENS, PROMPT_TOKENS)
+        return waiting_bytes(info_of(subject, self.dtype), latents_of(subject), rows, self.dtype)
+
+    def plan(
+        self,
+        sizes: Sequence[Sizes],
+        vram: float,
+        *,
+        least: bool = False,
+        subject: Subject | None = None,
+        waiting: int = 0,
+    ) -> Plan:
+        """Within so many bytes of the device. waiting: as `Needs` has it. Raises DoesNotFitError."""
+        needs = Needs(tuple(sizes), self.activations(subject), waiting=waiting)
         return plan(needs, Machine(int(vram), 10**12, 10**12, self.link), least=least)
 
 
@@ -191,7 +231,13 @@ def measured(
 
 
 def streamed(
-    bench: Bench, passes: Passes, stream: BlockStream, made: Plan, cap: float | None, truth: Tensor | None, **more: Any
+    bench: Bench,
+    passes: Passes | Steps,
+    stream: BlockStream,
+    made: Plan,
+    cap: float | None,
+    truth: Tensor | None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Passes as a plan places them, under a cap in bytes. more: as `measured` takes it."""
     cuda = on_gpu(bench.device)

@@ -18,6 +18,7 @@ from benchmarks.offload_cases import (
     Bench,
     Marks,
     Passes,
+    Steps,
     beside,
     capped,
     latents_of,
@@ -128,6 +129,46 @@ def _within(bench: Bench, passes: Passes, stream: BlockStream, cap: float, truth
         return streamed(bench, passes, stream, made, cap * GB, truth, count=1)
     except (DoesNotFitError, torch.OutOfMemoryError) as error:
         return {"cap_gb": cap, "failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+
+
+def guidance(bench: Bench, shelf: Shelf, found: Found) -> None:
+    """Steps of both passes of guidance, of short videos whose copies take longer than computing hides: all blocks pass
+    through, copied for each pass and once for both; then what is planned within the smallest cap."""
+    for scheme, kept in shelf.kept.items():
+        network = kept.passes.network
+        stream = BlockStream({"": network}, bench.device)
+        try:
+            for frames in bench.short:
+                video = bench.subject.video._replace(num_frames=frames)
+                asked = replace(bench.subject, video=video)
+                rows = found[f"{scheme or 'bf16'}, {video.width}x{video.height}, {frames} frames"] = Found()
+                _steps(bench, network, stream, asked, rows)
+        finally:
+            stream.release()
+            release(bench.device)
+
+
+def _steps(bench: Bench, network: torch.nn.Module, stream: BlockStream, asked: Subject, rows: Found) -> None:
+    sizes, steps, cap = measure(network), Steps(network, asked.inputs(bench.device)), bench.caps[0] * GB
+    waiting, budget = bench.waiting(asked), {"vram": cap, "subject": asked}
+    rows |= {"tokens": asked.tokens, "planned_waiting_gb": round(waiting / GB, 3)}
+    with stream.open(len(sizes.blocks)):
+        truth = steps.streamed(stream).cpu()
+        rows["resident"] = measured(bench, partial(steps.streamed, stream), truth)
+    least = bench.plan([sizes], **budget, least=True)
+    plans = {
+        "in turn": least,
+        "shared": replace(least, paired=True, peak=least.peak + waiting),
+        "planned in turn": bench.plan([sizes], **budget),
+        "planned": bench.plan([sizes], **budget, waiting=waiting),
+    }
+    for name, made in plans.items():
+        if time.perf_counter() > bench.until:
+            rows[name] = {"gate": LATE}
+            continue
+        rows[name] = streamed(bench, replace(steps, paired=made.paired), stream, made, cap, truth)
+        rows[name]["copied_gb"] = round(made.passing * (1 if made.paired else 2) / GB, 6)
+        beside(rows[name], rows["resident"])
 
 
 def pair(bench: Bench, shelf: Shelf, found: Found, scheme: str = "fp8") -> None:

@@ -20,6 +20,7 @@ from lightx2v.guidance import CFG, Conditioning, Experts, KeepMasked, Velocity, 
 from lightx2v.kept import KeptByBranch, anew
 from lightx2v.latents import HUNYUAN15, WAN21, WAN22, LatentFormat
 from lightx2v.models import ModelSpec
+from lightx2v.paired import Both, Paired, in_turn
 from lightx2v.parallel.agreement import together
 from lightx2v.parallel.guidance import own_branch, split
 from lightx2v.parallel.mesh import Mesh
@@ -74,6 +75,7 @@ class Model:
         comes next ("high", "low", or "" of one network), or None after the last.
     mesh: of several processes that make one video together; the networks must have been built with it.
     keeps: whether there is room for what steps compute alike, the keys and values of prompt and images.
+    paired: whether both passes of guidance visit each block in turn, for blocks that are not all there.
     """
 
     spec: ModelSpec
@@ -83,6 +85,7 @@ class Model:
     around: Callable[[RunBlocks, str | None], RunBlocks] = field(default=lambda run, following: run, kw_only=True)
     mesh: Mesh | None = field(default=None, kw_only=True)
     keeps: bool = field(default=True, kw_only=True)
+    paired: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,12 @@ def diffuse(
     if mask is not None and model.spec.keeps_frames:
         share = mask.mean((1, 3, 4)).expand(len(latents), -1)
     hooks = hooks if model.mesh is None else _agreed(hooks, model.mesh)
+    pair = Paired(run)
+    both, run = (pair.both, pair) if model.paired else (in_turn, run)
     run = shard(interruptible(run, hooks.on_block) if hooks.on_block else run, model.mesh)
 
     def denoiser(cache: CacheFactory | None) -> Denoiser:
-        denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule), share)
+        denoise = _guided(model, sampling, (cond, uncond), _Walking(run, cache, full, schedule, both), share)
         if mask is None:
             return denoise
         kept_noise = None if model.spec.keeps_frames else noise.to(model.device)
@@ -185,6 +190,7 @@ class _Walking:
     cache: CacheFactory | None
     full: Schedule
     part: Schedule  # of the full schedule: what this request runs
+    both: Both
 
     def turn(self, model: Model, expert: str, steps: range, guided: bool) -> Turn:
         """What one network has to do, of the steps in `steps` of the full schedule."""
@@ -218,13 +224,13 @@ def _guided(
         final = own_branch(model.mesh, scale) or turn.branches[-1]
 
         def passes(step: Step, branch: Branch) -> Velocity:
-            last = step.index + 1 == turn.ran.stop and branch == final
+            last = step.index + 1 == turn.ran.stop and (model.paired or branch == final)
             walk = model.around(walks(step.index, branch), walking.after(turn) if last else expert)
             arguments = partial(model.spec.arguments, step_end=TRAIN_STEPS * step.sigma_next)
             keep = kept.of(step.index, branch) if model.keeps else anew
             return velocity_of(turn.network, walk, share, arguments, keep)
 
-        return split(CFG(passes, cond, uncond, scale), model.mesh)
+        return split(CFG(passes, cond, uncond, scale, walking.both), model.mesh)
 
     total = walking.full.total
     if model.low is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lightx2v.blocks import Branch, RunBlocks, run_blocks
 from lightx2v.kept import Keep, anew
+from lightx2v.paired import Both, in_turn
 from lightx2v.sampling import Denoiser, Step
 from lightx2v.schedules import TRAIN_STEPS
 
@@ -85,23 +87,29 @@ def velocity_of(
 
 @dataclass(frozen=True)
 class CFG:
-    """Classifier-free guidance (arXiv:2207.12598). scale == 1 runs the conditional pass only."""
+    """Classifier-free guidance (arXiv:2207.12598). scale == 1 runs the conditional pass only.
+
+    both: how the two passes run.
+    """
 
     passes: Passes
     cond: Conditioning
     uncond: Conditioning | None = None
     scale: float = 1.0
+    both: Both = in_turn
 
     def __post_init__(self) -> None:
         if self.scale != 1 and self.uncond is None:
             raise ValueError(f"cfg_scale={self.scale} needs a negative prompt (it may be empty); or set cfg_scale=1")
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
-        velocity = self.passes(step, "cond")(latents, step.timestep, self.cond)
-        if self.scale != 1 and self.uncond is not None:
-            uncond = self.passes(step, "uncond")(latents, step.timestep, self.uncond)
-            velocity = uncond + self.scale * (velocity - uncond)
-        return latents - step.sigma * velocity
+        def velocity(branch: Branch, asked: Conditioning) -> Tensor:
+            return self.passes(step, branch)(latents, step.timestep, asked)
+
+        if self.scale == 1 or self.uncond is None:
+            return latents - step.sigma * velocity("cond", self.cond)
+        cond, uncond = self.both(partial(velocity, "cond", self.cond), partial(velocity, "uncond", self.uncond))
+        return latents - step.sigma * (uncond + self.scale * (cond - uncond))
 
 
 @dataclass(frozen=True)

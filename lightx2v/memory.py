@@ -47,6 +47,18 @@ def transformer_activation_bytes(
     return -(-tokens // parts) * (row + sent) + tokens * 3 * config.hidden_size * dtype.itemsize
 
 
+def waiting_bytes(info: CheckpointInfo, latent_shape: Sequence[int], rows: int, dtype: torch.dtype) -> int:
+    """What a pass of guidance holds while the other one computes a block, in bytes: an upper estimate.
+
+    Its embedded video, what its last block left (Wan: the tokens, and what is still to be added to them), and cos and
+    sin of every place. rows: of text and images, which HunyuanVideo's tokens have behind the video's.
+    """
+    batch, config = latent_shape[0], info.config
+    row, places = config.hidden_size * dtype.itemsize, num_tokens(LatentShape(*latent_shape[2:]), info.spec.patch_size)
+    beside = rows * row * (1 if isinstance(config, WanConfig) else 3)
+    return int(ACTIVATION_SLACK * (batch * (3 * places * row + beside) + 4 * places * info.spec.head_dim))
+
+
 def text_bytes(info: CheckpointInfo, batch: int, rows: int, dtype: torch.dtype) -> int:
     """What is kept from step to step of a sample's `rows` tokens of text and image: themselves, embedded, and where
     they are read by cross-attention (Wan), keys and values of every block."""

@@ -240,7 +240,8 @@ class Parts:
                 self.forget_transformers()
             self._ready(engine, loras, how, wait, plan)
         keeps = bool(plan.kept) if plan is not None else self.device.type == "cpu"
-        made = partial(Model, self._infos[0].spec, self.device, mesh=self.mesh, keeps=keeps)
+        paired = plan is not None and plan.paired
+        made = partial(Model, self._infos[0].spec, self.device, mesh=self.mesh, keeps=keeps, paired=paired)
         if plan is not None:
             placed = self._placing.placed(self._transformers, self._applied, plan, self._infos)
             with placed as (networks, around):

@@ -105,7 +105,8 @@ def _passing(experts: Sequence[LoadedTransformer], attention: str, plan: Plan) -
     try:
         with first.placing.placed(networks, applied, plan, infos) as (bringers, around):
             first.tell_host(first.placing.device_bytes)
-            yield Model(first.info.spec, first.load_device, *bringers, around=around, keeps=bool(plan.kept))
+            keeps, paired = bool(plan.kept), plan.paired
+            yield Model(first.info.spec, first.load_device, *bringers, around=around, keeps=keeps, paired=paired)
     finally:
         first.tell_host(0)
 

@@ -19,7 +19,7 @@ from lightx2v.guidance import Conditioning
 from lightx2v.identify import CheckpointInfo
 from lightx2v.loading import build_transformer, compute_dtype
 from lightx2v.lora import Applied, Lora
-from lightx2v.memory import fused_by, text_bytes, transformer_activation_bytes
+from lightx2v.memory import fused_by, text_bytes, transformer_activation_bytes, waiting_bytes
 from lightx2v.offload.lane import link_rate
 from lightx2v.offload.plan import GB, RAM_RESERVE, DoesNotFitError, Machine, Needs, Plan, measure, plan, tighter
 from lightx2v.offload.shortage import Advice
@@ -76,7 +76,7 @@ class Asked:
 
     shape: of its latents, (B, C, T, H, W). free: bytes of the device beside what is there; None: not known.
     vae: bytes of it on the device. text_encoder, image_encoder: as in `Needs`.
-    rows: tokens of text and image that each pass of guidance reads, of a sample.
+    rows: tokens of text and image that each pass of guidance reads, of a sample; one number where there is one pass.
     failed: the plan that memory ran out with, where this is the second try.
     pin_limit: bytes of host memory that may be pinned; None: as much as the system lets a process pin.
     """
@@ -138,6 +138,8 @@ class Placing:
         rows = max(asked.rows, default=0) if engine.parallel.cfg > 1 else sum(asked.rows)
         kept = text_bytes(info, asked.shape[0], rows, dtype)
         needs = Needs(sizes, activations, asked.text_encoder, asked.image_encoder, asked.vae, kept)
+        if len(asked.rows) > 1 and engine.parallel.size == 1:
+            needs = replace(needs, waiting=waiting_bytes(info, asked.shape, max(asked.rows), dtype))
         least = engine.offload == "block" and not engine.vram_budget_gb
         try:
             if asked.failed is not None:

@@ -60,6 +60,7 @@ class Needs:
     transformers: one, or the high- and the low-noise expert. activations: of one pass, with what caches keep.
     text_encoder, image_encoder: with what they compute with, as a whole and block by block. vae: weights. None and 0
     where there is none, or where nothing is known. kept: of prompt and images, from step to step; can be computed anew.
+    waiting: of one pass of guidance while the other one computes a block; 0 where there are no two to walk together.
     """
 
     transformers: tuple[Sizes, ...]
@@ -68,6 +69,7 @@ class Needs:
     image_encoder: tuple[int, int] | None = None
     vae: int = 0
     kept: int = 0
+    waiting: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Plan:
     decodes, pixels; 0: whole frames.
     weights: bytes of the transformers on the device. peak: bytes on the device at most, `RESERVE` included; budget:
     those that it had to keep within.
-    passing: bytes that are copied in each pass. seconds: that this takes; None where the link was not measured.
+    paired: whether both passes of guidance compute with one copy of each block. passing: bytes that are copied in each
+    pass, or then in each step. seconds: that this takes; None where the link was not measured.
     filed: blocks of the larger transformer that stay in their file, because RAM is too small. reading: bytes of them.
     kept: bytes for what steps compute alike of prompt and images; 0: each computes it anew.
     """
@@ -119,6 +122,7 @@ class Plan:
     weights: int = 0
     tile: int = 0
     kept: int = 0
+    paired: bool = False
 
     @property
     def beside_weights(self) -> int:
@@ -143,7 +147,8 @@ class Plan:
         count = self.resident + self.streamed
         if self.streamed:
             said = f"{self.resident} of {count} blocks stay on the GPU, {self.streamed} pass through it"
-            said += f" ({self.passing / GB:.2f} GB a pass"
+            said += ", once for both passes of guidance" if self.paired else ""
+            said += f" ({self.passing / GB:.2f} GB a {'step' if self.paired else 'pass'}"
             said += f", {self.seconds:.2f} s of copying)" if self.seconds is not None else ")"
         else:
             said = f"all {count} blocks on the GPU"
@@ -171,6 +176,9 @@ def plan(
     least: take as little as possible instead, one block at a time and the next. vae_offload: the VAE makes way even
     where it need not.
     What is kept from step to step has the room that all else leaves: no block passes for it, nor is it the least.
+    Both passes of guidance share each copy where a step then copies less, even if fewer blocks have room to stay, and
+    reads no more from files; with `least`, only where blocks are read from files. How long a pass computes is not
+    asked: copies that are hidden behind it stay hidden when there are fewer of them.
     One block is copied ahead, where there is room for two: a copy has the time of all blocks that stay between two
     that move to hide behind, and a third piece of memory hides nothing more; it serves better as a block that stays.
     Raises DoesNotFitError, with the least that is needed, and ValueError for a budget below 0.
@@ -179,30 +187,22 @@ def plan(
         raise ValueError(f"vram_budget_gb={budget_gb:g} must be 0 (all that is free) or more")
     budget = min(machine.free_vram, int(budget_gb * GB)) if budget_gb else machine.free_vram
     transformers = needs.transformers
-    beside = needs.activations + RESERVE
-    sums = [sizes.total for sizes in transformers]
-    together = len(transformers) > 1 and not least and sum(sums) + beside <= budget
-    count = max(len(sizes.blocks) for sizes in transformers)
-    if together or (not least and max(sums) + beside <= budget):
-        resident, prefetch, weights = count, 0, sum(sums) if together else max(sums)
-    else:
-        resident, prefetch, weights = _streaming(transformers, budget - beside, least)
-        if weights + beside > budget:
-            share = (budget - weights - RESERVE) / max(needs.activations, 1)
-            raise DoesNotFitError(_too_small(weights, needs.activations, budget), min(share, 1))
+    laid = _laid_out(needs, machine, budget, least)
+    beside, weights, resident = laid.beside, laid.weights, laid.resident
     stays = needs.vae if not vae_offload and weights + needs.vae + beside <= budget else 0
     kept = 0 if least or weights + stays + needs.kept + beside > budget else needs.kept
     passing = _passing(transformers, resident)
-    ram = 0 if together or (len(transformers) == 1 and not passing) else sum(sums)
+    alone = laid.together or (len(transformers) == 1 and not passing)
+    ram = 0 if alone else sum(sizes.total for sizes in transformers)
     filed = _filed(transformers, machine.free_ram - RAM_RESERVE, resident) if ram else 0
     away = _in_file(transformers, filed, resident)
     reading = sum(map(sum, away))
     ram += (PIECES * max(map(max, away)) if filed else 0) - reading
     return Plan(
         resident=resident,
-        streamed=count - resident,
-        prefetch=prefetch,
-        together=together,
+        streamed=max(len(sizes.blocks) for sizes in transformers) - resident,
+        prefetch=laid.prefetch,
+        together=laid.together,
         text_encoder=_visitor(needs.text_encoder, budget),
         image_encoder=_visitor(needs.image_encoder, budget),
         vae="stays" if stays or (not needs.vae and not vae_offload) else "visits",
@@ -217,16 +217,57 @@ def plan(
         reading=reading,
         weights=weights,
         kept=kept,
+        paired=laid.paired,
     )
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """What of the transformers is on the device, and `beside` it, in bytes; the rest as in `Plan`."""
+
+    resident: int
+    prefetch: int
+    weights: int
+    beside: int
+    together: bool = False
+    paired: bool = False
+
+
+def _laid_out(needs: Needs, machine: Machine, budget: int, least: bool) -> _Laid:
+    """The most that fits the budget; raises DoesNotFitError."""
+    transformers, beside = needs.transformers, needs.activations + RESERVE
+    sums, count = [sizes.total for sizes in transformers], max(len(sizes.blocks) for sizes in transformers)
+    if len(transformers) > 1 and not least and sum(sums) + beside <= budget:
+        return _Laid(count, 0, sum(sums), beside, together=True)
+    if not least and max(sums) + beside <= budget:
+        return _Laid(count, 0, max(sums), beside)
+    alone = _Laid(*_streaming(transformers, budget - beside, least), beside)
+    if alone.weights + beside > budget:
+        share = (budget - alone.weights - RESERVE) / max(needs.activations, 1)
+        raise DoesNotFitError(_too_small(alone.weights, needs.activations, budget), min(share, 1))
+    if not needs.waiting:
+        return alone
+    beside += needs.waiting
+    paired = _Laid(*_streaming(transformers, budget - beside, least), beside, paired=True)
+    fits = paired.weights + beside <= budget and paired.prefetch >= alone.prefetch
+    return paired if fits and _spares(transformers, machine, alone, paired, least) else alone
+
+
+def _spares(transformers: tuple[Sizes, ...], machine: Machine, alone: _Laid, paired: _Laid, least: bool) -> bool:
+    """Whether a step of two passes moves less with one copy of each block for both."""
+    room = machine.free_ram - RAM_RESERVE
+    once, twice = (_reading(transformers, room, each.resident) for each in (paired, alone))
+    copies = _passing(transformers, paired.resident) < 2 * _passing(transformers, alone.resident)
+    return copies and once <= 2 * twice and (twice > 0 or not least)
 
 
 def tighter(needs: Needs, machine: Machine, failed: Plan) -> Plan:
     """The plan for a second try where memory ran out with `failed`: the VAE makes way, nothing is kept from step to
-    step, and half of what blocks took is given back, 1 GB at least.
+    step, neither pass of guidance waits for the other, and half of what blocks took is given back, 1 GB at least.
 
     Raises DoesNotFitError where `failed` had no more than one block at a time there.
     """
-    needs = replace(needs, kept=0)
+    needs = replace(needs, kept=0, waiting=0)
     free = min(machine.free_vram, failed.peak - max(failed.weights // 2, int(GB)))
     try:
         return plan(needs, replace(machine, free_vram=free), vae_offload=True)
@@ -288,6 +329,18 @@ def _in_file(transformers: tuple[Sizes, ...], filed: int, resident: int) -> list
     counts = [len(sizes.blocks) for sizes in transformers]
     chosen = [filed_blocks(count, min(filed, count), resident) for count in counts]
     return [[sizes.blocks[i] for i in each] or [0] for sizes, each in zip(transformers, chosen, strict=True)]
+
+
+def _reading(transformers: tuple[Sizes, ...], room: int, resident: int) -> int:
+    """Bytes that a pass reads from files, where so much RAM has room for weights: of blocks that pass through."""
+    filed = _filed(transformers, room, resident)
+    found = []
+    for sizes in transformers:
+        count = len(sizes.blocks)
+        moving = spread(count, max(0, count - resident))
+        left = filed_blocks(count, min(filed, count), resident)
+        found.append(sum(sizes.blocks[index] for index in left if index in moving))
+    return max(found)
 
 
 def _passing(transformers: tuple[Sizes, ...], resident: int) -> int:

@@ -13,7 +13,7 @@ second copy of what a block holds beside tensors. Changing some dictionary entri
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,7 @@ class _Fetched:
     expert: str
     block: int
     slot: _Slot
+    visits: int = 0  # how many passes have computed with it
 
 
 class _Visit:
@@ -114,6 +115,7 @@ class BlockStream:
         self._idle: deque[_Slot] = deque()
         self._coming: deque[_Fetched] = deque()
         self._here: str | None = None  # whose turn it is
+        self._walks = 0  # that are under way: passes that walk together visit each block before it goes
 
     @property
     def pinned_bytes(self) -> int:
@@ -234,8 +236,9 @@ class BlockStream:
         """A walk over the blocks of the network whose turn it is, each on the device for its call.
 
         Goes around everything else that walks: caches and cancelling see blocks as before, and a pass that runs none
-        of them copies nothing. following: the expert of the next pass, whose first blocks are fetched during this
-        one's last; None: there is none, or nobody knows.
+        of them copies nothing. Of a walk that begins within another one, both visit each block before the next takes
+        its place. following: the expert of the next pass, whose first blocks are fetched during this one's last; None:
+        there is none, or nobody knows.
         """
 
         def walk(blocks: Sequence[Block], tokens: Tensor, args: Any) -> Tensor:
@@ -249,7 +252,11 @@ class BlockStream:
                 else self._moving_block(block, expert, index, following)
                 for index, block in enumerate(blocks)
             ]
-            return run(staged, tokens, args)
+            self._walks += 1
+            try:
+                return run(staged, tokens, args)
+            finally:
+                self._walks -= 1
 
         return walk
 
@@ -284,20 +291,29 @@ class BlockStream:
     def _visiting(self, expert: str, index: int, following: str | None) -> Iterator[None]:
         if not self._coming or (self._coming[0].expert, self._coming[0].block) != (expert, index):
             # the first pass of all, one after an exception, or one that nobody foresaw
-            self._idle.extend(fetched.slot for fetched in self._coming)
+            for fetched in self._coming:
+                if fetched.visits:
+                    fetched.slot.buffer.release()
+                self._idle.append(fetched.slot)
             self._coming.clear()
             self._fetch(expert, index)
         fetched = self._coming.popleft()
+        fetched = replace(fetched, visits=fetched.visits + 1)
         self._fetch_ahead(fetched, following)
         slot, slab = fetched.slot, self._hosts[expert].blocks[index]
         slot.buffer.use()
         slab.point(slot.views[expert, index])
+        awaited = False
         try:
             yield
+            awaited = fetched.visits < self._walks
         finally:
             slab.point_home()
-            slot.buffer.release()
-            self._idle.append(slot)
+            if awaited:
+                self._coming.appendleft(fetched)
+            else:
+                slot.buffer.release()
+                self._idle.append(slot)
         self._fetch_ahead(fetched, following)
 
     def _fetch(self, expert: str, index: int) -> None:

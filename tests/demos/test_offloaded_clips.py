@@ -87,8 +87,8 @@ def test_however_it_is_placed(pipe: LightX2VPipeline, scheme: str, cache: str) -
     pipe.enable_offload(True, "block", vae_offload=True, vram_budget_gb=half(pipe))
     assert torch.equal(clip(pipe, cache), expected)
     plan = pipe.memory_plan
-    assert plan is not None and plan.streamed and plan.resident and not plan.filed
+    assert plan is not None and plan.streamed and plan.resident and not plan.filed and plan.paired
     pipe.enable_offload(True, "block", ram_budget_gb=1e-6)
     assert torch.equal(clip(pipe, cache), expected)
     plan = pipe.memory_plan
-    assert plan is not None and plan.filed == plan.streamed
+    assert plan is not None and plan.filed == plan.streamed and plan.paired

@@ -14,8 +14,10 @@ from torch._subclasses import FakeTensorMode
 from benchmarks.offload_cases import info_of, latents_of
 from counting import Peak
 from lightx2v.bench import packed
-from lightx2v.bench.subjects import Subject, subject
-from lightx2v.memory import FUSED, fused_by, transformer_activation_bytes
+from lightx2v.bench.subjects import PROMPT_TOKENS, TEXT_TOKENS, Subject, subject
+from lightx2v.blocks import RunBlocks, run_blocks
+from lightx2v.memory import FUSED, fused_by, transformer_activation_bytes, waiting_bytes
+from lightx2v.paired import Paired
 from lightx2v.quant.feeding import PIECE, WHOLE, in_pieces, piece_of
 from lightx2v.quant.linear import ScaledLinear
 from lightx2v_kernels import TOKENWISE, Kernels, Quantized, references, registry, rotary_attention
@@ -48,7 +50,8 @@ def multiply(values: Tensor, scale: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return torch.empty(*values.shape[:-1], weight.shape[0], dtype=torch.bfloat16)
 
 
-def counted(asked: Subject, int8: bool, fp8: bool) -> int:
+def counted(asked: Subject, int8: bool, fp8: bool, *, paired: bool = False) -> int:
+    """Bytes of one pass at most, or of two that walk together."""
     chosen = kernels(int8)
     more: dict[str, Tensor] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
@@ -61,8 +64,16 @@ def counted(asked: Subject, int8: bool, fp8: bool) -> int:
         given = asked.inputs(torch.device("cpu"))
         if asked.config.image_dim:
             more["clip"] = torch.empty(1, 257, asked.config.image_dim)
-        with Peak() as peak:
-            network(given.latents, given.timestep, given.context, **more)
+        return most_of(lambda run: network(given.latents, given.timestep, given.context, run, **more), paired)
+
+
+def most_of(forward: Callable[[RunBlocks], Tensor], paired: bool) -> int:
+    with Peak() as peak:
+        if paired:
+            pair = Paired(run_blocks)
+            pair.both(lambda: forward(pair), lambda: forward(pair))
+        else:
+            forward(run_blocks)
     return peak.most
 
 
@@ -76,6 +87,32 @@ def test_the_estimate_is_upper_and_near(model: str, size: str) -> None:
     most = max(counted(asked, int8, fp8) for int8 in (False, True) for fp8 in (False, True))
     assert most < estimate < 1.1 * most
     assert estimate < transformer_activation_bytes(info_of(asked, bf16), latents_of(asked), bf16)
+
+
+@pytest.mark.parametrize("size", ["480p", "720p"])
+@pytest.mark.parametrize("model", ["wan2.1-14b", "wan2.1-1.3b", "wan2.2-ti2v-5b"])
+def test_a_pass_that_waits_takes_what_is_planned_for_it(model: str, size: str) -> None:
+    asked, bf16 = subject(model, size), torch.bfloat16
+    asked = replace(asked, config=replace(asked.config, num_layers=3))
+    planned = waiting_bytes(info_of(asked, bf16), latents_of(asked), TEXT_TOKENS, bf16)
+    more = counted(asked, True, True, paired=True) - counted(asked, True, True)
+    assert 0.85 * planned < more < planned
+
+
+def test_a_pass_of_hunyuan_that_waits() -> None:
+    asked, bf16 = subject("hunyuan-1.5", "480p"), torch.bfloat16
+    asked = replace(asked, config=replace(asked.config, num_layers=3))
+    planned = waiting_bytes(info_of(asked, bf16), latents_of(asked), PROMPT_TOKENS, bf16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        network = asked.spec.build(asked.config, references(attention=attend))
+        for parameter in network.parameters():
+            parameter.data = parameter.data.bfloat16()
+        given = asked.inputs(torch.device("cpu"))
+        alone, both = (
+            most_of(lambda run: network(given.latents, given.timestep, given.context, run, **given.more), paired)
+            for paired in (False, True)
+        )
+    assert 0.5 * planned < both - alone < planned
 
 
 def test_with_an_image_too() -> None:

@@ -15,49 +15,15 @@ from lightx2v.diffuse import Hooks, Model, Start, diffuse
 from lightx2v.lora import Lora, apply_loras
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
-from lightx2v.offload.lane import Buffer, Lane
 from lightx2v.offload.plan import measure, streamed_bytes
 from lightx2v.offload.slab import ALIGNMENT, PAGE, Slab
 from lightx2v.offload.stream import BlockStream, parts_of, spread
 from lightx2v_kernels import select
+from strict_lane import GARBAGE, StrictLane
 from tiny_cache import COND, CPU, EMPTY, EVEN, T2V, TEN, UNCOND
 from tiny_lora import factors, tensors, write
 
 LAYERS = 5
-GARBAGE = 0xFF  # bytes of NaN in every float type
-
-
-class StrictBuffer(Buffer):
-    """Copies as late as it may, on `use`, and spoils what is there on `release`: reading out of turn gives NaN."""
-
-    def __init__(self, nbytes: int, lane: "StrictLane") -> None:
-        self._source: Tensor | None = None
-        self._lane = lane
-        self._read = False  # by the device, since it was filled
-        super().__init__(nbytes, CPU, None)
-
-    def fill(self, source: Tensor) -> None:
-        assert not self._read, "filled while the device may still read it"
-        self._lane.copied += source.numel()
-        self._source = source.clone()
-
-    def use(self) -> None:
-        if self._source is not None:
-            self.memory[: self._source.numel()] = self._source
-        self._source, self._read = None, True
-
-    def release(self) -> None:
-        self.memory.fill_(GARBAGE)
-        self._read = False
-
-
-class StrictLane(Lane):
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.copied = 0  # bytes
-
-    def buffer(self, nbytes: int) -> Buffer:
-        return StrictBuffer(nbytes, self)
 
 
 def wan(seed: int = 0, layers: int = LAYERS) -> WanTransformer:

@@ -35,8 +35,12 @@ def test_every_part_runs_and_passes_its_gate(tmp_path: Path) -> None:
     found = parts(tmp_path / "offload.json")
     assert list(found) == list(offload.PARTS) and not [row for row in rows(found) if "failed" in row]
     gated = [row for row in rows(found) if "gate" in row]
-    assert len(gated) == 11 and all(row["gate"] == "passed" and row["ms"] > 0 for row in gated)
+    assert len(gated) == 21 and all(row["gate"] == "passed" and row["ms"] > 0 for row in gated)
     assert found["diffusers"]["error"] < 1e-4 and found["diffusers"]["ms"] > 0
+    for scheme in ("bf16", "fp8"):
+        steps = found["guidance"][f"{scheme}, 160x96, 5 frames"]
+        assert steps["in turn"]["copied_gb"] == pytest.approx(2 * steps["shared"]["copied_gb"], rel=0.01)
+        assert "once for both passes" in steps["shared"]["plan"] and "a pass)" in steps["in turn"]["plan"]
     assert "2 blocks are read from the file" in found["ram"]["0.001 GB"]["plan"]
     assert "pass through" in found["pair"]["streamed"]["plan"] and len(found["pair"]["streamed"]["switch_s"]) == 2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightx2v import LightX2VPipeline
 from lightx2v.blocks import run_blocks
-from lightx2v.checkpoint import read_header
+from lightx2v.checkpoint import Header, read_header
 from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.offload import Home, Plan
@@ -23,6 +23,7 @@ from lightx2v.offload.plan import GB, RESERVE, Machine, Needs, measure, plan, st
 from lightx2v.offload.shortage import Advice, once_more
 from lightx2v.offload.slab import PAGE, host_memory
 from lightx2v.offload.stream import BlockStream
+from lightx2v.paired import Paired, in_turn
 from lightx2v_kernels import select
 from tiny_cache import T2V
 
@@ -97,6 +98,53 @@ def test_streamed_equals_resident() -> None:
             for _ in range(2):
                 with stream.open(stays, prefetch):
                     assert same(passes(streamed(stream))), (stays, prefetch)
+
+
+def left_in(folder: Path, network: WanTransformer) -> Header:
+    """Of a file with the network's weights; those of all blocks are nowhere else any longer."""
+    path = folder / "wan.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    for name in left_in_file(network, LAYERS):
+        owner, _, leaf = name.rpartition(".")
+        module = network.get_submodule(owner)
+        module._parameters[leaf] = torch.nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
+    return read_header(path)
+
+
+def test_both_passes_of_guidance_over_one_copy(tmp_path: Path) -> None:
+    """Two passes that walk together, several steps without waiting in between, also of weights in their file."""
+    latents, timestep, context = inputs()
+    conds = context, -context
+    network = wan()
+
+    @torch.inference_mode()
+    def steps(bring: Callable[[], WanTransformer], around: Callable, paired: bool) -> list[Tensor]:
+        pair, outputs = Paired(run_blocks), []
+        both = pair.both if paired else in_turn
+        for index in range(3):
+            forward = [
+                lambda cond=cond, index=index: bring()(latents * (1 + index), timestep, cond, around(pair, ""))
+                for cond in conds
+            ]
+            outputs += both(*forward)
+        return outputs
+
+    network.to(CUDA)
+    expected = steps(lambda: network, lambda run, following: run, False)
+    assert not torch.equal(expected[0], expected[1])
+    network.to("cpu")
+    stream = BlockStream({"": network}, CUDA)
+    for stays, prefetch in ((0, 0), (0, 1), (3, 1), (3, 2)):
+        for paired in (True, False):
+            with stream.open(stays, prefetch):
+                found = steps(stream.bring, stream.around, paired)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (stays, prefetch, paired)
+    stream.release()
+    stream = BlockStream({"": network}, CUDA, headers={"": left_in(tmp_path, network)})
+    with stream.open(0, 1):
+        found = steps(stream.bring, stream.around, True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    stream.release()
 
 
 def test_without_pinning_too() -> None:
@@ -216,7 +264,7 @@ def test_the_same_demo_video_however_it_is_placed() -> None:
     assert pipe.memory_plan.streamed and pipe.memory_plan.pinned and pipe.memory_plan.seconds
     pipe.enable_offload(True, ram_budget_gb=1e-6)
     assert torch.equal(video(), whole)
-    assert pipe.memory_plan.filed == pipe.memory_plan.streamed
+    assert pipe.memory_plan.filed == pipe.memory_plan.streamed and pipe.memory_plan.paired
     assert "peak" in pipe.report.text() and pipe.report.stages[1].peak
 
 
@@ -281,16 +329,7 @@ def test_memory_that_really_runs_out() -> None:
 def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
     """What is read ahead while blocks compute, in bf16 straight from the file."""
     network = wan()
-    save_file(
-        {name: tensor.contiguous() for name, tensor in network.state_dict().items()}, tmp_path / "wan.safetensors"
-    )
-    header = read_header(tmp_path / "wan.safetensors")
-    left = left_in_file(network, LAYERS)
-    for name in left:
-        owner, _, leaf = name.rpartition(".")
-        module = network.get_submodule(owner)
-        module._parameters[leaf] = torch.nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
-    stream = BlockStream({"": network}, CUDA, headers={"": header})
+    stream = BlockStream({"": network}, CUDA, headers={"": left_in(tmp_path, network)})
     assert stream.host_bytes < measure(network).total / 2
     for stays, ahead in ((0, 1), (0, 2), (5, 1), (LAYERS, 0)):
         with stream.open(stays, ahead):

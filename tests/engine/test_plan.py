@@ -12,7 +12,19 @@ from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.offload.parts import filed_blocks, spread
 from lightx2v.offload.placing import container_bytes
-from lightx2v.offload.plan import GB, RESERVE, DoesNotFitError, Machine, Needs, Plan, Sizes, has_room, measure, plan
+from lightx2v.offload.plan import (
+    GB,
+    RESERVE,
+    DoesNotFitError,
+    Machine,
+    Needs,
+    Plan,
+    Sizes,
+    has_room,
+    measure,
+    plan,
+    tighter,
+)
 from lightx2v_kernels import select
 
 CPU = torch.device("cpu")
@@ -121,6 +133,74 @@ def test_the_line_says_what_passes() -> None:
         "only 1.0 GB of RAM are free: the system may swap to disk"
     )
     assert "(17.50 GB a pass)" in short.line()
+
+
+PAIR = replace(ONE, waiting=1_000_000_000)
+
+
+def moved(made: Plan) -> float:
+    """Bytes that a step of two passes copies."""
+    return made.passing * (1 if made.paired else 2)
+
+
+def test_two_passes_share_a_copy_where_a_step_then_moves_less() -> None:
+    """A second pass that waits takes the room of a block and a half: fewer stay, and still fewer bytes move."""
+    tables = {
+        # GB of the card: blocks that stay with passes one after the other, with shared copies (None: not shared)
+        6: (0, None),
+        8: (3, 2),
+        12: (9, 7),
+        16: (15, 13),
+        24: (26, 25),
+        30: (35, 33),
+        31.9: (37, 36),
+        32.2: (40, None),
+    }
+    for card, (without, shared) in tables.items():
+        old, made = plan(ONE, with_vram(int(card * GB))), plan(PAIR, with_vram(int(card * GB)))
+        assert (old.resident, made.resident if made.paired else None) == (without, shared), card
+        assert made.paired or replace(made, paired=old.paired) == old
+    assert planned_or_none(PAIR, int(4.9 * GB)) == planned_or_none(ONE, int(4.9 * GB)), "no room for a second pass"
+
+
+@pytest.mark.parametrize("needs", [PAIR, replace(TWO, waiting=400_000_000), replace(PAIR, waiting=9_000_000_000)])
+def test_shared_copies_never_move_more_and_keep_the_budget(needs: Needs) -> None:
+    shared = 0
+    for free in range(50, 400):
+        old = planned_or_none(replace(needs, waiting=0), int(free * GB / 10))
+        made = planned_or_none(needs, int(free * GB / 10))
+        assert (made is None) == (old is None)
+        if old is None or made is None:
+            continue
+        assert made.peak <= made.budget and made.prefetch >= old.prefetch
+        assert moved(made) < moved(old) if made.paired else made == old
+        shared += made.paired
+    assert shared > 60
+
+
+def test_shared_copies_where_blocks_are_in_their_file() -> None:
+    """The least takes the room for a second pass only there; and no more is read from the file for it."""
+    little, much = replace(MACHINE, free_vram=16 * 10**9, free_ram=10 * 10**9), with_vram(16 * 10**9)
+    assert plan(PAIR, little, least=True).paired and plan(PAIR, little, least=True).resident == 0
+    assert not plan(PAIR, much, least=True).paired and plan(PAIR, much, least=True) == plan(ONE, much, least=True)
+    assert plan(PAIR, little).paired
+    once = replace(much, free_ram=int(22 * GB))  # as many blocks in the file as stay: each is read once a video
+    assert plan(ONE, once).filed == 15 == plan(ONE, once).resident and not plan(PAIR, once).paired
+    assert plan(PAIR, replace(once, free_ram=int(12 * GB))).paired
+
+
+def test_the_line_says_what_passes_share() -> None:
+    made = plan(PAIR, replace(MACHINE, free_vram=16_000_000_000, link=25e9))
+    assert made.line().startswith(
+        "memory: 13 of 40 blocks stay on the GPU, 27 pass through it, once for both passes of guidance (18.90 GB a "
+        "step, 0.76 s of copying); 15.6 of 16.0 GB; "
+    )
+
+
+def test_a_second_try_lets_no_pass_wait() -> None:
+    failed = plan(PAIR, with_vram(int(16 * GB)))
+    again = tighter(PAIR, MACHINE, failed)
+    assert failed.paired and not again.paired and again.peak < failed.peak
 
 
 def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
