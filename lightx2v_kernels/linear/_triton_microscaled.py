@@ -35,23 +35,23 @@ def _e2m1(code):
 
 
 @triton.jit
-def _scale(scales, row, block, WIDTH):
+def _scale(scales, row, block, WIDTH, inside):
     """The byte of a block's scale, int32. WIDTH: tiles along a row."""
     at = (row // 128 * WIDTH + block // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
-    return tl.load(scales + at).to(tl.int32)
+    return tl.load(scales + at, mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
 def _restore_nvfp4(codes, scales, unit, out, K, WIDTH, HIGH_FIRST: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)  # of bytes
+    inside = at < K // 2
+    byte = tl.load(codes + row * (K // 2) + at, mask=inside, other=0).to(tl.int32)
+    scale = _e4m3(_scale(scales, row, at // 8, WIDTH, inside)) * tl.load(unit)
+    upper, lower = _e2m1(byte >> 4) * scale, _e2m1(byte & 15) * scale
+    values = tl.interleave(upper, lower) if HIGH_FIRST else tl.interleave(lower, upper)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = j < K
-    j = tl.minimum(j, K - 1)
-    byte = tl.load(codes + row * (K // 2) + j // 2).to(tl.int32)
-    upper = j % 2 == 0 if HIGH_FIRST else j % 2 == 1
-    value = _e2m1(tl.where(upper, byte >> 4, byte & 15))
-    scale = _e4m3(_scale(scales, row, j // 16, WIDTH)) * tl.load(unit)
-    tl.store(out + row * K + j, (value * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * K + j, values.to(out.dtype.element_ty), mask=j < K)
 
 
 @triton.jit
@@ -59,9 +59,8 @@ def _restore_mxfp8(values, scales, out, K, WIDTH, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = j < K
-    j = tl.minimum(j, K - 1)
-    value = _e4m3(tl.load(values + row * K + j).to(tl.int32))
-    exponent = _scale(scales, row, j // 32, WIDTH)
+    value = _e4m3(tl.load(values + row * K + j, mask=inside, other=0).to(tl.int32))
+    exponent = _scale(scales, row, j // 32, WIDTH, inside)
     bits = tl.where(exponent == 0, 1 << 22, exponent << 23)  # 2^-127 has no exponent of its own in float32
     scale = tl.where(exponent == 255, float("nan"), bits.to(tl.float32, bitcast=True))
     tl.store(out + row * K + j, (value * scale).to(out.dtype.element_ty), mask=inside)
