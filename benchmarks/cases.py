@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases_linear import PACKED, flops, gguf, scaled
+from benchmarks.cases_linear import MICROSCALED, PACKED, flops, gguf, microscaled, scaled
 from benchmarks.size import CPU_SIZES, CUDA_SIZES, CUDA_TOKENWISE_SIZES, HEAD_DIM, Size
 from benchmarks.tokenwise import bytes_moved, variants
 from lightx2v_kernels import TOKENWISE, registry
@@ -79,11 +79,12 @@ def attention(size: Size) -> list[Case]:
 
 
 def packed_linear(size: Size) -> list[Case]:
-    """The first layer of the feed-forward, with its weight in 8 bits and in GGML's blocks."""
+    """The first layer of the feed-forward, with its weight in 8 bits, in GGML's blocks, in NVFP4 and MXFP8."""
     sizes = size.batch * size.tokens, size.ffn_size, size.hidden_size
     return [
         *(Case(op, size.name, partial(scaled, packed, *sizes), flops, "TFLOP/s") for op, packed in PACKED.items()),
         Case("gguf_linear", size.name, partial(gguf, *sizes), flops, "TFLOP/s"),
+        *(Case(op, size.name, partial(microscaled, op, *sizes), flops, "TFLOP/s") for op in MICROSCALED),
     ]
 
 

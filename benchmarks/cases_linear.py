@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lightx2v_kernels.ggml import TYPES, quantise_q8_0, restore
 from lightx2v_kernels.linear import SCALES_AT
+from lightx2v_kernels.microscaled import quantise_mxfp8, quantise_nvfp4, tiled, unit_of
 from lightx2v_kernels.quantize.reference import quantize
 
 PACKED = {"int8_linear": torch.int8, "fp8_linear": torch.float8_e4m3fn}
+MICROSCALED = ("nvfp4_linear", "mxfp8_linear")
 
 
 def rows_of(weight: Tensor, packed: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -34,9 +36,23 @@ def gguf(tokens: int, rows: int, size: int, device: torch.device, dtype: torch.d
     return x, quantise_q8_0(weight), "Q8_0", (rows, size), bias
 
 
+def microscaled(
+    op: str, tokens: int, rows: int, size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """Arguments of `nvfp4_linear` or `mxfp8_linear`."""
+    weight = torch.randn(rows, size, device=device) / size**0.5
+    x, bias = torch.randn(tokens, size, device=device, dtype=dtype), torch.randn(rows, device=device, dtype=dtype)
+    if op == "mxfp8_linear":
+        values, scales = quantise_mxfp8(weight)
+        return x, values, tiled(scales), bias
+    unit = unit_of(weight.abs().amax())
+    codes, scales = quantise_nvfp4(weight, unit, True)
+    return x, codes, tiled(scales), unit, True, bias
+
+
 def flops(args: tuple[Any, ...]) -> float:
     """Multiply-adds counted twice."""
-    rows = args[3][0] if isinstance(args[3], tuple) else args[2].shape[0]
+    rows = args[3][0] if isinstance(args[3], tuple) else args[1 if args[1].dtype == torch.uint8 else 2].shape[0]
     return 2.0 * args[0].numel() * rows
 
 

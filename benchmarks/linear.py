@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases_linear import PACKED, blocks_of, flops, scaled
+from benchmarks.cases_linear import MICROSCALED, PACKED, blocks_of, flops, microscaled, scaled
 from benchmarks.timing import machine, median_ms, report
 from lightx2v_kernels import registry
 from lightx2v_kernels.closeness import relative_error, why_too_far
 from lightx2v_kernels.linear.reference import plain_linear, scaled_linear
+from lightx2v_kernels.microscaled import restore_mxfp8, restore_nvfp4
 
 Timed = Callable[[], Tensor]
 
@@ -109,6 +110,7 @@ def candidates(shape: tuple[int, int, int], device: torch.device, dtype: torch.d
             yield Candidate(layer, "fp8 one scale a tensor", whole, work, lambda out: ("", None))
         yield from _tiled(layer, op, packed, args, judge)
     yield from gguf_candidates(layer, x, rows, bias)
+    yield from microscaled_candidates(layer, x, rows)
 
 
 def _tiled(layer: str, op: str, packed: torch.dtype, args: tuple[Any, ...], judge: Any) -> Iterator[Candidate]:
@@ -130,22 +132,63 @@ def gguf_candidates(layer: str, x: Tensor, rows: int, bias: Tensor) -> Iterator[
         if size % 256 and encoding.endswith("_K"):
             continue
         blocks, truth = blocks_of(encoding, rows, size, x.device)
-        shape, work = (rows, size), 2.0 * x.numel() * rows
+        alone = partial(restored, blocks, encoding, (rows, size), x.dtype)
+        whole = partial(gguf_linear, x, blocks, encoding, (rows, size), bias)
+        yield from _restoring(layer, f"gguf {encoding}", alone, whole, x, truth, bias)
 
-        def judge(out: Tensor, weight: Tensor = truth, tokens: Tensor = x) -> tuple[str, float | None]:
-            few = tokens[: len(out)][:64]
-            wide = few.double() @ weight.double().T + bias.double()
-            wrong = why_too_far(out[:64], wide, F.linear(few, weight.to(few.dtype), bias))
-            return (f"wrong: {wrong}" if wrong else "passed"), relative_error(out[:64], wide)
 
-        def same(out: Tensor, weight: Tensor = truth) -> tuple[str, float | None]:
-            wrong = why_too_far(out, weight, weight.to(out.dtype))
-            return (f"wrong: {wrong}" if wrong else "passed"), relative_error(out, weight)
+def microscaled_candidates(layer: str, x: Tensor, rows: int) -> Iterator[Candidate]:
+    """The same of NVFP4 and MXFP8; where it runs the product in the format too, judged by the error it declares."""
+    from lightx2v_kernels.linear import _triton_microscaled as ours
 
-        yield Candidate(
-            layer, f"gguf {encoding} restored", partial(restored, blocks, encoding, shape, x.dtype), 0.0, same
+    tokens, size = x.shape
+    for op in MICROSCALED:
+        given = microscaled(op, tokens, rows, size, x.device, x.dtype)
+        args, bias = (x, *given[1:]), given[-1]
+        if op == "nvfp4_linear":
+            truth, alone = restore_nvfp4(*args[1:5]), partial(ours.restored_nvfp4, *args[1:5], x.dtype)
+        else:
+            truth, alone = restore_mxfp8(*args[1:3]), partial(ours.restored_mxfp8, *args[1:3], x.dtype)
+        yield from _restoring(
+            layer, op.removesuffix("_linear"), alone, partial(getattr(ours, op), *args), x, truth, bias
         )
-        yield Candidate(layer, f"gguf {encoding}", partial(gguf_linear, x, blocks, encoding, shape, bias), work, judge)
+        for backend in registry.registry(op).ranked():
+            if backend.max_error is not None and backend.why_not(x.device, x.dtype, 128) is None:
+                judge = partial(_declared, backend, x, truth, bias)
+                yield Candidate(layer, f"{op} {backend.name}", partial(backend.load(), *args), flops(args), judge)
+
+
+def _declared(
+    backend: registry.Backend, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor
+) -> tuple[str, float | None]:
+    assert backend.max_error is not None
+    found = relative_error(out[:64], x[:64].double() @ weight.double().T + bias.double())
+    return ("passed" if found <= backend.max_error else f"wrong: above {backend.max_error}"), found
+
+
+def _restoring(
+    layer: str,
+    name: str,
+    alone: Callable[[], Tensor],
+    whole: Callable[[], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Iterator[Candidate]:
+    """weight: the values that the packed one stands for, float32."""
+
+    def judge(out: Tensor) -> tuple[str, float | None]:
+        few = x[: len(out)][:64]
+        wide = few.double() @ weight.double().T + bias.double()
+        wrong = why_too_far(out[:64], wide, F.linear(few, weight.to(few.dtype), bias))
+        return (f"wrong: {wrong}" if wrong else "passed"), relative_error(out[:64], wide)
+
+    def same(out: Tensor) -> tuple[str, float | None]:
+        wrong = why_too_far(out, weight, weight.to(out.dtype))
+        return (f"wrong: {wrong}" if wrong else "passed"), relative_error(out, weight)
+
+    yield Candidate(layer, f"{name} restored", alone, 0.0, same)
+    yield Candidate(layer, name, whole, 2.0 * x.numel() * len(weight), judge)
 
 
 def measure(candidate: Candidate, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from lightx2v.bench.command import add_arguments as add_bench
 from lightx2v.bench.command import run as run_bench
 from lightx2v.cache.calibration import PROMPTS
 from lightx2v.checkpoint import CheckpointError
-from lightx2v.config import DTYPES, EXCHANGES, OFFLOADS, SCHEDULERS
+from lightx2v.config import DTYPES, EXCHANGES, OFFLOADS, QUANTS, SCHEDULERS
 from lightx2v.parallel.agreement import StoppedElsewhereError
 from lightx2v.parallel.mesh import launched
 from lightx2v.schedules import parse_step_list
@@ -137,7 +137,7 @@ def calibrate(args: argparse.Namespace) -> None:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    """A transformer's checkpoint as an 8-bit file."""
+    """A transformer's checkpoint as a file in 8 or 4 bits."""
     import torch
 
     from lightx2v.quant.writing import write_quantised
@@ -208,12 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_request(request)
     _add_sampling(command.add_argument_group("how to make it: as it will be used"))
 
-    command = commands.add_parser("quantize", help="write a transformer as an 8-bit file")
+    command = commands.add_parser("quantize", help="write a transformer as a file in 8 or 4 bits")
     command.set_defaults(run=quantize)
     command.add_argument("source", type=Path, help="a transformer in bf16, fp16 or fp32, file or folder")
     command.add_argument("target", type=Path, help="the .safetensors file to write")
-    command.add_argument("--scheme", choices=("fp8", "int8"), default="fp8", help="default: fp8")
-    layout = "whose files it is to be like: ComfyUI reads comfy, fp8 alone; default: lightx2v"
+    command.add_argument("--scheme", choices=QUANTS[2:], default="fp8", help="default: fp8")
+    layout = "whose files it is to be like: ComfyUI reads comfy, no int8; default: lightx2v"
     command.add_argument("--layout", choices=("lightx2v", "comfy"), default="lightx2v", help=layout)
     command.add_argument("--force", action="store_true", help="replace a file that is there")
     command.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda")
@@ -260,9 +260,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--attn_mode", help="auto (default), exact, or a backend that `doctor` lists")
     group.add_argument("--dtype", choices=DTYPES, help="default: auto")
     quant = (
-        "fp8, int8, also with a kernel, such as fp8-triton: in what the transformer's linear layers multiply, from a "
+        "fp8, int8, nvfp4, mxfp8, also with a kernel, such as fp8-triton: in what the transformer's linear layers are, "
+        "from a quantised file of the folder, or quantised as they are read; auto (default): as the file is, where the "
     )
-    quant += "quantised file of the folder, or quantised as they are read; auto (default): as the file is, where the "
     group.add_argument("--quant", metavar="SCHEME", help=f"{quant}GPU can; none: restored")
     waits = "auto: on the GPU as far as it fits; block: passes through it; model: visits it; none: stays; default: auto"
     group.add_argument("--offload", choices=OFFLOADS, default=None, help=waits)

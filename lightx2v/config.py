@@ -7,7 +7,7 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 OFFLOADS = ("none", "model", "block", "auto")
 CACHES = ("none", "teacache", "magcache")
 CACHE_THRESHOLDS = {"none": 0.0, "teacache": 0.15, "magcache": 0.24}  # LightX2V pipeline.py, enable_cache
-QUANTS = ("auto", "none", "fp8", "int8")
+QUANTS = ("auto", "none", "fp8", "int8", "nvfp4", "mxfp8")
 SCHEDULERS = ("unipc", "euler", "distilled")
 EXCHANGES = ("exact", "fp8")
 
@@ -67,8 +67,9 @@ class Engine:
     vram_budget_gb: GB of GPU memory that "block" and "auto" may take, 0 for the least and for all that is free.
     vae_offload: the VAE waits in RAM too.
     quant: in what the linear layers of blocks multiply, see `lightx2v.quant.packing`. "auto": packed weights of a file
-        stay packed where the device has a kernel for them; "none": they are restored; "fp8", "int8": any file's are so.
-    linear: "auto" or a backend of `int8_linear` or `fp8_linear` in lightx2v_kernels.linear.
+        stay packed where the device has a kernel for them; "none": they are restored; "fp8", "int8", "nvfp4", "mxfp8":
+        any file's are so.
+    linear: "auto" or a backend of `int8_linear` and the others in lightx2v_kernels.linear.
     ram_budget_gb: GB of RAM in which weights may rest that pass through the GPU, 0 for all that is free; the rest of
         them is read from the file each time.
     parallel: several devices for one video; needs a `lightx2v.parallel.mesh.Mesh` where a model is built and run.

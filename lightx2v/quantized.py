@@ -20,6 +20,7 @@ GGUF_TYPES = "Q8_0 Q6_K Q5_K_S Q5_K_M Q5_0 Q5_1 Q4_K_S Q4_K_M Q4_0 Q4_1 Q3_K_S Q
 SCHEMES = (
     *"fp8 fp8-sgl fp8-vllm fp8-triton fp8-torchao fp8-q8f fp8-pertensor".split(),
     *"int8 int8-sgl int8-vllm int8-triton int8-torchao int8-q8f".split(),
+    *"nvfp4 nvfp4-triton nvfp4-torchao mxfp8 mxfp8-triton mxfp8-torchao".split(),
     *(f"gguf-{kind}" for kind in GGUF_TYPES.split()),
 )
 AS_STORED, RESTORED = "auto", "none"  # of quant_scheme, beside the names of LightX2V
@@ -27,10 +28,12 @@ AS_STORED, RESTORED = "auto", "none"  # of quant_scheme, beside the names of Lig
 KERNELS = {
     "fp8": {"sgl": "sgl", "vllm": "vllm", "triton": "triton", "torchao": "torch_scaled_mm", "pertensor": "auto"},
     "int8": {"sgl": "sgl", "vllm": "vllm", "triton": "triton", "torchao": "torch_int_mm"},
+    "nvfp4": {"triton": "triton", "torchao": "torch_scaled_mm"},
+    "mxfp8": {"triton": "triton", "torchao": "torch_scaled_mm"},
 }
 # LightX2V's files and examples name these two by habit: where the package is not installed, the format is what counts.
 PACKAGES = {"sgl": "sgl_kernel", "vllm": "vllm"}
-NOT_READ = (*"nvfp4 mxfp4 mxfp6-mxfp8 mxfp8 fp8-b128-deepgemm int4-g128-marlin".split(),)
+NOT_READ = (*"mxfp4 mxfp6-mxfp8 fp8-b128-deepgemm int4-g128-marlin".split(),)
 VENDORS = ("musa", "hygon-dcu", "tmo", "npu", "intel-xpu", "iluvatar")
 
 
@@ -92,10 +95,11 @@ def _kernel(scheme: str, stored: str) -> str:
 
 
 def format_of(scheme: str) -> str:
-    """ "fp8", "int8" or "gguf" of one of LightX2V's scheme names; raises ValueError for any other."""
+    """ "fp8", "int8", "nvfp4", "mxfp8" or "gguf" of one of LightX2V's scheme names; raises ValueError for any other."""
     if scheme in NOT_READ or scheme.endswith(VENDORS):
         raise ValueError(
-            f"quant_scheme={scheme!r}: files of this scheme cannot be read here; use an fp8, int8 or GGUF file"
+            f"quant_scheme={scheme!r}: files of this scheme cannot be read here; use an fp8, int8, NVFP4, MXFP8 or "
+            "GGUF file"
         )
     if scheme not in SCHEMES:
         raise ValueError(f"quant_scheme={scheme!r} is not known; known: {', '.join(SCHEMES)}{nearest(scheme, SCHEMES)}")

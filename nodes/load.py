@@ -191,8 +191,8 @@ class LightX2VLoadModel(io.ComfyNode):
                     options=[NONE, *quantised],
                     default=NONE,
                     optional=True,
-                    tooltip="The same models in fp8, int8 or GGUF (Wan 14B: 14.5 GB in fp8); what becomes of the "
-                    "weights, quant says. Set original_ckpt to none to use it.",
+                    tooltip="The same models in fp8, int8, NVFP4, MXFP8 or GGUF (Wan 14B: 14.5 GB in fp8); what "
+                    "becomes of the weights, quant says. Set original_ckpt to none to use it.",
                 ),
                 _lora_input("LoRAs for this model"),
                 _quant_input(),
@@ -253,7 +253,7 @@ class LightX2VLoadModelMoE(io.ComfyNode):
                 options=[NONE, *quantised],
                 default=NONE,
                 optional=True,
-                tooltip=f"The expert for {makes}, in fp8, int8 or GGUF (14.5 GB in fp8); see quant.",
+                tooltip=f"The expert for {makes}, in fp8, int8, NVFP4, MXFP8 or GGUF (14.5 GB in fp8); see quant.",
             ),
         ]
 
@@ -292,9 +292,10 @@ def _quant_input() -> io.Input:
         options=list(QUANTS),
         default="auto",
         optional=True,
-        tooltip="In what the transformer's layers multiply. auto: as the file is; fp8, int8 and GGUF stay packed on a "
-        "GPU that can (Wan 14B: 14.5 instead of 28.6 GB). fp8, int8: a bf16 file is quantised while loading: half the "
-        "memory, and layers 1.6 to 2 times as fast on an H100. none: everything is restored.",
+        tooltip="In what the transformer's layers multiply. auto: as the file is; fp8, int8, NVFP4, MXFP8 and GGUF "
+        "stay packed on a GPU that can (Wan 14B: 14.5 instead of 28.6 GB). fp8, int8: a bf16 file is quantised while "
+        "loading: half the memory, and layers 1.6 to 2 times as fast on an H100. nvfp4, mxfp8: likewise, to 4.5 and "
+        "8.25 bits a weight, at the speed of bf16. none: everything is restored.",
     )
 
 

@@ -20,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),  # since PyTorch 2.7
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -108,9 +109,9 @@ class Stamp:
 class Packed:
     """A weight that is stored in fewer bits, or in several pieces.
 
-    scheme: "fp8", "int8" or "gguf"; detail: what it says beside, e.g. "e4m3, a scale a tensor". Both are empty where
-        plain values only lie in several tensors.
-    parts: role -> tensor of the file; "weight" always, "scale" where the scheme has one.
+    scheme: "fp8", "int8", "nvfp4", "mxfp8" or "gguf"; detail: what it says beside, e.g. "e4m3, a scale a tensor".
+        Both are empty where plain values only lie in several tensors.
+    parts: role -> tensor of the file; "weight" always, "scale" where there is one, or what the scheme calls them.
     unpack: the parts as they are stored -> the values, float32, in the shape of the weight.
     """
 

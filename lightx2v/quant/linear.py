@@ -1,10 +1,11 @@
-"""Linear layers whose weights stay as they are stored: 8-bit numbers with scales, or GGML's blocks."""
+"""Linear layers whose weights stay as they are stored: 8-bit numbers with scales, GGML's blocks, NVFP4 or MXFP8."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from lightx2v.quant.microscaled import room
 from lightx2v_kernels import Quantized
 
 Multiply = Callable[..., Tensor]
@@ -60,8 +61,46 @@ class GgufLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, encoding={self.encoding}"
 
 
+class MicroscaledLinear(nn.Module):
+    """A layer whose weight rests in NVFP4 or MXFP8, with the tokens plain.
+
+    weight: (N, K / 2) or (N, K) uint8. weight_scale: uint8, in tiles. unit: (1,) float32, of NVFP4 alone.
+    high_first: see `lightx2v_kernels.microscaled`. multiply: an implementation of `nvfp4_linear` or `mxfp8_linear`.
+    """
+
+    weight_scale: Tensor
+    unit: Tensor
+
+    def __init__(self, linear: nn.Linear, scheme: str, high_first: bool, multiply: Multiply) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = linear.in_features, linear.out_features, scheme
+        device = linear.weight.device
+        for name, (shape, dtype) in room(scheme, self.out_features, self.in_features).items():
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+        self.bias = linear.bias
+        self.high_first, self._multiply = high_first, multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) in the dtype of x"""
+        if self.scheme == "nvfp4":
+            return self._multiply(x, self.weight, self.weight_scale, self.unit, self.high_first, self.bias)
+        return self._multiply(x, self.weight, self.weight_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}"
+
+
+PACKED = (ScaledLinear, GgufLinear, MicroscaledLinear)
+
+
 def kind_of(layer: nn.Module) -> str:
-    """In what a linear layer multiplies, in a word: "bfloat16", "int8", "Q4_K"."""
+    """In what a linear layer multiplies, in a word: "bfloat16", "int8", "Q4_K", "nvfp4"."""
     if isinstance(layer, GgufLinear):
         return layer.encoding
+    if isinstance(layer, MicroscaledLinear):
+        return layer.scheme
     return str(layer.get_parameter("weight").dtype).removeprefix("torch.")

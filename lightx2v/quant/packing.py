@@ -1,15 +1,16 @@
 """Which layers of a transformer keep packed weights, what they multiply with, and how a file fills them.
 
-`Engine.quant` says what is wanted. "auto": what the file packs in 8 bits or in GGML's blocks stays so where a kernel
-for it runs on the device, and is restored otherwise. "none": everything is restored. "fp8" and "int8": the layers that
-the family names (`ModelSpec.quantises`) multiply in that format, from whatever file: what is stored in it stays as it
-is, the rest is quantised as it is read, one tensor at a time, rounded to the nearest with one scale a row.
+`Engine.quant` says what is wanted. "auto": what the file packs in 8 bits, NVFP4, MXFP8 or GGML's blocks stays so where
+a kernel for it runs on the device, and is restored otherwise. "none": everything is restored. "fp8", "int8", "nvfp4"
+and "mxfp8": the layers that the family names (`ModelSpec.quantises`) are in that format, from whatever file: what is
+stored in it stays as it is, the rest is quantised as it is read, one tensor at a time, rounded to the nearest.
 """
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from lightx2v.checkpoint import CheckpointError, Header, Packed, TensorInfo, rea
 from lightx2v.config import Engine
 from lightx2v.identify import CheckpointInfo
 from lightx2v.lora.branch import BranchedLinear
-from lightx2v.quant.linear import GgufLinear, ScaledLinear
+from lightx2v.quant import microscaled
+from lightx2v.quant.linear import PACKED, GgufLinear, MicroscaledLinear, ScaledLinear
 from lightx2v_kernels import Kernels, UnsupportedBackendError, registry
 from lightx2v_kernels.quantize.reference import quantize
 
@@ -26,8 +28,10 @@ log = logging.getLogger(__name__)
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 OPS = {torch.float8_e4m3fn: "fp8_linear", torch.int8: "int8_linear"}
 GGUF = "gguf_linear"
+SCHEMES = {op: scheme for scheme, op in microscaled.OPS.items()}
 SCALE = "weight_scale"
 MULTIPLE = 16  # of rows and columns, which every 8-bit kernel wants
+MICROSCALED_MULTIPLE = 32  # of columns: a block of MXFP8, 16 bytes of NVFP4
 REFERENCE = "reference"
 CHUNK = 1 << 24  # values quantised at once: their float32 copies take 64 MB each
 
@@ -99,6 +103,9 @@ def pack(
         stored = info.header.tensors[f"{name}.weight"]
         if backend.op == GGUF:
             packed: nn.Module = GgufLinear(linear, stored.encoding, stored.nbytes, backend.load())
+        elif (scheme := SCHEMES.get(backend.op)) is not None:
+            high = _stays(stored, scheme) and stored.packed is not None and microscaled.high_first(stored.packed)
+            packed = MicroscaledLinear(linear, scheme, high, backend.load())
         else:
             reads = next(dtype for dtype, op in OPS.items() if op == backend.op)
             packed = ScaledLinear(linear, reads, backend.load(), kernels.quantize)
@@ -111,11 +118,15 @@ def _op(weight: str, info: CheckpointInfo, engine: Engine) -> str:
     stored = info.header.tensors.get(weight)
     if leaf != "weight" or stored is None or len(stored.shape) != 2 or engine.quant == "none":
         return ""
+    if engine.quant in microscaled.OPS:
+        return microscaled.OPS[engine.quant] if _in_blocks(weight, stored, info) else ""
     if engine.quant in FORMATS:
         return OPS[FORMATS[engine.quant]] if multiplies(weight, stored, info) else ""
     if stored.encoding:
         in_block = re.search(r"blocks\.\d+\.", name) and not info.spec.keep_float32(weight)
         return GGUF if in_block else ""
+    if stored.packed is not None and (op := microscaled.OPS.get(stored.packed.scheme)):
+        return op if _in_blocks(weight, stored, info) else ""
     found = stored_format(stored)
     return OPS[found] if found is not None and multiplies(weight, stored, info) else ""
 
@@ -125,6 +136,20 @@ def multiplies(weight: str, stored: TensorInfo, info: CheckpointInfo) -> bool:
     name, _, leaf = weight.rpartition(".")
     whole = len(stored.shape) == 2 and not any(size % MULTIPLE for size in stored.shape)
     return leaf == "weight" and whole and info.spec.quantises(name)
+
+
+def _in_blocks(weight: str, stored: TensorInfo, info: CheckpointInfo) -> bool:
+    """Whether this weight may be in NVFP4 or MXFP8."""
+    return multiplies(weight, stored, info) and stored.shape[1] % MICROSCALED_MULTIPLE == 0
+
+
+def packable(weight: str, stored: TensorInfo, info: CheckpointInfo, scheme: str) -> bool:
+    """Whether this weight may be in the scheme, of FORMATS or microscaled.OPS."""
+    return (_in_blocks if scheme in microscaled.OPS else multiplies)(weight, stored, info)
+
+
+def _stays(stored: TensorInfo, scheme: str) -> bool:
+    return stored.packed is not None and stored.packed.scheme == scheme
 
 
 def stored_format(stored: TensorInfo) -> torch.dtype | None:
@@ -142,16 +167,21 @@ def filling(transformer: nn.Module, header: Header, device: torch.device) -> Hea
     for name, info in header.tensors.items():
         layer_name, _, leaf = name.rpartition(".")
         layer = layers.get(layer_name)
-        if leaf != "weight" or not isinstance(layer, ScaledLinear | GgufLinear):
+        if leaf != "weight" or not isinstance(layer, PACKED):
             tensors[name] = info
+        elif isinstance(layer, MicroscaledLinear):
+            found = (
+                microscaled.kept(name, info)
+                if _stays(info, layer.scheme)
+                else _microscaling(header, name, device, layer)
+            )
+            tensors |= {f"{layer_name}.{leaf}": each for leaf, each in found.items()}
         elif isinstance(layer, GgufLinear):
             tensors[name] = replace(info, stored=info.stored or name, shape=(info.nbytes,), packed=None)
         else:
             scale = f"{layer_name}.{SCALE}"
             stays = stored_format(info) == layer.reads
-            tensors[name], tensors[scale] = (
-                _as_stored(info) if stays else Quantising(header, name, device).infos(layer.reads)
-            )
+            tensors[name], tensors[scale] = _as_stored(info) if stays else _scaling(header, name, device, layer.reads)
     return replace(header, tensors=tensors)
 
 
@@ -168,36 +198,59 @@ def _as_stored(info: TensorInfo) -> tuple[TensorInfo, TensorInfo]:
     return parts["weight"], replace(info, shape=(rows,), dtype=torch.float32, packed=scale)
 
 
+def _scaling(header: Header, name: str, device: torch.device, reads: torch.dtype) -> tuple[TensorInfo, TensorInfo]:
+    """What gives the values (N, K) in 8 bits, and what gives their scales (N,) float32."""
+    shape = header.tensors[name].shape
+    quantising = Quantising(header, name, device, partial(quantise_weight, dtype=reads))
+    values, scale = quantising.infos((shape, reads), (shape[:1], torch.float32))
+    return values, scale
+
+
+def _microscaling(header: Header, name: str, device: torch.device, layer: MicroscaledLinear) -> dict[str, TensorInfo]:
+    made = microscaled.room(layer.scheme, layer.out_features, layer.in_features)
+    quantising = Quantising(header, name, device, partial(microscaled.quantise, scheme=layer.scheme))
+    return dict(zip(made, quantising.infos(*made.values()), strict=True))
+
+
 class Quantising:
-    """One weight on its way into 8 bits: given as two tensors, and read once where the scales follow the values.
+    """One weight on its way into fewer bits: given as several tensors, and read once where they follow each other.
 
     header: has the weight (N, K), plain or packed in any way. device: where to compute.
+    quantise: the weight, and `where` for errors -> the tensors.
     """
 
-    def __init__(self, header: Header, name: str, device: torch.device) -> None:
-        self._header, self._name, self._device = header, name, device
-        self._scale: Tensor | None = None
+    def __init__(
+        self, header: Header, name: str, device: torch.device, quantise: Callable[..., tuple[Tensor, ...]]
+    ) -> None:
+        self._header, self._name, self._device, self._quantise = header, name, device, quantise
+        self._rest: dict[int, Tensor] = {}
 
-    def infos(self, dtype: torch.dtype) -> tuple[TensorInfo, TensorInfo]:
-        """What gives the values (N, K) in dtype, and what gives their scales (N,) float32."""
+    def infos(self, *kinds: tuple[tuple[int, ...], torch.dtype]) -> tuple[TensorInfo, ...]:
+        """What gives the tensors that `quantise` returns, whose shapes and dtypes are `kinds`."""
         info = self._header.tensors[self._name]
 
-        def values(found: Mapping[str, Tensor]) -> Tensor:
+        def first(found: Mapping[str, Tensor]) -> Tensor:
             parts = {role: part.to(self._device) for role, part in found.items()}
             weight = info.packed.unpack(parts) if info.packed is not None else parts["weight"]
-            values, self._scale = quantise_weight(weight, dtype, f"{info.file}: '{self._name}'")
-            return values
+            made = self._made(weight)
+            self._rest = dict(enumerate(made[1:], 1))
+            return made[0]
 
-        def scale(found: Mapping[str, Tensor]) -> Tensor:
-            if self._scale is None:  # the values stay in the file
+        def later(index: int, found: Mapping[str, Tensor]) -> Tensor:
+            if index not in self._rest:  # the values stay in the file
                 ((_, weight),) = read_tensors(self._header, [self._name], self._device)
-                return quantise_weight(weight.to(self._device), dtype, f"{info.file}: '{self._name}'")[1]
-            scale, self._scale = self._scale, None
-            return scale
+                self._rest = dict(enumerate(self._made(weight.to(self._device))[1:], 1))
+            return self._rest.pop(index)
 
         parts = info.packed.parts if info.packed is not None else {"weight": info}
-        weight = replace(info, dtype=dtype, packed=Packed("", "", parts, values))
-        return weight, replace(info, shape=info.shape[:1], dtype=torch.float32, packed=Packed("", "", {}, scale))
+        ways = [Packed("", "", parts, first)]
+        ways += [Packed("", "", {}, partial(later, index)) for index in range(1, len(kinds))]
+        return tuple(
+            replace(info, shape=shape, dtype=dtype, packed=way) for (shape, dtype), way in zip(kinds, ways, strict=True)
+        )
+
+    def _made(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return self._quantise(weight, where=f"{self._header.tensors[self._name].file}: '{self._name}'")
 
 
 def quantise_weight(weight: Tensor, dtype: torch.dtype, where: str) -> tuple[Tensor, Tensor]:
@@ -217,5 +270,5 @@ def keep_packed(source: nn.Module, target: nn.Module) -> None:
     """Give `target`, another network over the same weights, the packed layers of `source`, not what is beside them."""
     for name, layer in source.named_modules():
         base = layer.base if isinstance(layer, BranchedLinear) else layer
-        if isinstance(base, ScaledLinear | GgufLinear):
+        if isinstance(base, PACKED):
             target.set_submodule(name, base)

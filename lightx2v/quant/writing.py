@@ -1,9 +1,10 @@
-"""A transformer's checkpoint as an 8-bit file, in LightX2V's layout or in ComfyUI's.
+"""A transformer's checkpoint as a file in 8 or 4 bits, in LightX2V's layout or in ComfyUI's.
 
 "lightx2v": the layers that the family names (`ModelSpec.quantises`), fp8 or int8, with a `weight_scale` (N, 1) float32
 for each row (LightX2V, tools/convert). "comfy": fp8 with one `weight_scale` for each tensor, and the layers listed in
-the file's metadata, which ComfyUI 0.3.75 and newer read (comfy/model_detection.py, detect_layer_quantization). All else
-stays as it is stored. The numbers are those that quantising at load gives, to the bit, for LightX2V's layout.
+the file's metadata, which ComfyUI 0.3.75 and newer read (comfy/model_detection.py, detect_layer_quantization). nvfp4
+and mxfp8 in either: `lightx2v.quant.microscaled`. All else stays as it is stored. The numbers are those that quantising
+at load gives, to the bit, except fp8 for ComfyUI.
 """
 
 import json
@@ -20,17 +21,19 @@ from lightx2v.checkpoint import CheckpointError, TensorInfo, read_tensors
 from lightx2v.checkpoint.writing import Entry, write_safetensors
 from lightx2v.config import one_of
 from lightx2v.identify import CheckpointInfo, identify
-from lightx2v.quant import METADATA_MARK
-from lightx2v.quant.packing import FORMATS, SCALE, multiplies, quantise_weight
+from lightx2v.quant import METADATA_MARK, microscaled
+from lightx2v.quant.packing import FORMATS, SCALE, packable, quantise_weight
 
 log = logging.getLogger(__name__)
 LAYOUTS = ("lightx2v", "comfy")
-COMFY_FORMATS = {"fp8": "float8_e4m3fn"}  # of ComfyUI 0.3.75, comfy/quant_ops.py, QUANT_ALGOS
+SCHEMES = (*FORMATS, *microscaled.OPS)
+# ComfyUI, comfy/quant_ops.py, QUANT_ALGOS: fp8 since 0.3.75, the others with the package comfy-kitchen.
+COMFY_FORMATS = {"fp8": "float8_e4m3fn", "nvfp4": "nvfp4", "mxfp8": "mxfp8"}
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What was written: layers in 8 bits, and bytes of the weights before and after."""
+    """What was written: layers in the scheme, and bytes of the weights before and after."""
 
     layers: int
     before: int
@@ -49,13 +52,13 @@ def write_quantised(
 ) -> Quantised:
     """Write the transformer in `source`, a file or folder in bf16, fp16 or fp32, as the .safetensors file `target`.
 
-    scheme: "fp8" or "int8". layout: see above. force: replace a file that is there. device: where to compute.
+    scheme: of SCHEMES. layout: see above. force: replace a file that is there. device: where to compute.
     No more than one tensor is in memory. What fails or is cancelled leaves nothing behind.
     Raises CheckpointError for a source that is no transformer or quantised already, ValueError for a layout that cannot
     hold the scheme, a target of another kind, and one that is there.
     """
     target = Path(target)
-    one_of("scheme", scheme, FORMATS)
+    one_of("scheme", scheme, SCHEMES)
     one_of("layout", layout, LAYOUTS)
     if layout == "comfy" and scheme not in COMFY_FORMATS:
         raise ValueError(f"layout='comfy': ComfyUI reads no {scheme} files; use scheme='fp8', or layout='lightx2v'")
@@ -65,9 +68,11 @@ def write_quantised(
     _require_plain(info, layout)
     if target.exists() and (not force or any(target.samefile(file) for file in _files(info))):
         raise ValueError(f"{target}: is there already; give another name{', or force' if not force else ''}")
-    packed = [name for name, stored in info.header.tensors.items() if multiplies(name, stored, info)]
+    packed = [name for name, stored in info.header.tensors.items() if packable(name, stored, info, scheme)]
     if not packed:
-        raise CheckpointError(f"{info.path}: has no layer whose sizes are multiples of 16, which 8-bit kernels want")
+        raise CheckpointError(
+            f"{info.path}: has no layer whose sizes are multiples of 16, and of 32 along a row for nvfp4 and mxfp8"
+        )
     entries = list(_entries(info, set(packed), scheme, layout))
     tensors = _tensors(info, set(packed), scheme, layout, device or torch.device("cpu"), progress)
     write_safetensors(target, entries, tensors, _metadata(info, packed, scheme, layout))
@@ -91,17 +96,19 @@ def _files(info: CheckpointInfo) -> set[Path]:
     return {tensor.file for tensor in info.header.tensors.values()}
 
 
-def _scale_name(weight: str) -> str:
-    return f"{weight.removesuffix('weight')}{SCALE}"
-
-
 def _entries(info: CheckpointInfo, packed: set[str], scheme: str, layout: str) -> Iterator[Entry]:
     for name, stored in info.header.tensors.items():
         if name not in packed:
             yield Entry(name, stored.dtype, stored.shape)
             continue
-        yield Entry(name, FORMATS[scheme], stored.shape)
-        yield Entry(_scale_name(name), torch.float32, (stored.shape[0], 1) if layout == "lightx2v" else ())
+        rows, size = stored.shape
+        if scheme in microscaled.OPS:
+            kinds = microscaled.stored_as(scheme, layout, rows, size)
+        else:
+            each: tuple[int, ...] = (rows, 1) if layout == "lightx2v" else ()
+            kinds = {"weight": (stored.shape, FORMATS[scheme]), SCALE: (each, torch.float32)}
+        for leaf, (shape, dtype) in kinds.items():
+            yield Entry(name.removesuffix("weight") + leaf, dtype, shape)
 
 
 def _tensors(
@@ -113,12 +120,18 @@ def _tensors(
             if name not in packed:
                 yield name, tensor
             else:
-                weight = tensor.to(device)
-                rows = weight if layout == "lightx2v" else weight.reshape(1, -1)
-                values, scale = quantise_weight(rows, FORMATS[scheme], f"{info.path}: '{name}'")
-                yield name, values.view(weight.shape)
-                yield _scale_name(name), scale[:, None] if layout == "lightx2v" else scale.reshape(())
+                made = _made(tensor.to(device), scheme, layout, f"{info.path}: '{name}'")
+                yield from ((name.removesuffix("weight") + leaf, each) for leaf, each in made.items())
             bar.update(stored[name].nbytes)
+
+
+def _made(weight: Tensor, scheme: str, layout: str, where: str) -> dict[str, Tensor]:
+    """The tensors of one layer, by their last names."""
+    if scheme in microscaled.OPS:
+        return microscaled.for_file(weight, scheme, layout, where)
+    rows = weight if layout == "lightx2v" else weight.reshape(1, -1)
+    values, scale = quantise_weight(rows, FORMATS[scheme], where)
+    return {"weight": values.view(weight.shape), SCALE: scale[:, None] if layout == "lightx2v" else scale.reshape(())}
 
 
 def _metadata(info: CheckpointInfo, packed: list[str], scheme: str, layout: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from lightx2v.checkpoint import Header, TensorInfo
 from lightx2v.quant.scale import unpack
 
+RESTING = ("fp8", "int8")  # numbers times a scale
 SCALE = "_scale"  # the scale of a packed `weight` is the buffer `weight_scale` beside it
 Rename = Callable[[str], str | None]
 # Called before each block with (index, number of blocks); raise from it to cancel.
@@ -51,7 +52,7 @@ def stay_packed(model: nn.Module, header: Header, rename: Rename) -> tuple[Heade
     """Make room in a meta-device model for 8-bit weights as they are stored, and say what fills it.
 
     Returns the header whose linear layers are their stored numbers and scales, and its names' way into the model.
-    Other packed tensors (embeddings, norms, GGML's blocks) are left to be restored.
+    Other packed tensors (embeddings, norms, GGML's blocks, NVFP4, MXFP8) are left to be restored.
     """
     layers = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     tensors: dict[str, TensorInfo] = {}
@@ -59,7 +60,7 @@ def stay_packed(model: nn.Module, header: Header, rename: Rename) -> tuple[Heade
     for name, info in header.tensors.items():
         tensors[name], targets[name] = info, rename(name)
         layer = layers.get(targets[name] or "")
-        if info.packed is None or info.encoding or layer is None:
+        if info.packed is None or info.packed.scheme not in RESTING or layer is None:
             continue
         tensors[name] = info.packed.parts["weight"]
         layer.weight = nn.Parameter(_room(tensors[name]), requires_grad=False)

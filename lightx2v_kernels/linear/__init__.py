@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay packed: 8-bit numbers times scales, and GGML's blocks.
+"""Linear layers whose weights stay packed: 8-bit numbers times scales, GGML's blocks, NVFP4 and MXFP8.
 
 int8_linear and fp8_linear (values (..., K) int8 | float8_e4m3fn, scale (..., 1) fp32, weight (N, K) of the same type,
 weight_scale (N,) fp32, bias (N,) | None, dtype) -> (..., N) in `dtype`:
@@ -9,6 +9,10 @@ Source: Xiao et al. 2022, arXiv:2211.10438 (per-token, per-channel); Micikeviciu
 gguf_linear(x (..., K), blocks (bytes,) uint8, encoding, (N, K), bias (N,) | None) -> (..., N) in the dtype of x:
 x · restore(blocks)^T + bias, where the blocks are GGML's (`lightx2v_kernels/ggml.py`).
 
+nvfp4_linear(x (..., K), codes (N, K / 2) uint8, scales uint8, unit (1,) fp32, high_first, bias (N,) | None) and
+mxfp8_linear(x (..., K), values (N, K) uint8, scales uint8, bias) -> (..., N) in the dtype of x: x · weight^T + bias,
+where the weight is restored (`lightx2v_kernels/microscaled.py`). K is a multiple of 32, N of 16.
+
 `dtype` is a backend's type of results. None of them has a gradient: packed numbers cannot move by small steps.
 """
 
@@ -18,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lightx2v_kernels.ggml import TYPES, quantise_q8_0
-from lightx2v_kernels.linear.reference import gguf_linear, plain_linear, scaled_linear
+from lightx2v_kernels.linear.reference import gguf_linear, mxfp8_linear, nvfp4_linear, plain_linear, scaled_linear
+from lightx2v_kernels.microscaled import quantise_mxfp8, quantise_nvfp4, tiled, unit_of
 from lightx2v_kernels.quantized import LARGEST
 from lightx2v_kernels.registry import Op
 
@@ -66,6 +71,31 @@ def gguf_examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tu
     return (*found, (x, quantise_q8_0(weight).to(device), "Q8_0", (80, 256), None))
 
 
+def _microscaled(nvfp4: bool) -> Any:
+    def examples(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[tuple[Any, ...], ...]:
+        """A batch of two with bias; one token and rows that fill no tile of scales; more than one tile each way."""
+        generator = torch.Generator().manual_seed(0)
+        found: list[tuple[Any, ...]] = []
+        for shape, rows, size, biased in (
+            ((2, 33), 176, 2 * head_dim, True),
+            ((1,), 48, 32, True),
+            ((40,), 272, 2080, False),
+        ):
+            x = torch.randn(*shape, size, generator=generator).to(device, dtype)
+            weight = torch.randn(rows, size, generator=generator) * (0.5 + torch.rand(rows, 1, generator=generator))
+            bias = torch.randn(rows, generator=generator).to(device, dtype) if biased else None
+            if nvfp4:
+                unit = unit_of(weight.abs().amax())
+                codes, scales = quantise_nvfp4(weight, unit, biased)
+                found.append((x, codes.to(device), tiled(scales).to(device), unit.to(device), biased, bias))
+            else:
+                values, scales = quantise_mxfp8(weight)
+                found.append((x, values.to(device), tiled(scales).to(device), bias))
+        return tuple(found)
+
+    return examples
+
+
 def _tame(blocks: Tensor, encoding: str) -> None:
     """Small positive scales in place of arbitrary ones, which might not be numbers."""
     small = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
@@ -93,4 +123,6 @@ OPS = (
     Op("int8_linear", scaled_linear, _examples(torch.int8), plain=plain_linear),
     Op("fp8_linear", scaled_linear, _examples(torch.float8_e4m3fn), plain=plain_linear),
     Op("gguf_linear", gguf_linear, gguf_examples),
+    Op("nvfp4_linear", nvfp4_linear, _microscaled(True)),
+    Op("mxfp8_linear", mxfp8_linear, _microscaled(False)),
 )

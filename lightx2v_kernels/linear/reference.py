@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightx2v_kernels.ggml import restore
+from lightx2v_kernels.microscaled import restore_mxfp8, restore_nvfp4
 from lightx2v_kernels.precision import FLOATS, widen
 from lightx2v_kernels.registry import Backend
 
@@ -28,8 +29,24 @@ def plain_linear(
 def gguf_linear(x: Tensor, blocks: Tensor, encoding: str, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     """x (..., K), blocks (bytes,) uint8 of a weight (N, K) -> (..., N) in the dtype of x."""
     raw = blocks.to(torch.uint8)  # a self-test widens every tensor it is given
-    y = F.linear(widen(x), restore(raw, encoding, shape).to(widen(x).dtype), None if bias is None else widen(bias))
-    return y.to(x.dtype)
+    return _restored_linear(x, restore(raw, encoding, shape), bias)
+
+
+def nvfp4_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, unit: Tensor, high_first: bool, bias: Tensor | None
+) -> Tensor:
+    """x (..., K), codes (N, K / 2) uint8, scales in tiles uint8, unit (1,) -> (..., N) in the dtype of x."""
+    return _restored_linear(x, restore_nvfp4(codes.to(torch.uint8), scales.to(torch.uint8), unit, high_first), bias)
+
+
+def mxfp8_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K), values (N, K) e4m3 as uint8, scales in tiles uint8 -> (..., N) in the dtype of x."""
+    return _restored_linear(x, restore_mxfp8(values.to(torch.uint8), scales.to(torch.uint8)), bias)
+
+
+def _restored_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = widen(x)
+    return F.linear(wide, weight.to(wide.dtype), None if bias is None else widen(bias)).to(x.dtype)
 
 
 BACKENDS = (
@@ -38,4 +55,6 @@ BACKENDS = (
         for op in ("int8_linear", "fp8_linear")
     ),
     Backend("gguf_linear", "reference", lambda: gguf_linear, rank=1000, dtypes=FLOATS),
+    Backend("nvfp4_linear", "reference", lambda: nvfp4_linear, rank=1000, dtypes=FLOATS),
+    Backend("mxfp8_linear", "reference", lambda: mxfp8_linear, rank=1000, dtypes=FLOATS),
 )

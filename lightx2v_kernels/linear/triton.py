@@ -1,4 +1,4 @@
-"""8-bit products and GGML's blocks in Triton.
+"""8-bit products, GGML's blocks, NVFP4 and MXFP8 in Triton.
 
 fp8 has two. `triton` is for Hopper: it adds up in the tensor core's own registers, as PyTorch's does with fast
 accumulation, at the same error (0.20 % of the product of 5120 values, 0.26 % of 13824, where rounding to bf16 alone is
@@ -64,5 +64,18 @@ BACKENDS = (
         devices=CUDA,
         min_sm=(8, 0),
         dtypes=FLOATS - {torch.float32},
+    ),
+    *(
+        Backend(
+            op,
+            "triton",
+            partial(_load, "_triton_microscaled", op),
+            rank=200,
+            package="triton",
+            devices=CUDA,
+            min_sm=(8, 0),
+            dtypes=FLOATS - {torch.float32},
+        )
+        for op in ("nvfp4_linear", "mxfp8_linear")
     ),
 )

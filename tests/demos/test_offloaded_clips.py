@@ -38,7 +38,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gguf_q8_0(state, tmp_path_factory.mktemp("gguf"))[0]
 
 
-@pytest.fixture(scope="module", params=["plain", "fp8", "int8", "gguf", "experts"])
+@pytest.fixture(scope="module", params=["plain", "fp8", "int8", "nvfp4", "mxfp8", "gguf", "experts"])
 def scheme(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -49,7 +49,7 @@ def pipe(request: pytest.FixtureRequest, scheme: str) -> LightX2VPipeline:
     shipped = SHIPPED["moe" if scheme == "experts" else "t2v"]
     made = LightX2VPipeline(T2V.parent, device=request.param, **shipped.model)
     made.create_generator(**SIZE, guidance_scale=4.0, **shipped.generator)
-    if scheme in ("fp8", "int8"):
+    if scheme in ("fp8", "int8", "nvfp4", "mxfp8"):
         made.enable_quantize(dit_quantized=True, quant_scheme=scheme)
     elif scheme == "gguf":
         packed = request.getfixturevalue("gguf")

@@ -95,7 +95,7 @@ def test_a_file_is_surveyed_beyond_what_cannot_be_honoured(tmp_path: Path) -> No
         "cross_attn_1_type": "torch_sdpa",
         "dit_original_ckpt": "/path/to/dit",
         "dit_quantized": True,
-        "dit_quant_scheme": "nvfp4",
+        "dit_quant_scheme": "mxfp4",
         "sample_guide_scale": [3.5, 4],
         "comment": "mine",
     }

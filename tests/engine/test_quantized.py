@@ -123,7 +123,12 @@ def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> N
             "are of wan2.2_moe; give dit_quantized",
         ),
         ({"quant_scheme": "fp8-sgI"}, ValueError, "quant_scheme='fp8-sgI' is not known; .*did you mean 'fp8-sgl'"),
-        ({"quant_scheme": "nvfp4"}, ValueError, "nvfp4.*cannot be read here"),
+        ({"quant_scheme": "mxfp4"}, ValueError, "mxfp4.*cannot be read here"),
+        (
+            {"dit_quantized": True, "quant_scheme": "nvfp4-torchao"},
+            UnsupportedBackendError,
+            "nvfp4_linear backend .torch_scaled_mm. cannot run on cpu.*sm_100 or newer",
+        ),
         ({"text_encoder_quantized": True}, CheckpointError, "looked for models_t5_.*give text_encoder_quantized_ckpt"),
         (
             {"text_encoder_quantized": True, "text_encoder_quantized_ckpt": folder / T5},
@@ -136,7 +141,7 @@ def test_quantised_files_are_refused_in_words(folder: Path, tmp_path: Path) -> N
     assert torch.equal(video(pipe), plain), "what was refused changed nothing"
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "nvfp4", "mxfp8"])
 def test_a_plain_transformer_is_quantised_as_it_is_read(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, scheme: str
 ) -> None:

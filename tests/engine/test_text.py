@@ -248,7 +248,7 @@ def wrong_states(state: dict[str, Tensor], proto: bytes) -> dict[str, tuple[dict
             rf"'{q}.weight' \(float8_e4m3fn\) has lost its",
         ),
         "int8": (original | int8 | {f"{gate}_scale": torch.ones(79, 1)}, "has a scale .* that does not belong to"),
-        "nvfp4": (state | {f"{q}.weight_scale_2": torch.zeros(1)}, "quantised as NVFP4"),
+        "nvfp4": (state | {f"{q}.weight_scale_2": torch.zeros(1)}, "no comfy_quant mark says"),
         "gap": (small, "without a gap"),
         "t5": (t5, "T5 encoder"),
         "no_blocks": ({"shared.weight": state["shared.weight"]}, "without a gap"),

@@ -56,8 +56,17 @@ ONE = torch.tensor(1.0)
 SCALED = {f"{LAYER}.weight_scale": ONE}
 # What is added to a plain state dict, and what is said.
 QUANTISED: dict[str, tuple[Callable[[State], State], str]] = {
-    "nvfp4": (lambda s: {f"{LAYER}.weight_scale_2": ONE}, rf"quantised as NVFP4.*'{LAYER}.weight_scale_2'"),
-    "lightx2v nvfp4": (lambda s: {f"{LAYER}.weight_global_scale": ONE}, "quantised as NVFP4"),
+    "nvfp4 of others": (lambda s: {f"{LAYER}.weight_scale_2": ONE}, f"'{LAYER}.weight' has a weight_scale_2, but no"),
+    "lightx2v nvfp4": (lambda s: {f"{LAYER}.weight_global_scale": ONE}, r"is \[128, 128\] float32, nvfp4 weights are"),
+    "compressed-tensors": (lambda s: {f"{LAYER}.weight_packed": ONE}, "quantised as compressed-tensors' 4 bits"),
+    "nvfp4 with channels": (lambda s: {f"{LAYER}.pre_quant_scale": ONE}, "a scale for each channel of the tokens"),
+    "mxfp4": (
+        lambda s: {
+            f"{LAYER}.weight": torch.zeros(128, 64, dtype=torch.uint8),
+            f"{LAYER}.weight_scale": torch.zeros(128, 8, dtype=torch.uint8),
+        },
+        r"are \[128, 4\].*no mxfp4, no mxfp6",
+    ),
     "bitsandbytes": (lambda s: {f"{LAYER}.weight.absmax": ONE}, "bitsandbytes"),
     "svdquant": (lambda s: {f"{LAYER}.wscales": ONE}, "SVDQuant"),
     "gptq": (lambda s: {f"{LAYER}.qzeros": ONE}, "GPTQ"),
@@ -126,7 +135,7 @@ def test_quantisation_that_is_not_known(case: str, state: State, tmp_path: Path)
     [
         ("{", "'_quantization_metadata' is not JSON"),
         ("{}", "_quantization_metadata lists no layers"),
-        ('{"layers": {"a": {"format": "nvfp4"}}}', "'_quantization_metadata, a' states the format 'nvfp4'"),
+        ('{"layers": {"a": {"format": "nvfp3"}}}', "'_quantization_metadata, a' states the format 'nvfp3'"),
         ('{"layers": {"a": 3}}', "states the format None"),
     ],
 )

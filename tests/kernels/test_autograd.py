@@ -14,7 +14,13 @@ from lightx2v_kernels.quantized import Quantized, tensors
 CPU = torch.device("cpu")
 EVERY = [(op, name) for op in registry.registries() for name in registry.names(op)]
 QUANTISING = [(op, name) for op, name in EVERY if op.endswith("quantize")]
-PACKED = ("int8_linear", "fp8_linear", "gguf_linear")  # of numbers that cannot move by small steps
+PACKED = (
+    "int8_linear",
+    "fp8_linear",
+    "gguf_linear",
+    "nvfp4_linear",
+    "mxfp8_linear",
+)  # of numbers that cannot move by small steps
 PAIRS = [pair for pair in EVERY if pair not in QUANTISING and pair[0] not in PACKED]
 
 

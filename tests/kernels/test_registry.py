@@ -290,7 +290,7 @@ def test_selection_leaves_the_random_state_alone_and_ignores_default_devices() -
 def test_kernels() -> None:
     kernels = lightx2v_kernels.select(device=CPU, dtype=torch.float32, head_dim=128)
     of_vaes = {"conv_input", "conv3d", "doubled_conv", "conv2d_relu"}
-    of_others = {"int8_linear", "fp8_linear", "gguf_linear"} | of_vaes
+    of_others = {"int8_linear", "fp8_linear", "gguf_linear", "nvfp4_linear", "mxfp8_linear"} | of_vaes
     assert set(kernels.names) == ({*registry.registries()} | {"cross_attention"}) - of_others
     for op, name in kernels.names.items():
         assert getattr(kernels, op) is registry.select(op.removeprefix("cross_"), name, *HERE).load()
