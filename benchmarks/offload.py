@@ -7,12 +7,12 @@ their worth; the file is whole after each, one that fails says so in it, and non
     diffusers   its group offload of the same weights, if it is installed
     fp8         as bf16
     caps        fp8 at 480p and 720p, as *auto* plans it within each cap of GPU memory
-    guidance    steps of both passes of guidance for short videos, whose copies computing does not hide: each block
-                copied for each pass, and once for both
     pair        two experts in fp8, as Wan2.2 A14B has: how long a pass takes that comes after a switch
     ram         fp8 from a file on the disk, held to each cap of RAM; memory is the process's own, anonymous and pinned
     pinning     seconds a GB to touch and to pin memory
     pair-bf16   two experts in bf16, 57 GB of RAM
+    guidance    steps of both passes of guidance for short videos, whose copies computing does not hide: each block
+                copied for each pass, and once for both
 
 Gate first: a pass gives, bit for bit, what resident blocks give, or no time is reported. `--tiny` runs all of it in
 seconds on any machine.
@@ -56,9 +56,9 @@ PARTS = {
     "diffusers": Part(parts.peer, 70),
     "fp8": Part(parts.fp8, 35),
     "caps": Part(parts.caps, 40),
-    "guidance": Part(parts.guidance, 60),
     "pair": Part(parts.pair, 40),
     "pair-bf16": Part(parts.pair_bf16, 60),
+    "guidance": Part(parts.guidance, 30),
     "pinning": Part(parts.pinning, 10),
     "ram": Part(parts.ram, 50),
 }
