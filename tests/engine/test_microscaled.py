@@ -17,13 +17,14 @@ from closeness import relative_error
 from demo.shipped import HIGH_NOISE, NIGHT, T2V
 from engine.test_packed_linear import velocity
 from lightx2v.blocks import run_blocks
-from lightx2v.checkpoint import CheckpointError
+from lightx2v.checkpoint import CheckpointError, read_header, read_tensors
+from lightx2v.checkpoint.pieces import split
 from lightx2v.config import Engine
 from lightx2v.identify import identify
 from lightx2v.loading import load_transformer, with_attention
 from lightx2v.lora import Lora, apply_loras, remove_loras
 from lightx2v.offload.stream import BlockStream
-from lightx2v.quant import METADATA_MARK, microscaled
+from lightx2v.quant import METADATA_MARK, find_packed, microscaled
 from lightx2v.quant.linear import MicroscaledLinear, kind_of
 from lightx2v.quant.writing import write_quantised
 from lightx2v_kernels.microscaled import tiled
@@ -197,6 +198,23 @@ def test_loras_come_and_go_beside_packed_weights(scheme: str) -> None:
     assert relative_error(velocity(other, info), changed) < 1e-5, "shares weights and branches"
     remove_loras(network, applied)
     assert torch.equal(velocity(network, info), before)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_fused_layer_is_cut_with_its_tiles(scheme: str, tmp_path: Path) -> None:
+    """As ComfyUI fuses HunyuanVideo-1.5's q, k and v; where a part has no whole tiles, it is refused."""
+    for rows in (384, 96):
+        tensors, stood = by_hand(scheme, "comfy", torch.empty(rows, 160))
+        metadata = {METADATA_MARK: json.dumps({"layers": {"qkv": {"format": scheme}}})}
+        path = tmp_path / f"{rows}.safetensors"
+        save_file({f"qkv.{leaf}": tensor for leaf, tensor in tensors.items()}, path, metadata)
+        header = split(read_header(path), "qkv", ["q", "k", "v"])
+        if rows == 96:
+            with pytest.raises(CheckpointError, match="has no whole tiles for each part"):
+                find_packed(header)
+            return
+        found = dict(read_tensors(find_packed(header).header))
+        assert torch.equal(torch.cat([found[f"{part}.weight"] for part in "qkv"]), stood.float())
 
 
 Change = Any
