@@ -1,11 +1,12 @@
-"""The linear layers of a network's blocks in 8 bits or in GGML's blocks, made from its own weights."""
+"""The linear layers of a network's blocks in 8 bits, GGML's blocks, NVFP4 or MXFP8, made from its own weights."""
 
 import torch
 from torch import Tensor, nn
 
 from lightx2v.bench.subjects import Subject
-from lightx2v.quant.linear import GgufLinear, ScaledLinear
-from lightx2v.quant.packing import FORMATS, GGUF, OPS, quantise_weight
+from lightx2v.quant import microscaled
+from lightx2v.quant.linear import GgufLinear, MicroscaledLinear, ScaledLinear
+from lightx2v.quant.packing import FORMATS, GGUF, MICROSCALED_MULTIPLE, OPS, quantise_weight
 from lightx2v_kernels import Kernels, registry
 from lightx2v_kernels.ggml import quantise_q8_0
 
@@ -40,12 +41,13 @@ def quantise_q4_k(weight: Tensor) -> Tensor:
 
 # Name -> GGML's name, values of a block, bytes a value, how a weight is packed.
 BLOCKS = {"gguf-q8_0": ("Q8_0", 32, 34 / 32, quantise_q8_0), "gguf-q4_k": ("Q4_K", SUPER, 144 / SUPER, quantise_q4_k)}
-SCHEMES = (*FORMATS, *BLOCKS)
+MICROSCALED = {"nvfp4": 4.5 / 8, "mxfp8": 8.25 / 8}  # bytes a value
+SCHEMES = (*FORMATS, *BLOCKS, *MICROSCALED)
 
 
 def packable(subject: Subject, network: nn.Module, scheme: str) -> dict[str, nn.Linear]:
     """The layers that files of a scheme pack, by name."""
-    multiple = BLOCKS[scheme][1] if scheme in BLOCKS else 1
+    multiple = BLOCKS[scheme][1] if scheme in BLOCKS else MICROSCALED_MULTIPLE if scheme in MICROSCALED else 1
     found = ((name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear))
     return {
         name: linear for name, linear in found if subject.spec.quantises(name) and linear.in_features % multiple == 0
@@ -54,7 +56,7 @@ def packable(subject: Subject, network: nn.Module, scheme: str) -> dict[str, nn.
 
 def packed_bytes(subject: Subject, network: nn.Module, scheme: str) -> int:
     """What the packed layers take."""
-    each = BLOCKS[scheme][2] if scheme in BLOCKS else 1
+    each = BLOCKS[scheme][2] if scheme in BLOCKS else MICROSCALED.get(scheme, 1)
     return int(each * sum(linear.weight.numel() for linear in packable(subject, network, scheme).values()))
 
 
@@ -65,7 +67,7 @@ def pack(subject: Subject, network: nn.Module, scheme: str, kernels: Kernels, li
     """
     layers = packable(subject, network, scheme)
     some = next(iter(layers.values())).weight
-    op = GGUF if scheme in BLOCKS else OPS[FORMATS[scheme]]
+    op = GGUF if scheme in BLOCKS else microscaled.OPS.get(scheme) or OPS[FORMATS[scheme]]
     backend = registry.select(op, linear, some.device, some.dtype, subject.spec.head_dim)
     for name, layer in layers.items():
         with torch.device("meta"):
@@ -78,7 +80,7 @@ def pack(subject: Subject, network: nn.Module, scheme: str, kernels: Kernels, li
 
 def _packed(
     name: str, weight: Tensor, empty: nn.Linear, scheme: str, backend: registry.Backend, kernels: Kernels
-) -> ScaledLinear | GgufLinear:
+) -> ScaledLinear | GgufLinear | MicroscaledLinear:
     """empty: a layer of the same sizes, on the meta device."""
     if scheme in BLOCKS:
         encoding, _, _, quantise = BLOCKS[scheme]
@@ -86,6 +88,13 @@ def _packed(
         stays = GgufLinear(empty, encoding, blocks.numel(), backend.load())
         stays.weight = nn.Parameter(blocks, requires_grad=False)
         return stays
+    if scheme in MICROSCALED:
+        kept = MicroscaledLinear(empty, scheme, False, backend.load())
+        values, kept.weight_scale, *unit = microscaled.quantise(weight, scheme, name)
+        kept.weight = nn.Parameter(values, requires_grad=False)
+        if unit:
+            kept.unit = unit[0]
+        return kept
     reads = FORMATS[scheme]
     scaled = ScaledLinear(empty, reads, backend.load(), kernels.quantize)
     values, scaled.weight_scale = quantise_weight(weight, reads, name)

@@ -112,6 +112,11 @@ def _check(where: str, scheme: str, parts: Mapping[str, TensorInfo]) -> None:
             f"are {list(wanted)} {_words(SCALE_DTYPES[scheme])}: use nvfp4 or mxfp8 (no mxfp4, no mxfp6) in the "
             "layout of ComfyUI or LightX2V"
         )
+    if weight.rows and not scale.rows:  # see `pieces.split`: tiles of 128 rows are cut where rows are
+        raise CheckpointError(
+            f"{where} is cut out of a layer whose {SCALE} has no whole tiles for each part; use a file in the model's "
+            "original layout"
+        )
     for role in _units(parts) if scheme == "nvfp4" else ():
         if parts[role].dtype != torch.float32 or parts[role].shape not in ((), (1,)):
             raise CheckpointError(

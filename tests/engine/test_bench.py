@@ -209,7 +209,8 @@ def test_median_ms_is_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("scheme", "least", "most"), [("fp8", 1e-3, 0.1), ("int8", 1e-3, 0.05), ("gguf-q4_k", 1e-2, 0.2)]
+    ("scheme", "least", "most"),
+    [("fp8", 1e-3, 0.1), ("int8", 1e-3, 0.05), ("gguf-q4_k", 1e-2, 0.2), ("nvfp4", 1e-2, 0.3), ("mxfp8", 1e-3, 0.1)],
 )
 def test_packed_weights_are_near_and_their_own(scheme: str, least: float, most: float) -> None:
     document = run_plans([replace(TOY, quant=(scheme,), rounds=1)], CPU, {}, None)

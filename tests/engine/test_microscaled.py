@@ -16,12 +16,15 @@ from torch import Tensor
 from closeness import relative_error
 from demo.shipped import HIGH_NOISE, NIGHT, T2V
 from engine.test_packed_linear import velocity
-from lightx2v.checkpoint import CheckpointError
+from lightx2v.blocks import run_blocks
+from lightx2v.checkpoint import CheckpointError, read_header, read_tensors
+from lightx2v.checkpoint.pieces import split
 from lightx2v.config import Engine
 from lightx2v.identify import identify
 from lightx2v.loading import load_transformer, with_attention
 from lightx2v.lora import Lora, apply_loras, remove_loras
-from lightx2v.quant import METADATA_MARK, microscaled
+from lightx2v.offload.stream import BlockStream
+from lightx2v.quant import METADATA_MARK, find_packed, microscaled
 from lightx2v.quant.linear import MicroscaledLinear, kind_of
 from lightx2v.quant.writing import write_quantised
 from lightx2v_kernels.microscaled import tiled
@@ -197,6 +200,23 @@ def test_loras_come_and_go_beside_packed_weights(scheme: str) -> None:
     assert torch.equal(velocity(network, info), before)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_fused_layer_is_cut_with_its_tiles(scheme: str, tmp_path: Path) -> None:
+    """As ComfyUI fuses HunyuanVideo-1.5's q, k and v; where a part has no whole tiles, it is refused."""
+    for rows in (384, 96):
+        tensors, stood = by_hand(scheme, "comfy", torch.empty(rows, 160))
+        metadata = {METADATA_MARK: json.dumps({"layers": {"qkv": {"format": scheme}}})}
+        path = tmp_path / f"{rows}.safetensors"
+        save_file({f"qkv.{leaf}": tensor for leaf, tensor in tensors.items()}, path, metadata)
+        header = split(read_header(path), "qkv", ["q", "k", "v"])
+        if rows == 96:
+            with pytest.raises(CheckpointError, match="has no whole tiles for each part"):
+                find_packed(header)
+            return
+        found = dict(read_tensors(find_packed(header).header))
+        assert torch.equal(torch.cat([found[f"{part}.weight"] for part in "qkv"]), stood.float())
+
+
 Change = Any
 WRONG: dict[str, tuple[str, Change, str]] = {
     "no scale": ("nvfp4", {"weight_scale": None}, r"\(nvfp4\) has lost its scale"),
@@ -273,3 +293,33 @@ def test_weights_that_are_not_finite_are_refused(scheme: str, tmp_path: Path) ->
     save_file(tensors, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=r"m.safetensors: 'blocks.0.ffn.0.weight' holds values that are not"):
         load_transformer(identify(tmp_path / "m.safetensors"), Engine(quant=scheme), CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_keeps_what_the_file_packs(scheme: str, tmp_path: Path) -> None:
+    """With "auto", as near to restored weights as another order of sums; streamed, to the bit."""
+    gpu, target = torch.device("cuda"), tmp_path / "m.safetensors"
+    write_quantised(T2V, target, scheme, "comfy")
+    info, engine = identify(target), Engine(dtype="bf16")
+    network = load_transformer(info, engine, gpu)
+    assert len(packed(network)) == 60
+    restored = load_transformer(info, Engine(dtype="bf16", quant="none"), gpu)
+    found = velocity(network, info, gpu)
+    assert relative_error(found, velocity(restored, info, gpu)) < 0.01
+    stream = BlockStream({"": load_transformer(info, engine, gpu, CPU)}, gpu)
+    with stream.open(2, 1):
+        assert torch.equal(velocity(stream.bring(), info, gpu, run=stream.around(run_blocks, None)), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (10, 0), reason="needs a Blackwell GPU"
+)
+@pytest.mark.parametrize(("scheme", "most"), [("nvfp4", 0.3), ("mxfp8", 0.1)])
+def test_blackwell_multiplies_in_the_format(scheme: str, most: float) -> None:
+    gpu, info = torch.device("cuda"), identify(T2V)
+    network = load_transformer(info, Engine(dtype="bf16", quant=scheme, linear="torch_scaled_mm"), gpu)
+    restored = load_transformer(info, Engine(dtype="bf16", quant=scheme, linear="triton"), gpu)
+    assert 0 < relative_error(velocity(network, info, gpu), velocity(restored, info, gpu)) < most

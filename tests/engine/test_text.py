@@ -14,9 +14,11 @@ from torch import Tensor
 import tiny_umt5
 from lightx2v.checkpoint import DTYPES, CheckpointError, Header, TensorInfo
 from lightx2v.quant import find_packed
+from lightx2v.quant.microscaled import for_file
 from lightx2v.text.layout import Sizes, from_original, renames, sizes, to_original_layout
 from lightx2v.text.tokenizer import clean
 from lightx2v.text.umt5 import UMT5, load
+from lightx2v_kernels.microscaled import restore_mxfp8, restore_nvfp4
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "formats" / "manifests"
 PROMPT = "a small red cat runs"
@@ -258,6 +260,24 @@ def wrong_states(state: dict[str, Tensor], proto: bytes) -> dict[str, tuple[dict
         "heads": (state | {f"{q}.weight": torch.zeros(50, 96)}, "do not divide"),
         "flat": (state | {"shared.weight": torch.zeros(256)}, "not a matrix"),
     }
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp8"])
+def test_layers_in_nvfp4_and_mxfp8_are_restored(scheme, state, proto, tmp_path):
+    names = [name for name, tensor in state.items() if ".SelfAttention.q.weight" in name and tensor.ndim == 2]
+    packed, restored = dict(state), dict(state)
+    for name in names:
+        made = for_file(state[name], scheme, "lightx2v", name)
+        packed |= {name.removesuffix("weight") + leaf: tensor for leaf, tensor in made.items()}
+        if scheme == "mxfp8":
+            restored[name] = restore_mxfp8(made["weight"], made["weight_scale"].view(torch.uint8))
+        else:
+            unit = (1 / made["weight_global_scale"]).reshape(1)
+            restored[name] = restore_nvfp4(made["weight"], made["weight_scale"].view(torch.uint8), unit, False)
+    found = load(tiny_umt5.save_single(tmp_path / "packed", packed, proto)).encode(PROMPT)
+    wanted = load(tiny_umt5.save_single(tmp_path / "restored", restored, proto)).encode(PROMPT)
+    assert names and torch.equal(found, wanted)
+    assert not torch.equal(wanted, load(tiny_umt5.save_single(tmp_path / "plain", state, proto)).encode(PROMPT))
 
 
 def test_wrong_files_are_refused_in_words(state, proto, tmp_path):

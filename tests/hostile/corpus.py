@@ -22,6 +22,7 @@ from lightx2v.models.wan.config import WanConfig
 from lightx2v.models.wan.names import to_diffusers
 from lightx2v.models.wan.transformer import WanTransformer
 from lightx2v.preview import COLOURS_KEY
+from lightx2v.quant.microscaled import for_file
 from lightx2v.text import qwen
 from lightx2v.text.layout import EMBEDDED_TOKENIZER, Sizes, to_original_layout
 from lightx2v.text.umt5 import empty_network
@@ -90,6 +91,20 @@ def _comfy_fp8() -> Table:
     return Table.of({f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}, told)
 
 
+def _nvfp4(layout: str) -> Table:
+    made: State = {}
+    layers = {}
+    for name, tensor in _wan().items():
+        if not _quantised(name, tensor):
+            made[name] = tensor
+            continue
+        layer = name.removesuffix("weight")
+        made |= {layer + leaf: each for leaf, each in for_file(tensor, "nvfp4", layout, name).items()}
+        layers[layer[:-1]] = {"format": "nvfp4"}
+    told = {"_quantization_metadata": json.dumps({"layers": layers})} if layout == "comfy" else {}
+    return Table.of(made, told)
+
+
 def _hunyuan(fused: bool) -> State:
     with torch.device("meta"):
         state = _drawn(HunyuanTransformer(HUNYUAN, references()))
@@ -106,7 +121,7 @@ def _hunyuan(fused: bool) -> State:
 
 @cache
 def transformers() -> tuple[Table, ...]:
-    """Wan in its own and diffusers' names, in 8 bits as ComfyUI and LightX2V write them; also HunyuanVideo-1.5's."""
+    """Wan in its own and diffusers' names, in 8 and 4 bits as ComfyUI and LightX2V do; also HunyuanVideo-1.5's."""
     wan = _wan()
     colours = {COLOURS_KEY: json.dumps([[0.1, 0.2, 0.3]] * 17), "format": "pt"}
     return (
@@ -116,6 +131,8 @@ def transformers() -> tuple[Table, ...]:
         Table.of(_scaled(wan, torch.int8, "weight_scale", rows=True)),
         Table.of(_hunyuan(False)),
         Table.of(_hunyuan(True)),
+        _nvfp4("comfy"),
+        _nvfp4("lightx2v"),
     )
 
 

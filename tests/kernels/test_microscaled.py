@@ -187,6 +187,29 @@ def test_zeros_stay_zeros() -> None:
     assert not microscaled.restore_mxfp8(*quantise_mxfp8(zeros)[:1], tiled(quantise_mxfp8(zeros)[1])).any()
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (33, 64), (130, 544)])
+def test_triton_rounds_tokens_as_pytorch_does(shape: tuple[int, int]) -> None:
+    """To the bit in the interpreter; a GPU's division may take the other of two neighbours."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from lightx2v_kernels.linear import _triton_microscale as ours
+
+    x = torch.randn(shape) * (0.01 + torch.rand(shape[0], 1))
+    x[-1], x[0, :16] = 0, 0
+    x = x if shape[0] == 33 else x.bfloat16()
+    unit = unit_of(x.abs().amax().float())
+    most = 0 if INTERPRETED else x.numel() // 500
+    for high_first in (True, False):
+        codes, scales = ours.nvfp4_tokens(x.to(GPU), unit.to(GPU), high_first)
+        wanted, by_block = quantise_nvfp4(x, unit, high_first)
+        assert (codes.cpu() != wanted).sum() <= most and (scales.cpu() != tiled(by_block)).sum() <= most
+    values, scales = ours.mxfp8_tokens(x.to(GPU))
+    wanted, by_block = quantise_mxfp8(x)
+    assert (values.cpu() != wanted).sum() <= most and (scales.cpu() != tiled(by_block)).sum() <= most
+    x[0, 3] = torch.nan
+    found = microscaled.restore_mxfp8(*(each.cpu() for each in ours.mxfp8_tokens(x.to(GPU))))
+    assert found.isnan().sum() == 1 and found[0, 3].isnan()
+
+
 def test_fakes_have_the_shape_and_type_of_the_result() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -228,7 +251,8 @@ def emulated(first: Tensor, second: Tensor, scale_a: Tensor, scale_b: Tensor, ou
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this PyTorch has no float4_e2m1fn_x2")
 @pytest.mark.parametrize("op", ["nvfp4_linear", "mxfp8_linear"])
-def test_block_scaled_products_with_the_product_emulated(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["in_steps", "in_one_pass"])
+def test_block_scaled_products_with_the_product_emulated(op: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of Blackwell's path but the one call that no other GPU has: within what rounding tokens explains.
 
     The values of a byte change places on both sides at once, which leaves their sum.
@@ -237,10 +261,15 @@ def test_block_scaled_products_with_the_product_emulated(op: str, monkeypatch: p
 
     monkeypatch.setattr(torch, "_scaled_mm", emulated)
     monkeypatch.setattr(torch_scaled_mm, "CHUNK", 128)
+    if way == "in_one_pass":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        if not INTERPRETED:
+            pytest.skip("the tokens are on the CPU, for the product is emulated there")
+    rounding = getattr(torch_scaled_mm, way)()
     backend = next(b for b in torch_scaled_mm.BACKENDS if b.op == op)
     for length, biased in ((1, True), (33, False), (300, True)):
         args, weight = arguments(op, length, 80, 224, torch.bfloat16, torch.device("cpu"), biased)
-        out, wanted = getattr(torch_scaled_mm, op)(*args), truth(args, weight)
+        out, wanted = getattr(torch_scaled_mm, op)(*args, rounding=rounding), truth(args, weight)
         found = float((out - wanted).norm() / wanted.norm())
         assert backend.max_error is not None and backend.max_error / 3 < found < backend.max_error
 
@@ -262,7 +291,8 @@ def test_pytorch_takes_the_arguments_of_a_block_scaled_product(op: str, monkeypa
     args, _ = arguments(op, 200, 272, 160, torch.bfloat16, torch.device("cpu"), True)
     with monkeypatch.context() as patched:
         patched.setattr(torch, "_scaled_mm", take)
-        assert torch.equal(getattr(torch_scaled_mm, op)(*args), args[-1].expand(200, 272))
+        linear = getattr(torch_scaled_mm, op)
+        assert torch.equal(linear(*args, rounding=torch_scaled_mm.in_steps()), args[-1].expand(200, 272))
     ((first, second, scale_a, scale_b),) = given
     mode = FakeTensorMode()
 
