@@ -57,7 +57,7 @@ def test_products(op: str, name: str, device: torch.device, dtype: torch.dtype) 
         plain = torch.nn.functional.linear(
             args[0].cpu(), weight.to(dtype), None if args[-1] is None else args[-1].cpu()
         )
-        assert_backend(backend, args, truth(args, weight), plain)
+        assert_backend(backend, args, truth(args, weight).to(device), plain.to(device))
 
 
 @pytest.mark.parametrize("high_first", [True, False])
