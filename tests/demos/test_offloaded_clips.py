@@ -65,10 +65,10 @@ def clip(pipe: LightX2VPipeline, cache: str) -> Tensor:
 
 
 def half(pipe: LightX2VPipeline) -> float:
-    """GB of a budget with which some blocks stay and some pass."""
+    """GB of a budget with which some blocks stay and some pass, and one pass of guidance has room to wait."""
     plan = pipe.memory_plan
     assert plan is not None and plan.streamed and not plan.resident
-    return (plan.peak + 2 * plan.passing / plan.streamed + 0.5) / GB
+    return (plan.peak + 3 * plan.passing / plan.streamed + 0.5) / GB
 
 
 @pytest.mark.parametrize("cache", CACHES)
