@@ -21,11 +21,8 @@ FILE_MARK = "scaled_fp8"
 LAYER_MARK = ".comfy_quant"
 MAX_MARK_BYTES = 4096
 METADATA_MARK = "_quantization_metadata"
-FORMATS = (
-    "float8_e4m3fn",
-    "float8_e5m2",
-    *microscaled.OPS,
-)  # of both marks that are read here (ComfyUI, comfy/quant_ops.py)
+# Of both marks, those that are read here (ComfyUI, comfy/quant_ops.py).
+FORMATS = ("float8_e4m3fn", "float8_e5m2", *microscaled.OPS)
 USE_ANOTHER = "use a bf16, fp16, fp8, int8, NVFP4, MXFP8 or GGUF version of the file"
 
 # Names that only another scheme has. First match wins.

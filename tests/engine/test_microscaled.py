@@ -15,15 +15,13 @@ from torch import Tensor
 
 from closeness import relative_error
 from demo.shipped import HIGH_NOISE, NIGHT, T2V
-from engine.test_packed_linear import velocity
-from lightx2v.blocks import run_blocks
+from engine.test_packed_linear import streamed_velocity, velocity
 from lightx2v.checkpoint import CheckpointError, read_header, read_tensors
 from lightx2v.checkpoint.pieces import split
 from lightx2v.config import Engine
 from lightx2v.identify import identify
 from lightx2v.loading import load_transformer, with_attention
 from lightx2v.lora import Lora, apply_loras, remove_loras
-from lightx2v.offload.stream import BlockStream
 from lightx2v.quant import METADATA_MARK, find_packed, microscaled
 from lightx2v.quant.linear import MicroscaledLinear, kind_of
 from lightx2v.quant.writing import write_quantised
@@ -308,9 +306,7 @@ def test_a_gpu_keeps_what_the_file_packs(scheme: str, tmp_path: Path) -> None:
     restored = load_transformer(info, Engine(dtype="bf16", quant="none"), gpu)
     found = velocity(network, info, gpu)
     assert relative_error(found, velocity(restored, info, gpu)) < 0.01
-    stream = BlockStream({"": load_transformer(info, engine, gpu, CPU)}, gpu)
-    with stream.open(2, 1):
-        assert torch.equal(velocity(stream.bring(), info, gpu, run=stream.around(run_blocks, None)), found)
+    assert torch.equal(streamed_velocity(info, engine, gpu), found)
 
 
 @pytest.mark.gpu
